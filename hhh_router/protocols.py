@@ -1,0 +1,91 @@
+"""The two seams: a Reader turns text into scores, a Generator turns a request and a planner into events."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from hhh_router.types import ChatRequest, Plan, ReadRequest, Scores
+
+FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
+
+Planner = Callable[[Scores], Plan]
+"""Called once, mid-pass, with the router's reading of the prompt. Pure and fast: it runs on the model's thread."""
+
+
+class Reader(Protocol):
+    """Scores texts without generating anything."""
+
+    async def read(self, requests: Sequence[ReadRequest]) -> list[Scores]:
+        """Score each text, in order, batching them as it sees fit.
+
+        Raises:
+            ContextTooLong: A text does not fit the model's window.
+            ReaderError: The reading failed; nothing may be concluded from it.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """First event: the plan the planner made, mid-pass."""
+
+    plan: Plan
+    prompt_tokens: int
+    layers_run: int
+    """Decoder layers run for the prompt so far: l_r when the plan stops, all otherwise (0 for an upstream)."""
+    read_ms: float
+    """Time from admission to the plan, in milliseconds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delta:
+    """A piece of the reply that nobody has cleared yet."""
+
+    text: str
+    tokens: int = 1
+    logprob: float | None = None
+    """Log-probability of the drawn token, in nats; None from an upstream that tells none."""
+    raw: Mapping[str, Any] | None = None
+    """The upstream's own chunk, to be passed on unchanged."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Window:
+    """The heads' reading (mode ``both``) of prompt and reply so far. Follows every ``window_tokens`` and ends the reply."""
+
+    scores: Scores
+    completion_tokens: int
+    is_final: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finished:
+    """Last event: the generator is done."""
+
+    reason: FinishReason
+    prompt_tokens: int
+    completion_tokens: int
+    timing_ms: Mapping[str, float] = field(default_factory=dict)
+    """Stage name → milliseconds, such as ``prefill`` and ``decode``."""
+
+
+Event = Planned | Delta | Window | Finished
+
+
+class Generator(Protocol):
+    """Answers a request, asking the planner mid-pass."""
+
+    def generate(
+        self, request: ChatRequest, planner: Planner, *, window_tokens: int
+    ) -> AsyncGenerator[Event, None]:
+        """Yield ``Planned``, then (unless the plan stops) ``Delta`` and ``Window`` events, then ``Finished``.
+
+        A ``Window`` with ``is_final`` always follows the last ``Delta``. Closing the iterator cancels the work.
+
+        Raises:
+            ContextTooLong: The prompt does not fit the model's window.
+            GeneratorError, UpstreamError: The reply failed; deltas already yielded may be incomplete.
+        """
+        ...

@@ -1,0 +1,83 @@
+"""Where and how this deployment runs: environment variables ``HHH_ROUTER_*``, or keywords in code.
+
+Policies say what is allowed, the bundle's manifest what the model is, recipes how it was trained. No key of those
+appears here.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import platformdirs
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from hhh_router.errors import SettingsError
+
+DEFAULT_BUNDLE = "smollm2-135m"
+DEFAULT_POLICY = "balanced"
+
+
+def default_cache_dir() -> Path:
+    """The user's cache folder for this package, e.g. ``~/.cache/hhh-router``."""
+    return Path(platformdirs.user_cache_dir("hhh-router", appauthor=False))
+
+
+class Settings(BaseSettings):
+    """Settings of one deployment; every field can be set as ``HHH_ROUTER_<FIELD>``."""
+
+    model_config = SettingsConfigDict(env_prefix="HHH_ROUTER_", frozen=True, extra="forbid")
+
+    bundle: str = DEFAULT_BUNDLE
+    """Name of a bundle found under ``adapters/``, or a path to one."""
+    policy: str = DEFAULT_POLICY
+    """Default policy: the name of a shipped one, or a path to a YAML file."""
+    allowed_policies: Annotated[tuple[str, ...] | None, NoDecode] = None
+    """Policies a caller may pick besides the default, comma-separated; None allows every shipped one."""
+    cache_dir: Path = Field(default_factory=default_cache_dir)
+    """Where converted backbones are kept."""
+    threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
+    """Threads the model may use; more than there are cores is very slow."""
+    device: str = "cpu"
+    """torch device of the embedded model, such as ``cpu`` or ``cuda:0``."""
+    allow_uncalibrated: bool = False
+    """Start although no calibrator fits; every number is then labelled ``calibrated: false``."""
+    guard_batch_tokens: int = Field(default=2048, ge=64)
+    """Most tokens (padding included) of one guard batch."""
+    max_batch_items: int = Field(default=10_000, ge=1)
+    """Most texts one ``guard`` or ``route`` call may hold."""
+    max_body_bytes: int = Field(default=4_000_000, ge=1024)
+    """Largest request body a server reads, in bytes."""
+    request_timeout_s: float = Field(default=120.0, gt=0)
+    """Deadline of one request, in seconds."""
+    api_key: SecretStr | None = None
+    """Key clients must send as ``Authorization: Bearer``; required when a server listens beyond loopback."""
+    upstream_api_key: SecretStr | None = None
+    """Key the proxy sends upstream when the client sends none."""
+
+    @classmethod
+    def load(cls, **overrides: object) -> Settings:
+        """Read the environment, with keywords on top.
+
+        Raises:
+            SettingsError: A value is wrong; the message lists every one.
+        """
+        given = {k: v for k, v in overrides.items() if v is not None}
+        if isinstance(names := given.get("allowed_policies"), str):
+            given["allowed_policies"] = _split(names)
+        elif "allowed_policies" not in given and (listed := os.environ.get("HHH_ROUTER_ALLOWED_POLICIES")):
+            given["allowed_policies"] = _split(listed)
+        try:
+            return cls(**given)  # type: ignore[arg-type]  # validated by pydantic
+        except ValidationError as error:
+            lines = [
+                f"HHH_ROUTER_{'_'.join(map(str, e['loc'])).upper()}: {e['msg']} (found {e['input']!r})"
+                for e in error.errors()
+            ]
+            raise SettingsError("\n".join(lines), hint="correct these settings") from error
+
+
+def _split(names: str) -> tuple[str, ...]:
+    return tuple(n.strip() for n in names.split(",") if n.strip())

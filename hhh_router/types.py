@@ -1,0 +1,273 @@
+"""The nouns that flow through one request: what was asked, measured, decided and applied.
+
+Everything here is plain data on a handful of floats: no tensor, no socket, no clock.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any, Literal, Self
+
+Dimension = Literal["helpful", "harmless", "honest"]
+"""One of the three behaviours a request can need."""
+
+DIMENSIONS: tuple[Dimension, ...] = ("helpful", "harmless", "honest")
+"""The order of the dimensions everywhere. Index by name, never by position."""
+
+EXPERTS: tuple[str, ...] = ("base", *DIMENSIONS)
+"""``base`` is the model without any adapter; the others are the LoRA of a dimension."""
+
+OUTCOMES: tuple[str, ...] = ("unsafe", "untruthful", "unhelpful")
+"""What can be wrong with a reply: unsafe; untruthful or unsupported; unhelpful or over-refusing."""
+
+Mode = Literal["prompt", "response", "both"]
+"""What a reading saw: the prompt alone, a response alone, or both."""
+
+MIXTURE_STEPS = 16  # a mixture's name counts sixteenths: 153 points on three experts, mean L1 error .05
+SIMPLEX_TOLERANCE = 1e-6
+
+
+class Action(StrEnum):
+    """What a policy rule may lead to."""
+
+    ALLOW = "allow"
+    FLAG = "flag"
+    REGENERATE = "regenerate"
+    REFUSE = "refuse"
+    ESCALATE = "escalate"
+    HOLD = "hold"
+    BLOCK = "block"
+
+    @property
+    def stops(self) -> bool:
+        """True when the reply (or the rest of it) must not reach the caller."""
+        return self in _STOPPING
+
+
+_STOPPING = frozenset({Action.REFUSE, Action.ESCALATE, Action.HOLD, Action.BLOCK})
+
+
+@dataclass(frozen=True, slots=True)
+class _Simplex:
+    """Four non-negative shares in ``EXPERTS`` order that sum to 1."""
+
+    base: float
+    helpful: float
+    harmless: float
+    honest: float
+
+    def __post_init__(self) -> None:
+        values = (self.base, self.helpful, self.harmless, self.honest)
+        if not all(math.isfinite(v) and v >= 0 for v in values):
+            raise ValueError(f"{type(self).__name__}: shares must be finite and >= 0, got {values}")
+        if abs(sum(values) - 1.0) > SIMPLEX_TOLERANCE:
+            raise ValueError(f"{type(self).__name__}: shares must sum to 1, got {sum(values):.6f}")
+
+    @classmethod
+    def from_mapping(cls, shares: Mapping[str, float]) -> Self:
+        """Build from ``{expert: share}``; an expert that is not named gets 0.
+
+        Raises:
+            ValueError: A name is no expert, or the shares are no distribution.
+        """
+        unknown = sorted(set(shares) - set(EXPERTS))
+        if unknown:
+            raise ValueError(f"unknown expert {unknown[0]!r}; use {', '.join(EXPERTS)}")
+        return cls(**{e: float(shares.get(e, 0.0)) for e in EXPERTS})
+
+    def __getitem__(self, expert: str) -> float:
+        if expert not in EXPERTS:
+            raise KeyError(expert)
+        return float(getattr(self, expert))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(EXPERTS)
+
+    def as_dict(self) -> dict[str, float]:
+        """``{expert: share}`` in ``EXPERTS`` order."""
+        return {e: self[e] for e in EXPERTS}
+
+    def entropy_nats(self) -> float:
+        """Shannon entropy, in nats: 0 for one expert alone, ln 4 for equal shares."""
+        return -sum(v * math.log(v) for v in self.as_dict().values() if v > 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Posterior(_Simplex):
+    """What the router believes each expert should contribute, before any policy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights(_Simplex):
+    """What is applied: how much each expert and the base model speak."""
+
+    @property
+    def mixture(self) -> str:
+        """The weights rounded to sixteenths by largest remainder, as one name.
+
+        >>> Weights(0.1, 0.4, 0.3, 0.2).mixture
+        'hhh@2-6-5-3'
+        """
+        exact = [self[e] * MIXTURE_STEPS for e in EXPERTS]
+        counts = [math.floor(x + 1e-9) for x in exact]
+        by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
+        for i in by_remainder[: MIXTURE_STEPS - sum(counts)]:
+            counts[i] += 1
+        return "hhh@" + "-".join(map(str, counts))
+
+    @classmethod
+    def from_mixture(cls, name: str) -> Self:
+        """The weights a mixture name stands for.
+
+        >>> Weights.from_mixture("hhh@0-8-4-4").harmless
+        0.25
+
+        Raises:
+            ValueError: Not four counts of sixteenths that sum to 16.
+        """
+        counts = name.removeprefix("hhh@").split("-")
+        if not name.startswith("hhh@") or len(counts) != len(EXPERTS) or not all(c.isdecimal() for c in counts):
+            raise ValueError(f"{name!r} is no mixture name; write hhh@base-helpful-harmless-honest, e.g. hhh@2-6-5-3")
+        shares = [int(c) for c in counts]
+        if sum(shares) != MIXTURE_STEPS:
+            raise ValueError(f"{name!r}: the four counts must sum to {MIXTURE_STEPS}, got {sum(shares)}")
+        return cls(*(s / MIXTURE_STEPS for s in shares))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """One turn of a conversation."""
+
+    role: str
+    """``system``, ``user``, ``assistant`` or ``tool``."""
+    content: str
+    """The text of the turn. Parts that are no text are listed in ``ChatRequest.not_inspected``."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How the next token is drawn."""
+
+    max_tokens: int = 256
+    """Most tokens to generate, >= 1."""
+    temperature: float = 0.0
+    """0 is greedy decoding."""
+    top_p: float = 1.0
+    """Nucleus mass, in (0, 1]."""
+    seed: int | None = None
+    """Seed of this request's own generator; None draws one."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the reply; they are not part of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatRequest:
+    """A conversation that wants a reply."""
+
+    messages: tuple[Message, ...]
+    """The conversation so far; the last turn is the user's (or a tool's)."""
+    policy: str | None = None
+    """Name of the policy to apply; None takes the deployment's default."""
+    weights: Weights | None = None
+    """Weights the caller pins instead of the router's; still held within the policy's bounds."""
+    sampling: Sampling = field(default_factory=Sampling)
+    request_id: str = ""
+    """Names the request in every trace; the pipeline fills it when empty."""
+    not_inspected: tuple[str, ...] = ()
+    """What the client sent that nobody read, such as ``messages[0].content[1]: image_url``."""
+    passthrough: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the client's body that only an upstream understands, kept as they came."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadRequest:
+    """A text to be scored: the prompt, a response, or both."""
+
+    messages: tuple[Message, ...] = ()
+    """The prompt's conversation; empty when only a response is read."""
+    response: str | None = None
+    """The reply to score; None when only the prompt is read."""
+
+    @property
+    def mode(self) -> Mode:
+        """Which views there are."""
+        if self.response is None:
+            return "prompt"
+        return "both" if self.messages else "response"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuardRequest:
+    """A prompt and/or response to be judged, with no reply wanted."""
+
+    read: ReadRequest
+    policy: str | None = None
+    request_id: str = ""
+    not_inspected: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """Raw head outputs of one reading. Never probabilities, never compared with a threshold."""
+
+    mode: Mode
+    needs: Mapping[str, float]
+    """Logit per need head."""
+    outcomes: Mapping[str, float]
+    """Logit per outcome head."""
+    distance: float
+    """Mahalanobis distance of the reading from the calibration data, divided by its 99th percentile there (dimensionless)."""
+    tokens: int
+    """Tokens read, prompt and response together."""
+    layers_run: int = 0
+    """Decoder layers this reading cost."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """Calibrated probabilities of one reading: what was measured, before any policy."""
+
+    mode: Mode
+    needs: Mapping[str, float]
+    """P(the request needs this behaviour), each in [0, 1]; several can be high."""
+    posterior: Posterior
+    outcomes: Mapping[str, float]
+    """P(the reply is unsafe / untruthful / unhelpful), each in [0, 1]."""
+    in_distribution: bool
+    """False where the reading lies outside the support of the calibration data."""
+    calibrated: bool
+    """False when no calibrator fitted for this mode, bundle and precision was at hand."""
+    scores: Scores
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What the rules of one checkpoint concluded. A refusal is a value, not an exception."""
+
+    checkpoint: str
+    """``input`` or ``output``."""
+    action: Action
+    rule: str
+    """Where the rule stands, such as ``checkpoints.input[0]``, or ``on_error``."""
+    reason: str
+    """The conditions that held, with the numbers found; for people."""
+    message: str | None = None
+    """What the caller is told when the action stops the reply."""
+    raises: Mapping[str, float] = field(default_factory=dict)
+    """Lower bounds per expert under which a ``regenerate`` runs again."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """Everything settled at the input checkpoint: evidence → decision → weights."""
+
+    evidence: Evidence
+    decision: Decision
+    weights: Weights
+    policy_shift_nats: float
+    """KL(weights ‖ posterior): how far the policy moved the router."""
+    confidence: float
+    """Calibrated P(every verdict enforced so far is right)."""
