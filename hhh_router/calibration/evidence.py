@@ -1,0 +1,299 @@
+"""``calibrators.json`` of a bundle, and what it makes of a reading: scores → evidence → confidence.
+
+A calibrator holds for the heads, the backbone precision and the input mode it was fitted for. Heads and precision
+are checked when the file is loaded, the mode on every reading; what does not fit is labelled ``calibrated: False``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from hhh_router.calibration.calibrators import HeadCalibration, probability
+from hhh_router.calibration.confidence import Confidence, ConfidenceModel, confidence_features, unfitted_confidence
+from hhh_router.errors import BundleError, ReaderError
+from hhh_router.trace.block import CalibrationRef
+from hhh_router.types import DIMENSIONS, EXPERTS, OUTCOMES, Evidence, Mode, Posterior, Scores, Weights
+
+_log = logging.getLogger(__name__)
+
+UNCALIBRATED = "none"
+"""The id and the method that are reported where nothing was calibrated."""
+_ID_DIGITS = 12
+_DISTANCE_LIMIT = 1.0  # distances are divided by their 99th percentile, so 1 in 100 calibration rows lies outside
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class ModeCalibration(_Part):
+    """The calibrators of one input mode."""
+
+    n: int = Field(ge=1)
+    """Calibration rows of this mode."""
+    distance_limit: float = Field(default=_DISTANCE_LIMIT, gt=0)
+    """A reading is in distribution where ``scores.distance`` does not exceed this."""
+    needs: dict[str, HeadCalibration] = Field(default_factory=dict)
+    outcomes: dict[str, HeadCalibration]
+    confidence: ConfidenceModel | None = None
+
+
+class CalibrationFile(_Part):
+    """``calibrators.json``: written by ``hhh-router calibrate``, read at start."""
+
+    format: Literal[1] = 1
+    id: str
+    """``cal-`` and the first 12 hex digits of the sha256 of everything else, see `content_id`."""
+    heads_sha256: str
+    """Of the ``heads.safetensors`` whose logits were calibrated."""
+    dtype: str
+    """Precision of the backbone under those logits, such as ``bfloat16``."""
+    data_sha256: str
+    """Names the calibration rows."""
+    seed: int
+    gate: str = "odds"
+    """How needs become a posterior, see `hhh_router.routing.posterior`."""
+    train_prior: dict[str, float]
+    """Mean posterior over the calibration rows: the mix of requests the router was calibrated on."""
+    modes: dict[Mode, ModeCalibration]
+
+    @field_validator("train_prior")
+    @classmethod
+    def _check_prior(cls, prior: dict[str, float]) -> dict[str, float]:
+        if missing := [e for e in EXPERTS if e not in prior]:
+            raise ValueError(f"no share for {', '.join(missing)}")
+        if empty := [e for e in EXPERTS if prior[e] <= 0]:
+            raise ValueError(f"the share of {empty[0]} must be > 0, found {prior[empty[0]]}")
+        Posterior.from_mapping(prior)
+        return prior
+
+    @model_validator(mode="after")
+    def _check_heads(self) -> Self:
+        if not self.modes:
+            raise ValueError("modes: none; at least one of prompt, response, both is needed")
+        for name, mode in self.modes.items():
+            no_needs = [d for d in DIMENSIONS if d not in mode.needs]
+            if no_needs and (name != "response" or mode.needs):
+                raise ValueError(f"modes.{name}.needs: no calibrator for {', '.join(no_needs)}")
+            if no_outcome := [o for o in OUTCOMES if o not in mode.outcomes]:
+                raise ValueError(f"modes.{name}.outcomes: no calibrator for {', '.join(no_outcome)}")
+        return self
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        heads_sha256: str,
+        dtype: str,
+        data_sha256: str,
+        seed: int,
+        train_prior: Posterior,
+        modes: Mapping[Mode, ModeCalibration],
+        gate: str = "odds",
+    ) -> CalibrationFile:
+        """A file with its id worked out.
+
+        Raises:
+            pydantic.ValidationError: A mode lacks a required head, or a share of the prior is not above 0.
+        """
+        draft = cls(
+            id="",
+            heads_sha256=heads_sha256,
+            dtype=dtype,
+            data_sha256=data_sha256,
+            seed=seed,
+            gate=gate,
+            train_prior=train_prior.as_dict(),
+            modes=dict(modes),
+        )
+        return draft.model_copy(update={"id": draft.content_id()})
+
+    def content_id(self) -> str:
+        """``cal-`` and 12 hex digits of the sha256 of the canonical JSON (sorted keys, no blanks) without ``id``."""
+        content = self.model_dump(mode="json", exclude={"id"})
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"))
+        return "cal-" + hashlib.sha256(canonical.encode()).hexdigest()[:_ID_DIGITS]
+
+    def write(self, path: Path) -> None:
+        """Write the file atomically."""
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(self.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
+        temporary.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> CalibrationFile:
+        """Read and check a file.
+
+        Raises:
+            BundleError: Missing, unreadable, not JSON, or with mistakes; each field is named.
+        """
+        try:
+            file = cls.model_validate_json(path.read_bytes())
+        except OSError as error:
+            raise BundleError(
+                f"{path}: cannot be read ({error.strerror})",
+                hint="restore the file, or fit calibrators with hhh-router calibrate",
+            ) from error
+        except ValidationError as error:
+            lines = [f"{path}: {'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()]
+            raise BundleError(
+                "\n".join(lines), hint="the file is written by hhh-router calibrate; restore it or fit again"
+            ) from error
+        if (expected := file.content_id()) != file.id:
+            raise BundleError(
+                f"{path}: id: found {file.id!r}, but the content makes it {expected!r}; it was changed after fitting",
+                hint="restore the file or fit again with hhh-router calibrate",
+            )
+        return file
+
+
+class Calibrators:
+    """Turns raw scores into evidence and confidence. Immutable and free of I/O once loaded."""
+
+    def __init__(self, file: CalibrationFile | None, *, matches: bool = True) -> None:
+        self._file = file
+        self._matches = matches and file is not None
+        self.id = file.id if file else UNCALIBRATED
+        self.gate = file.gate if file else "odds"
+        self.train_prior = (
+            Posterior.from_mapping(file.train_prior) if file else Posterior(*(1 / len(EXPERTS) for _ in EXPERTS))
+        )
+
+    @classmethod
+    def load(cls, path: str | Path, *, heads_sha256: str, dtype: str, allow_uncalibrated: bool = False) -> Calibrators:
+        """Load the calibrators of a bundle and check that they fit what is about to run.
+
+        Args:
+            path: ``calibrators.json``.
+            heads_sha256: Of the heads that will make the scores.
+            dtype: Precision the backbone runs in.
+            allow_uncalibrated: Start in spite of a mismatch. Other heads: no calibrator is applied, numbers are plain
+                σ(logit). Another precision: these are applied. Either way all evidence says ``calibrated=False``.
+
+        Raises:
+            BundleError: Missing or corrupt, or (unless allowed) fitted for other heads or another precision.
+        """
+        path = Path(path)
+        file = CalibrationFile.read(path)
+        wrong = []
+        if file.heads_sha256 != heads_sha256:
+            wrong.append(
+                f"heads_sha256: fitted for {file.heads_sha256[:12]}…, the bundle's heads are {heads_sha256[:12]}…"
+            )
+        if file.dtype != dtype:
+            wrong.append(f"dtype: fitted for {file.dtype}, the backbone runs in {dtype}")
+        if not wrong:
+            return cls(file)
+        if not allow_uncalibrated:
+            raise BundleError(
+                "\n".join(f"{path}: {line}" for line in wrong),
+                hint="fit again with hhh-router calibrate, run what they were fitted for, or set "
+                "HHH_ROUTER_ALLOW_UNCALIBRATED=true to start with every number labelled uncalibrated",
+            )
+        _log.warning("%s does not fit (%s): every number is labelled uncalibrated", path, "; ".join(wrong))
+        return cls(file if file.heads_sha256 == heads_sha256 else None, matches=False)
+
+    @classmethod
+    def none(cls) -> Calibrators:
+        """No calibrators at all: plain σ(logit), every number labelled ``calibrated=False``."""
+        return cls(None)
+
+    def evidence(self, scores: Scores) -> Evidence:
+        """Calibrated probabilities of one reading.
+
+        Where the mode has calibrators, heads without one there are left out, so that ``calibrated`` speaks for every
+        number reported. A mode without any reports plain σ(logit) of every head, with ``calibrated=False``. Where no
+        needs are reported (mode ``response``), the posterior is ``train_prior``: nothing was learned about the request.
+
+        Raises:
+            ReaderError: A logit or the distance is not finite, or a calibrated head is not among the scores.
+        """
+        from hhh_router.routing import posterior
+
+        _check_finite(scores)
+        mode = self._mode(scores.mode)
+        if mode is None:
+            needs = {name: probability(x) for name, x in scores.needs.items()}
+            outcomes = {name: probability(x) for name, x in scores.outcomes.items()}
+        else:
+            needs = _apply(mode.needs, scores.needs, kind="need")
+            outcomes = _apply(mode.outcomes, scores.outcomes, kind="outcome")
+        known = {d: needs[d] for d in DIMENSIONS if d in needs}
+        return Evidence(
+            mode=scores.mode,
+            needs=needs,
+            posterior=posterior(known, self.gate) if len(known) == len(DIMENSIONS) else self.train_prior,
+            outcomes=outcomes,
+            in_distribution=scores.distance <= (mode.distance_limit if mode else _DISTANCE_LIMIT),
+            calibrated=mode is not None and self._matches,
+            scores=scores,
+        )
+
+    def confidence(
+        self,
+        evidence: Evidence,
+        *,
+        weights: Weights,
+        policy_shift_nats: float,
+        limits: Sequence[tuple[float, float]],
+        logprobs: Sequence[float] = (),
+    ) -> Confidence:
+        """P(every verdict enforced so far is right); see `confidence_features` for the arguments.
+
+        A mode without a fitted model gets `unfitted_confidence`, labelled ``calibrated=False``.
+        """
+        mode = self._mode(evidence.mode)
+        if mode is None or mode.confidence is None:
+            return unfitted_confidence(evidence, limits)
+        features = confidence_features(
+            evidence, weights=weights, policy_shift_nats=policy_shift_nats, limits=limits, logprobs=logprobs
+        )
+        found = mode.confidence.apply(features)
+        return Confidence(value=found.value, contributions=found.contributions, calibrated=self._matches)
+
+    def reference(self, evidence: Evidence) -> CalibrationRef:
+        """What the metadata block says about these calibrators.
+
+        Method and ECE are those of the harmless need; of the ``unsafe`` outcome where the mode reports no needs.
+        """
+        mode = self._mode(evidence.mode)
+        head = (mode.needs.get("harmless") or mode.outcomes["unsafe"]) if mode else None
+        return CalibrationRef(
+            id=self.id,
+            method=head.method if head else UNCALIBRATED,
+            n=mode.n if mode else 0,
+            ece=head.ece if head and evidence.calibrated else None,
+            calibrated=evidence.calibrated,
+            in_distribution=evidence.in_distribution,
+        )
+
+    def _mode(self, name: Mode) -> ModeCalibration | None:
+        return self._file.modes.get(name) if self._file else None
+
+
+def _apply(calibrations: Mapping[str, HeadCalibration], logits: Mapping[str, float], *, kind: str) -> dict[str, float]:
+    if missing := [name for name in calibrations if name not in logits]:
+        raise ReaderError(
+            f"the reading has no {kind} head {missing[0]!r} (found: {', '.join(logits) or 'none'})",
+            hint="heads and calibrators belong to one bundle; check it with hhh-router bundle verify",
+        )
+    return {name: calibration.apply(logits[name]) for name, calibration in calibrations.items()}
+
+
+def _check_finite(scores: Scores) -> None:
+    found = {f"needs.{name}": x for name, x in scores.needs.items()}
+    found |= {f"outcomes.{name}": x for name, x in scores.outcomes.items()} | {"distance": scores.distance}
+    if wrong := [f"{name} = {x}" for name, x in found.items() if not math.isfinite(x)]:
+        raise ReaderError(
+            f"the reading is not finite: {', '.join(wrong)}",
+            hint="an adapter or head with NaN or inf makes such states; check the bundle with hhh-router bundle verify",
+        )
