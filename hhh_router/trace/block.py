@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-SCHEMA = "hhh-router/metadata/1"
+SCHEMA: Final = "hhh-router/metadata/1"
 
 
 class _Block(BaseModel):
