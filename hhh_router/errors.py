@@ -6,6 +6,9 @@ statuses and exit codes; no other place does.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from hhh_router.types import Decision
 
 
@@ -100,9 +103,22 @@ class UpstreamError(BackendError):
 
     code = "upstream_error"
 
-    def __init__(self, message: str, *, status: int | None = None, hint: str | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        status: int | None = None,
+        hint: str | None = None,
+        body: Mapping[str, Any] | None = None,
+        retry_after: str | None = None,
+    ) -> None:
         super().__init__(message, hint=hint)
         self.status = status
+        """The upstream's HTTP status; None when it did not answer."""
+        self.body = body
+        """The upstream's own error body, when it sent JSON."""
+        self.retry_after = retry_after
+        """The upstream's ``Retry-After`` header."""
 
 
 class BackendTimeout(BackendError):
@@ -157,11 +173,15 @@ _OUTCOMES: tuple[tuple[type[HHHRouterError], int, int], ...] = (
 
 
 def http_status(error: HHHRouterError) -> int:
-    """The HTTP status a door answers with.
+    """The HTTP status a door answers with. An upstream's own 4xx is the caller's to fix, so it passes as it came.
 
     >>> http_status(ContextTooLong("9000 tokens"))
     400
+    >>> http_status(UpstreamError("quota", status=429)), http_status(UpstreamError("crash", status=500))
+    (429, 502)
     """
+    if isinstance(error, UpstreamError) and error.status is not None and 400 <= error.status < 500:
+        return error.status
     return next(status for kind, status, _ in _OUTCOMES if isinstance(error, kind))
 
 

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from hhh_router.errors import ReaderError
 from hhh_router.types import ChatRequest, Plan, ReadRequest, Scores
 
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
@@ -53,7 +54,10 @@ class Delta:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window:
-    """The heads' reading (mode ``both``) of prompt and reply so far. Follows every ``window_tokens`` and ends the reply."""
+    """The heads' reading (mode ``both``) of prompt and reply so far.
+
+    Follows every ``window_tokens`` and ends the reply.
+    """
 
     scores: Scores
     completion_tokens: int
@@ -69,17 +73,30 @@ class Finished:
     completion_tokens: int
     timing_ms: Mapping[str, float] = field(default_factory=dict)
     """Stage name → milliseconds, such as ``prefill`` and ``decode``."""
+    not_inspected: tuple[str, ...] = ()
+    """Parts of the reply that passed unread, such as ``choices[0].message.tool_calls``."""
 
 
-Event = Planned | Delta | Window | Finished
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unread:
+    """In place of ``Planned`` or of a ``Window``: the reading failed. A generator that could answer unread sends it.
+
+    Who consumes the events closes the generator or lets it go on unread, as the policy's ``on_error`` says.
+    """
+
+    error: ReaderError
+    completion_tokens: int = 0
+    """Tokens of the reply that this reading would have covered."""
+    prompt_tokens: int = 0
+
+
+Event = Planned | Delta | Window | Unread | Finished
 
 
 class Generator(Protocol):
     """Answers a request, asking the planner mid-pass."""
 
-    def generate(
-        self, request: ChatRequest, planner: Planner, *, window_tokens: int
-    ) -> AsyncGenerator[Event, None]:
+    def generate(self, request: ChatRequest, planner: Planner, *, window_tokens: int) -> AsyncGenerator[Event, None]:
         """Yield ``Planned``, then (unless the plan stops) ``Delta`` and ``Window`` events, then ``Finished``.
 
         A ``Window`` with ``is_final`` always follows the last ``Delta``. Closing the iterator cancels the work.
