@@ -180,6 +180,8 @@ class ChatRequest:
     """What the client sent that nobody read, such as ``messages[0].content[1]: image_url``."""
     passthrough: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the client's body that only an upstream understands, kept as they came."""
+    authorization: str | None = field(default=None, repr=False, compare=False)
+    """The client's own ``Authorization`` header, for an upstream. Never logged, hashed or traced."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,7 +221,7 @@ class Scores:
     outcomes: Mapping[str, float]
     """Logit per outcome head."""
     distance: float
-    """Mahalanobis distance of the reading from the calibration data, divided by its 99th percentile there (dimensionless)."""
+    """Mahalanobis distance of the reading from the router's training data, per root dimension (about 1 for a typical row)."""
     tokens: int
     """Tokens read, prompt and response together."""
     layers_run: int = 0
@@ -271,3 +273,10 @@ class Plan:
     """KL(weights ‖ posterior): how far the policy moved the router."""
     confidence: float
     """Calibrated P(every verdict enforced so far is right)."""
+    enforced: bool = True
+    """False in shadow mode: the decision is recorded and changes nothing."""
+
+    @property
+    def stops(self) -> bool:
+        """True when the pass must end here and no reply may be generated."""
+        return self.enforced and self.decision.action.stops
