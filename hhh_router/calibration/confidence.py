@@ -29,7 +29,7 @@ FEATURES: tuple[str, ...] = (
     "weights_entropy_nats",
     "policy_shift_nats",
     "log_tokens",  # ln(1 + tokens read)
-    "distance",  # from the calibration data, in units of its 99th percentile there, at most 10
+    "distance",  # ``scores.distance``, at most 10
     "in_distribution",
     "mode_response",
     "mode_both",

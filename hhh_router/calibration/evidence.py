@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from hhh_router.calibration.calibrators import HeadCalibration, probability
 from hhh_router.calibration.confidence import Confidence, ConfidenceModel, confidence_features, unfitted_confidence
 from hhh_router.errors import BundleError, ReaderError
+from hhh_router.routing import posterior
 from hhh_router.trace.block import CalibrationRef
 from hhh_router.types import DIMENSIONS, EXPERTS, OUTCOMES, Evidence, Mode, Posterior, Scores, Weights
 
@@ -28,7 +29,6 @@ _log = logging.getLogger(__name__)
 UNCALIBRATED = "none"
 """The id and the method that are reported where nothing was calibrated."""
 _ID_DIGITS = 12
-_DISTANCE_LIMIT = 1.0  # distances are divided by their 99th percentile, so 1 in 100 calibration rows lies outside
 
 
 class _Part(BaseModel):
@@ -40,8 +40,8 @@ class ModeCalibration(_Part):
 
     n: int = Field(ge=1)
     """Calibration rows of this mode."""
-    distance_limit: float = Field(default=_DISTANCE_LIMIT, gt=0)
-    """A reading is in distribution where ``scores.distance`` does not exceed this."""
+    distance_limit: float = Field(gt=0)
+    """A reading is in distribution where ``scores.distance`` does not exceed this, see `fit.fit_distance_limit`."""
     needs: dict[str, HeadCalibration] = Field(default_factory=dict)
     outcomes: dict[str, HeadCalibration]
     confidence: ConfidenceModel | None = None
@@ -211,14 +211,13 @@ class Calibrators:
         """Calibrated probabilities of one reading.
 
         Where the mode has calibrators, heads without one there are left out, so that ``calibrated`` speaks for every
-        number reported. A mode without any reports plain σ(logit) of every head, with ``calibrated=False``. Where no
-        needs are reported (mode ``response``), the posterior is ``train_prior``: nothing was learned about the request.
+        number reported. A mode without any reports plain σ(logit) of every head, with ``calibrated=False`` and
+        ``in_distribution=False``: no calibration data supports it. Where no needs are reported (mode ``response``),
+        the posterior is ``train_prior``: nothing was learned about the request.
 
         Raises:
             ReaderError: A logit or the distance is not finite, or a calibrated head is not among the scores.
         """
-        from hhh_router.routing import posterior
-
         _check_finite(scores)
         mode = self._mode(scores.mode)
         if mode is None:
@@ -227,13 +226,13 @@ class Calibrators:
         else:
             needs = _apply(mode.needs, scores.needs, kind="need")
             outcomes = _apply(mode.outcomes, scores.outcomes, kind="outcome")
-        known = {d: needs[d] for d in DIMENSIONS if d in needs}
+        known: dict[str, float] = {d: needs[d] for d in DIMENSIONS if d in needs}
         return Evidence(
             mode=scores.mode,
             needs=needs,
             posterior=posterior(known, self.gate) if len(known) == len(DIMENSIONS) else self.train_prior,
             outcomes=outcomes,
-            in_distribution=scores.distance <= (mode.distance_limit if mode else _DISTANCE_LIMIT),
+            in_distribution=mode is not None and scores.distance <= mode.distance_limit,
             calibrated=mode is not None and self._matches,
             scores=scores,
         )
@@ -264,8 +263,9 @@ class Calibrators:
         """What the metadata block says about these calibrators.
 
         Method and ECE are those of the harmless need; of the ``unsafe`` outcome where the mode reports no needs.
+        Evidence without any number (a reading that failed) has method ``none`` and n 0.
         """
-        mode = self._mode(evidence.mode)
+        mode = self._mode(evidence.mode) if evidence.outcomes else None
         head = (mode.needs.get("harmless") or mode.outcomes["unsafe"]) if mode else None
         return CalibrationRef(
             id=self.id,

@@ -24,6 +24,7 @@ MIN_ROWS = 30  # below, even one parameter is fitted to noise
 PLATT_MIN_ROWS = 150  # METHOD: one parameter only below this
 BETA_MIN_ROWS = 500  # METHOD: no third parameter below this
 FOLDS = 5
+SUPPORT = 0.99  # share of the calibration rows that counts as in distribution
 
 PENALTIES: tuple[float, ...] = (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001)
 """Elastic-net strengths that are tried, strongest (smallest model) first."""
@@ -116,6 +117,24 @@ def fit_confidence(
         ece=ece(held_out, y),
         auroc=auroc(held_out, y),
     )
+
+
+def fit_distance_limit(distances: ArrayLike) -> float:
+    """The distance that 99 in 100 calibration rows of a mode stay within.
+
+    >>> fit_distance_limit([1.0] * 99 + [5.0])
+    1.0
+
+    Raises:
+        DataError: Fewer than 30 rows, or a distance that is not finite and above 0.
+    """
+    found = np.asarray(distances, dtype=np.float64)
+    if len(found) < MIN_ROWS:
+        raise DataError(f"{len(found)} distances; a limit needs at least {MIN_ROWS}", hint="use more calibration rows")
+    if not (np.isfinite(found) & (found > 0)).all():
+        row = int(np.flatnonzero(~(np.isfinite(found) & (found > 0)))[0])
+        raise DataError(f"row {row}: the distance is {found[row]}", hint="drop the row, or check the heads' statistics")
+    return float(np.quantile(found, SUPPORT, method="inverted_cdf"))
 
 
 def allowed_methods(rows: int) -> tuple[Method, ...]:

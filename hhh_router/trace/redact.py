@@ -1,0 +1,95 @@
+"""Scrub secrets from what is about to be stored: by the name of a key, and by the look of a value.
+
+It catches the obvious, not everything: text that must not be stored should not be (``content="hash"``).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_SECRET_NAMES = (
+    "authorization",
+    "cookie",
+    "apikey",
+    "accesskey",
+    "accesskeyid",
+    "privatekey",
+    "secretkey",
+    "secret",
+    "password",
+    "passwd",
+    "passphrase",
+    "credential",
+    "credentials",
+    "token",
+)
+"""Endings of a key's name, without case, dashes and underscores. ``max_tokens`` ends in none of them."""
+
+# name → pattern. Each is linear: no part can match the same characters in two ways. The first match wins.
+_PATTERNS: tuple[tuple[str, re.Pattern[str]], ...] = (
+    (
+        "private-key",
+        re.compile(r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----[^-]{0,20000}(?:-----END [A-Z ]{0,30}PRIVATE KEY-----)?"),
+    ),
+    ("authorization", re.compile(r"(?i)(?<=authorization:)[ \t]*(?:(?:bearer|basic|token)[ \t]+)?[^\s\"',;]+")),
+    ("bearer", re.compile(r"(?i)(?<=\bbearer )[ \t]*[A-Za-z0-9._~+/=-]{8,}")),
+    ("api-key", re.compile(r"\b(?:sk|pk|rk)[-_][A-Za-z0-9_-]{16,}")),  # OpenAI, Anthropic, Stripe and their imitators
+    ("api-key", re.compile(r"\b(?:gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}|glpat-[A-Za-z0-9_-]{16,})")),
+    ("api-key", re.compile(r"\b(?:hf_[A-Za-z0-9]{20,}|xox[abeprs]-[A-Za-z0-9-]{10,}|AIza[A-Za-z0-9_-]{30,})")),
+    ("aws-key", re.compile(r"\b(?:AKIA|ASIA|AROA|AIDA)[A-Z0-9]{16}\b")),
+    ("jwt", re.compile(r"\beyJ[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]{8,}\.[A-Za-z0-9_-]*")),
+    ("url-password", re.compile(r"(?<=://)[^\s/:@]{1,200}:[^\s/@]{1,200}(?=@)")),
+    (
+        "secret",
+        re.compile(
+            r"(?i)(?<![a-z0-9])((?:[a-z0-9]{1,30}[_-]){0,4}(?:api[_-]?key|access[_-]?key|secret|password|passwd|token)"
+            r"[\"']?[ \t]{0,4}[:=][ \t]{0,4})(?!\[redacted:)(?:\"[^\"\n]{4,}\"|'[^'\n]{4,}'|[^\s\"',;]{6,})"
+        ),
+    ),
+)
+_EMAIL = re.compile(r"\b[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){1,8}\b")
+
+
+def redact(value: Any, *, emails: bool = False) -> Any:
+    """A copy of a JSON-like value with every secret replaced by ``[redacted:kind]``.
+
+    Strings under a secret's name are replaced whole, all others are searched. Numbers stay as they are.
+
+    >>> redact({"max_tokens": 5, "api_key": "abc", "text": "use sk-aaaabbbbccccdddd"})
+    {'max_tokens': 5, 'api_key': '[redacted:key]', 'text': 'use [redacted:api-key]'}
+    """
+    if isinstance(value, str):
+        return redact_text(value, emails=emails)
+    if isinstance(value, Mapping):
+        return {
+            redact_text(str(k), emails=emails): "[redacted:key]"
+            if v and _is_secret(str(k))
+            else redact(v, emails=emails)
+            for k, v in value.items()
+        }
+    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+        return [redact(v, emails=emails) for v in value]
+    return value
+
+
+def redact_text(text: str, *, emails: bool = False) -> str:
+    """A copy of the text with whatever looks like a secret replaced.
+
+    Args:
+        text: Any text.
+        emails: Replace e-mail addresses too.
+
+    >>> redact_text("Authorization: Bearer abc.def-123, then AKIAABCDEFGHIJKLMNOP")
+    'Authorization:[redacted:authorization], then [redacted:aws-key]'
+    """
+    for kind, pattern in _PATTERNS:
+        keep = r"\g<1>" if pattern.groups else ""
+        text = pattern.sub(f"{keep}[redacted:{kind}]", text)
+    return _EMAIL.sub("[redacted:email]", text) if emails else text
+
+
+def _is_secret(name: str) -> bool:
+    plain = re.sub(r"[-_ ]", "", name).lower()
+    return plain.endswith(_SECRET_NAMES)
