@@ -6,6 +6,8 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from hhh_router.types import Action
+
 SCHEMA: Final = "hhh-router/metadata/1"
 
 
@@ -78,8 +80,10 @@ class Metadata(_Block):
 
     @property
     def action(self) -> str:
-        """The action that holds for the request: that of the last decision."""
-        return self.decisions[-1].action if self.decisions else "allow"
+        """The action that holds for the request: the first that stops it, else a flag, else the last decision's."""
+        actions = [Action(d.action) for d in self.decisions]
+        telling = [a for a in actions if a.stops] + [a for a in actions if a is Action.FLAG] + actions[-1:]
+        return str(telling[0]) if telling else "allow"
 
     def as_json(self) -> dict[str, Any]:
         """JSON-ready dict, keys in the order of the schema."""
