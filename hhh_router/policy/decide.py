@@ -63,7 +63,8 @@ def bounds(policy: Policy, evidence: Evidence, floors: Mapping[str, float] | Non
         floors: Further lower bounds per expert, such as the ``raises`` of a ``regenerate``.
 
     Raises:
-        ReaderError: A floor hangs on a quantity that was not measured.
+        ReaderError: A floor hangs on a quantity that was not measured. (Where a response alone was read, such a floor
+            does not hold: needs are the request's, and nothing is generated under these weights.)
     """
     facts = Facts(
         needs=evidence.needs,
@@ -77,7 +78,7 @@ def bounds(policy: Policy, evidence: Evidence, floors: Mapping[str, float] | Non
     held = []
     for floor in policy.floors:
         verdict = all_hold(floor.when, facts)
-        if verdict is None:
+        if verdict is None and evidence.mode != "response":  # a response alone says nothing about the request's needs
             raise ReaderError(f"{floor.place} asks for what was not measured ({_unmeasured(floor.when, facts)})")
         if verdict:
             held.append(floor.place)
@@ -109,7 +110,7 @@ def decide(policy: Policy, checkpoint: str, facts: Facts) -> Decision:
     """What the first matching rule of a checkpoint says.
 
     A rule that hangs on a quantity nobody measured is not skipped (that could allow by accident): the policy's
-    ``on_error`` decides.
+    ``on_error`` decides. A policy in shadow mode decides like any other; whoever acts on decisions asks for the mode.
 
     Raises:
         ValueError: The policy has no such checkpoint.
@@ -120,7 +121,7 @@ def decide(policy: Policy, checkpoint: str, facts: Facts) -> Decision:
             found = _unmeasured(rule.when, facts)
             return on_error_decision(policy, checkpoint, f"{rule.place} asks for what was not measured ({found})")
         if verdict:
-            return _in_mode(policy, _decision(checkpoint, rule, facts))
+            return _decision(checkpoint, rule, facts)
     return on_error_decision(policy, checkpoint, "no rule matched")  # the loader demands a default rule
 
 
@@ -153,15 +154,12 @@ def thresholds(policy: Policy, checkpoint: str) -> tuple[Threshold, ...]:
 def on_error_decision(policy: Policy, checkpoint: str, reason: str) -> Decision:
     """What the policy's ``on_error`` says when a part failed: refuse when ``closed``, allow when ``open``."""
     closed = policy.on_error == "closed"
-    return _in_mode(
-        policy,
-        Decision(
-            checkpoint=checkpoint,
-            action=Action.REFUSE if closed else Action.ALLOW,
-            rule="on_error",
-            reason=reason,
-            message=ERROR_MESSAGE if closed else None,
-        ),
+    return Decision(
+        checkpoint=checkpoint,
+        action=Action.REFUSE if closed else Action.ALLOW,
+        rule="on_error",
+        reason=reason,
+        message=ERROR_MESSAGE if closed else None,
     )
 
 
@@ -181,18 +179,6 @@ def _decision(checkpoint: str, rule: Rule, facts: Facts) -> Decision:
         reason=", ".join(asked) or "no other rule matched",
         message=rule.message if rule.message is not None else DEFAULT_MESSAGES.get(rule.then),
         raises={e: rule.raises[e] for e in EXPERTS if e in rule.raises},
-    )
-
-
-def _in_mode(policy: Policy, decision: Decision) -> Decision:
-    """In ``shadow`` a decision that would act is recorded as a flag and does nothing."""
-    if policy.mode == "enforce" or decision.action in (Action.ALLOW, Action.FLAG):
-        return decision
-    return Decision(
-        checkpoint=decision.checkpoint,
-        action=Action.FLAG,
-        rule=decision.rule,
-        reason=f"shadow, would {decision.action}: {decision.reason}",
     )
 
 

@@ -1,0 +1,344 @@
+"""Evidence → weights → decision, as pure functions of one reading."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from hhh_router.calibration import Calibrators
+from hhh_router.errors import ReaderError
+from hhh_router.policy import Bounds, Facts, Policy, attempts, bounds, decide, thresholds
+from hhh_router.protocols import Planner
+from hhh_router.routing import kl_nats, project, tilt
+from hhh_router.types import DIMENSIONS, EXPERTS, OUTCOMES, Decision, Evidence, Plan, Scores, Weights
+
+_FAULTS = (ArithmeticError, LookupError, TypeError, ValueError)
+"""What arithmetic on a broken reading can raise."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """One step from a reading to a decision, for people and for programs."""
+
+    title: str
+    """One or two words, such as ``posterior``."""
+    detail: str
+    """What happened, with the numbers; one or more lines."""
+    data: Mapping[str, Any] = field(default_factory=dict)
+    """The same, JSON-ready."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Worked:
+    """Everything on the way from scores to the input rules."""
+
+    evidence: Evidence
+    bounds: Bounds
+    shares: Mapping[str, float]
+    """What is projected onto the bounds: the tilted posterior, or what the caller pinned."""
+    weights: Weights
+    policy_shift_nats: float
+    confidence: float
+    facts: Facts
+
+
+def make_planner(
+    *,
+    policy: Policy,
+    calibrators: Calibrators,
+    pinned: Weights | None = None,
+    floors: Mapping[str, float] | None = None,
+) -> Planner:
+    """`make_plan` with everything but the scores filled in, to be called mid-pass."""
+    return partial(make_plan, policy=policy, calibrators=calibrators, pinned=pinned, floors=floors)
+
+
+def make_plan(
+    scores: Scores,
+    *,
+    policy: Policy,
+    calibrators: Calibrators,
+    pinned: Weights | None = None,
+    floors: Mapping[str, float] | None = None,
+) -> Plan:
+    """Settle everything about a request at the input checkpoint.
+
+    Args:
+        scores: The router's reading of the prompt.
+        policy: Its prior, bounds and rules.
+        calibrators: Turn scores into probabilities.
+        pinned: Shares the caller wants instead of the router's. They are still held within the policy's bounds, so a
+            caller can ask for less of a floor but never get it.
+        floors: Further lower bounds per expert, such as the ``raises`` of a ``regenerate``.
+
+    Raises:
+        ReaderError: Nothing can be concluded from the reading (a score is not finite, say). There is no plan then, so
+            nothing is generated; what the caller is told is for the policy's ``on_error``.
+    """
+    worked = _work_out(scores, policy=policy, calibrators=calibrators, pinned=pinned, floors=floors or {})
+    return Plan(
+        evidence=worked.evidence,
+        decision=decide(policy, "input", worked.facts),
+        weights=worked.weights,
+        policy_shift_nats=worked.policy_shift_nats,
+        confidence=worked.confidence,
+        enforced=policy.mode == "enforce",
+    )
+
+
+def judge_output(
+    scores: Scores,
+    *,
+    plan: Plan,
+    policy: Policy,
+    calibrators: Calibrators,
+    logprobs: Sequence[float] = (),
+) -> tuple[Evidence, float, Decision]:
+    """What the output checkpoint says about a reply, or the part of it read so far.
+
+    Args:
+        scores: The reading of prompt and reply (or of a reply alone).
+        plan: What is applied.
+        policy: The same as the plan's.
+        calibrators: Turn scores into probabilities.
+        logprobs: Of the reply's tokens, in nats; empty where they are not known.
+
+    Returns:
+        Evidence, confidence in [0, 1], decision.
+
+    Raises:
+        ReaderError: Nothing can be concluded from the reading.
+    """
+    try:
+        evidence = calibrators.evidence(scores)
+        confidence = calibrators.confidence(
+            evidence,
+            weights=plan.weights,
+            policy_shift_nats=plan.policy_shift_nats,
+            limits=_limits(policy, "output", evidence),
+            logprobs=logprobs,
+        ).value
+    except _FAULTS as error:
+        raise _unusable(error) from error
+    return evidence, confidence, decide(policy, "output", _facts(evidence, plan.weights, confidence))
+
+
+def explain(
+    scores: Scores,
+    *,
+    policy: Policy,
+    calibrators: Calibrators,
+    pinned: Weights | None = None,
+) -> list[Step]:
+    """How one prompt's reading leads to its weights and decision, step by step.
+
+    Raises:
+        ReaderError: Nothing can be concluded from the reading.
+    """
+    worked = _work_out(scores, policy=policy, calibrators=calibrators, pinned=pinned, floors={})
+    decision = decide(policy, "input", worked.facts)
+    return [
+        _evidence_step(worked.evidence),
+        _posterior_step(worked.evidence, calibrators.gate),
+        _prior_step(worked, policy, calibrators) if pinned is None else _pinned_step(worked),
+        _bounds_step(worked.bounds, policy),
+        _weights_step(worked),
+        _confidence_step(worked, policy),
+        *_rule_steps(policy, worked.facts),
+        _decision_step(policy, decision),
+    ]
+
+
+def _work_out(
+    scores: Scores,
+    *,
+    policy: Policy,
+    calibrators: Calibrators,
+    pinned: Weights | None,
+    floors: Mapping[str, float],
+) -> _Worked:
+    try:
+        evidence = calibrators.evidence(scores)
+        within = bounds(policy, evidence, floors)
+        if pinned is None:
+            shares = tilt(
+                evidence.posterior,
+                prior=policy.prior,
+                train_prior=calibrators.train_prior,
+                strength=policy.strength,
+            )
+        else:
+            shares = pinned.as_dict()
+        weights = project(shares, within.lower, within.upper)
+        shift = kl_nats(weights, evidence.posterior)
+        confidence = calibrators.confidence(
+            evidence,
+            weights=weights,
+            policy_shift_nats=shift,
+            limits=_limits(policy, "input", evidence),
+        ).value
+    except _FAULTS as error:
+        raise _unusable(error) from error
+    return _Worked(
+        evidence=evidence,
+        bounds=within,
+        shares=shares,
+        weights=weights,
+        policy_shift_nats=shift,
+        confidence=confidence,
+        facts=_facts(evidence, weights, confidence),
+    )
+
+
+def _unusable(error: Exception) -> ReaderError:
+    return ReaderError(
+        f"nothing can be concluded from the reading ({type(error).__name__}: {error})",
+        hint="check the bundle with hhh-router bundle verify",
+    )
+
+
+def _facts(evidence: Evidence, weights: Weights, confidence: float) -> Facts:
+    return Facts(
+        needs=evidence.needs,
+        outcomes=evidence.outcomes,
+        weights=weights,
+        confidence=confidence,
+        in_distribution=evidence.in_distribution,
+        mode=evidence.mode,
+    )
+
+
+def _limits(policy: Policy, checkpoint: str, evidence: Evidence) -> list[tuple[float, float]]:
+    """(probability found, limit) for each number that the checkpoint's rules compare."""
+    found = {f"needs.{d}": p for d, p in evidence.needs.items()}
+    found |= {f"outcomes.{o}": p for o, p in evidence.outcomes.items()}
+    limits = thresholds(policy, checkpoint)
+    return [(found[limit.quantity], limit.value) for limit in limits if limit.quantity in found]
+
+
+# -- explanation ----------------------------------------------------------------------------------------------------
+
+
+def _evidence_step(evidence: Evidence) -> Step:
+    needs: dict[str, float] = {d: evidence.needs[d] for d in DIMENSIONS if d in evidence.needs}
+    outcomes = {o: evidence.outcomes[o] for o in OUTCOMES if o in evidence.outcomes}
+    quality = "calibrated" if evidence.calibrated else "NOT calibrated"
+    inside = "inside" if evidence.in_distribution else "OUTSIDE"
+    return Step(
+        title="evidence",
+        detail=(
+            f"needs     {_row(needs)}\noutcomes  {_row(outcomes)}\n"
+            f"{quality}, {inside} the support of the calibration data"
+        ),
+        data={
+            "mode": evidence.mode,
+            "needs": needs,
+            "outcomes": outcomes,
+            "calibrated": evidence.calibrated,
+            "in_distribution": evidence.in_distribution,
+        },
+    )
+
+
+def _posterior_step(evidence: Evidence, gate: str) -> Step:
+    shares = evidence.posterior.as_dict()
+    how = "in proportion to the odds of each need, base to 1" if gate == "odds" else f"by the gate {gate}"
+    return Step(title="posterior", detail=f"{_row(shares)}\n{how}", data={"posterior": shares, "gate": gate})
+
+
+def _prior_step(worked: _Worked, policy: Policy, calibrators: Calibrators) -> Step:
+    total = sum(policy.prior.values())
+    prior = {e: policy.prior[e] / total for e in EXPERTS}
+    train = calibrators.train_prior.as_dict()
+    return Step(
+        title="prior",
+        detail=(
+            f"policy    {_row(prior)}\ntraining  {_row(train)}\n"
+            f"posterior · (policy / training)^{policy.strength:g}\n→         {_row(worked.shares)}"
+        ),
+        data={"prior": prior, "train_prior": train, "strength": policy.strength, "shares": dict(worked.shares)},
+    )
+
+
+def _pinned_step(worked: _Worked) -> Step:
+    return Step(
+        title="pinned",
+        detail=f"{_row(worked.shares)}\nasked for by the caller in place of the router's share",
+        data={"shares": dict(worked.shares)},
+    )
+
+
+def _bounds_step(within: Bounds, policy: Policy) -> Step:
+    lines = [f"least     {_row(within.lower)}", f"most      {_row(within.upper)}"]
+    for floor in policy.floors:
+        why = ", ".join(map(str, floor.when))
+        verdict = f"raises to {_row(floor.raises)}" if floor.place in within.raised else "does not hold"
+        lines.append(f"{floor.place} ({why}) {verdict}")
+    data = {"lower": dict(within.lower), "upper": dict(within.upper), "raised": list(within.raised)}
+    return Step(title="bounds", detail="\n".join(lines), data=data)
+
+
+def _weights_step(worked: _Worked) -> Step:
+    weights = worked.weights
+    return Step(
+        title="weights",
+        detail=(
+            f"{_row(weights.as_dict())}\nmixture {weights.mixture}, "
+            f"{worked.policy_shift_nats:.3f} nats away from the posterior"
+        ),
+        data={
+            "weights": weights.as_dict(),
+            "mixture": weights.mixture,
+            "policy_shift_nats": worked.policy_shift_nats,
+        },
+    )
+
+
+def _confidence_step(worked: _Worked, policy: Policy) -> Step:
+    limits = [f"{t.quantity} {t.op} {t.value:g}" for t in thresholds(policy, "input")]
+    return Step(
+        title="confidence",
+        detail=f"{worked.confidence:.3f} that every verdict here is right; limits: {', '.join(limits) or 'none'}",
+        data={"confidence": worked.confidence, "limits": limits},
+    )
+
+
+def _rule_steps(policy: Policy, facts: Facts) -> list[Step]:
+    words = {True: "matches", False: "does not match", None: "cannot be told"}
+    steps = []
+    for attempt in attempts(policy, "input", facts):
+        asked = attempt.found or ("asks nothing, the default",)
+        steps.append(
+            Step(
+                title=f"{attempt.rule.place} → {attempt.rule.then}",
+                detail="\n".join((*asked, words[attempt.holds])),
+                data={
+                    "rule": attempt.rule.place,
+                    "then": str(attempt.rule.then),
+                    "found": list(attempt.found),
+                    "matches": attempt.holds,
+                },
+            )
+        )
+    return steps
+
+
+def _decision_step(policy: Policy, decision: Decision) -> Step:
+    shadow = " (shadow: recorded, not enforced)" if policy.mode == "shadow" else ""
+    lines = [f"{decision.action}{shadow} by {decision.rule}: {decision.reason}"]
+    if decision.message is not None:
+        lines.append(f"tells the caller: {decision.message}")
+    data = {
+        "action": str(decision.action),
+        "rule": decision.rule,
+        "reason": decision.reason,
+        "message": decision.message,
+        "enforced": policy.mode == "enforce",
+    }
+    return Step(title="decision", detail="\n".join(lines), data=data)
+
+
+def _row(numbers: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.3f}" for name, value in numbers.items()) or "not measured"
