@@ -107,7 +107,7 @@ class HeadCalibration(BaseModel):
     def apply(self, logit: float) -> float:
         """P(label = 1) for a raw logit, strictly inside (0, 1) for any finite logit, never falling as the logit rises.
 
-        Sources: temperature, Guo et al. 2017, section 4.2; Platt 1999; beta, Kull et al. 2017, section 3 (its
+        Sources: temperature, Guo et al. 2017, section 4.2; Platt 1999; beta, Kull et al. 2017 (their
         ``a·ln s − b·ln(1−s) + c`` with s = σ(logit), written with ``softplus`` so that it stays finite).
         """
         p = self.params

@@ -188,7 +188,7 @@ def _design(method: Method, x: Floats) -> Floats:
 def _solve(method: Method, x: Floats, y: Floats) -> Floats:
     """Weights of the design's columns that minimise NLL against Platt's smoothed targets, slopes held >= 0.
 
-    The targets (N₊+1)/(N₊+2) and 1/(N₋+2) in place of 1 and 0 (Platt 1999, section 2.2) keep slopes finite on
+    The targets (N₊+1)/(N₊+2) and 1/(N₋+2) in place of 1 and 0 (Platt 1999) keep slopes finite on
     separable data. Both losses are convex, so the start does not matter.
     """
     positives = y.sum()

@@ -177,7 +177,7 @@ def aurc(confidences: ArrayLike, right: ArrayLike) -> float:
     >>> round(aurc([0.9, 0.8, 0.7], [1, 1, 0]), 6)
     0.111111
 
-    Source: Geifman & El-Yaniv 2017, section 2; the mean over coverages 1/n … 1.
+    Source: Geifman et al. 2019; the mean over coverages 1/n … 1.
     """
     c, y = _pair(confidences, right)
     _, place, counts = np.unique(-c, return_inverse=True, return_counts=True)
