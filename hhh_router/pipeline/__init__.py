@@ -1,1 +1,123 @@
-"""pipeline."""
+"""The one internal path that serves every door: plan, hold back, judge, release, record."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+
+from hhh_router.calibration import Calibrators
+from hhh_router.pipeline.chat import run_chat
+from hhh_router.pipeline.guard import run_guard, run_route
+from hhh_router.pipeline.parts import Parts
+from hhh_router.pipeline.results import (
+    ChatDelta,
+    ChatEvent,
+    ChatFinished,
+    ChatResult,
+    ChatStarted,
+    GuardResult,
+    RouteResult,
+    Usage,
+)
+from hhh_router.pipeline.store import PolicyStore
+from hhh_router.protocols import Generator, Reader
+from hhh_router.settings import Settings
+from hhh_router.trace import Sink
+from hhh_router.trace.block import BundleRef
+from hhh_router.types import ChatRequest, GuardRequest
+
+__all__ = [
+    "ChatDelta",
+    "ChatEvent",
+    "ChatFinished",
+    "ChatResult",
+    "ChatStarted",
+    "GuardResult",
+    "Pipeline",
+    "PolicyStore",
+    "RouteResult",
+    "Usage",
+]
+
+
+class Pipeline:
+    """Answers chats and judges texts; every door holds one.
+
+    Args:
+        reader: Scores texts.
+        generator: Answers requests, asking a planner mid-pass.
+        calibrators: Turn scores into evidence.
+        policies: What callers may pick.
+        bundle_ref: Name and whole sha256 of the bundle behind reader and generator.
+        backbone_sha256: Of the backbone's weights; None where only a revision is pinned.
+        sinks: Where the record of each finished request goes.
+        settings: Limits and deadlines.
+        answers_elsewhere: True when the generator asks an upstream model, so that no mixture is applied.
+        closers: Awaited once by `aclose`, in order.
+    """
+
+    def __init__(
+        self,
+        *,
+        reader: Reader,
+        generator: Generator,
+        calibrators: Calibrators,
+        policies: PolicyStore,
+        bundle_ref: BundleRef,
+        backbone_sha256: str | None,
+        sinks: Sequence[Sink],
+        settings: Settings,
+        answers_elsewhere: bool = False,
+        closers: Sequence[Callable[[], Awaitable[None]]] = (),
+    ) -> None:
+        self._closers = list(closers)
+        self._parts = Parts(
+            reader=reader,
+            generator=generator,
+            calibrators=calibrators,
+            policies=policies,
+            bundle_ref=bundle_ref,
+            backbone_sha256=backbone_sha256,
+            sinks=tuple(sinks),
+            settings=settings,
+            answers_elsewhere=answers_elsewhere,
+        )
+
+    @property
+    def parts(self) -> Parts:
+        """The collaborators it was made of."""
+        return self._parts
+
+    @property
+    def policies(self) -> PolicyStore:
+        """What callers may pick."""
+        return self._parts.policies
+
+    @property
+    def settings(self) -> Settings:
+        """Limits and deadlines."""
+        return self._parts.settings
+
+    def chat(self, request: ChatRequest, *, stream: bool = True) -> AsyncGenerator[ChatEvent, None]:
+        """Answer one request: `ChatStarted`, `ChatDelta` events of cleared text only, then `ChatFinished`.
+
+        Closing the iterator cancels the work. See `run_chat` for what it raises.
+
+        Args:
+            request: What the caller asked.
+            stream: Let text out window by window. False holds all of it to the end, so that ``regenerate`` can still
+                act on the last window.
+        """
+        return run_chat(self._parts, request, stream=stream)
+
+    async def guard(self, requests: Sequence[GuardRequest]) -> list[GuardResult]:
+        """Judge prompts and/or responses, all in one batch. See `run_guard` for what it raises."""
+        return await run_guard(self._parts, requests)
+
+    async def route(self, requests: Sequence[GuardRequest]) -> list[RouteResult]:
+        """Needs, posterior and weights of each prompt, all in one batch. See `run_route` for what it raises."""
+        return await run_route(self._parts, requests)
+
+    async def aclose(self) -> None:
+        """Close what reader and generator hold open; does nothing the second time."""
+        while self._closers:
+            await self._closers.pop(0)()

@@ -1,0 +1,95 @@
+"""The one place where concrete parts meet: settings → Pipeline."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+
+from hhh_router.bundle import Bundle
+from hhh_router.calibration import Calibrators
+from hhh_router.errors import BundleError, MissingExtra
+from hhh_router.pipeline import Pipeline, PolicyStore
+from hhh_router.protocols import Generator
+from hhh_router.settings import Settings
+from hhh_router.trace import LogSink, Sink
+from hhh_router.trace.block import BundleRef
+
+_log = logging.getLogger(__name__)
+
+
+def build_pipeline(settings: Settings, *, upstream: str | None = None, sinks: Sequence[Sink] | None = None) -> Pipeline:
+    """Load policies, bundle and model, and put the path together. Blocks for seconds; imports torch.
+
+    Args:
+        settings: Where and how it runs.
+        upstream: Base URL of an OpenAI-compatible server that answers in place of the bundle's own mixture, such as
+            ``http://127.0.0.1:9000/v1``. The embedded model then only reads.
+        sinks: Where traces go; one INFO line a request by default.
+
+    Raises:
+        PolicyError: A policy is wrong.
+        BundleError: The bundle is missing, corrupt, for another backbone, or not calibrated for these heads.
+        SettingsError: The upstream is no URL.
+        MissingExtra: torch or aiohttp is not installed.
+    """
+    policies = PolicyStore.from_settings(settings)  # the cheapest check first
+    bundle = Bundle.load(settings.bundle)
+    bundle.verify()
+    calibrators = load_calibrators(bundle, settings)
+    try:
+        from hhh_router.model.worker import load_embedded
+    except ImportError as error:
+        raise MissingExtra("model", needed_for="the embedded model") from error
+    model = load_embedded(bundle, settings)
+    generator: Generator = model.generator
+    closers: list[Callable[[], Awaitable[None]]] = [model.aclose]
+    if upstream is not None:
+        try:
+            from hhh_router.upstream.openai import UpstreamGenerator
+        except ImportError as error:
+            raise MissingExtra("serve", needed_for="an upstream") from error
+        key = settings.upstream_api_key
+        generator = other = UpstreamGenerator(
+            model.reader, upstream, api_key=key, timeout_s=settings.request_timeout_s, max_bytes=settings.max_body_bytes
+        )
+        closers.insert(0, other.aclose)
+    return Pipeline(
+        reader=model.reader,
+        generator=generator,
+        calibrators=calibrators,
+        policies=policies,
+        bundle_ref=BundleRef(name=bundle.manifest.name, hash=bundle.sha256),
+        backbone_sha256=bundle.manifest.backbone.sha256,
+        sinks=(LogSink(),) if sinks is None else sinks,
+        settings=settings,
+        answers_elsewhere=upstream is not None,
+        closers=closers,
+    )
+
+
+def load_calibrators(bundle: Bundle, settings: Settings) -> Calibrators:
+    """The bundle's calibrators, checked against its heads and precision.
+
+    Raises:
+        BundleError: There are none, or they were fitted for other heads or another precision, and the settings do not
+            allow uncalibrated numbers.
+    """
+    manifest = bundle.manifest
+    if manifest.heads is None:
+        raise BundleError(
+            f"{bundle.root}: the bundle has no router heads", hint="train them: hhh-router train router RECIPE"
+        )
+    if manifest.calibrators is None:
+        if not settings.allow_uncalibrated:
+            raise BundleError(
+                f"{bundle.root}: the bundle has no calibrators",
+                hint="run hhh-router calibrate, or set HHH_ROUTER_ALLOW_UNCALIBRATED=true to go on without",
+            )
+        _log.warning("%s: no calibrators; every number is labelled uncalibrated", bundle.root)
+        return Calibrators.none()
+    return Calibrators.load(
+        bundle.root / manifest.calibrators.path,
+        heads_sha256=manifest.heads.sha256,
+        dtype=manifest.backbone.dtype,
+        allow_uncalibrated=settings.allow_uncalibrated,
+    )

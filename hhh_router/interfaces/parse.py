@@ -1,0 +1,141 @@
+"""What every door makes of loosely typed input: messages, weights, stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from hhh_router.errors import InvalidRequest
+from hhh_router.types import Message, Weights
+
+ROLE_NAMES = {"developer": "system"}
+"""Other names of roles → ours: OpenAI's newer models call the system turn ``developer``."""
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+_KNOWN_KEYS = frozenset({"role", "content"})
+
+MessageLike = Message | Mapping[str, Any]
+
+
+def parse_messages(
+    rows: Sequence[MessageLike], *, where: str = "messages", tools_allowed: bool = False
+) -> tuple[tuple[Message, ...], tuple[str, ...]]:
+    """Turns with plain text, and what of the input nobody will read.
+
+    >>> parse_messages([{"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "image_url"}]}])
+    ((Message(role='user', content='Hi'),), ('messages[0].content[1]: image_url',))
+
+    Args:
+        rows: Messages, or mappings with ``role`` and ``content`` (a string, or a list of parts).
+        where: What to call the list in messages.
+        tools_allowed: Accept turns that call tools (an upstream understands them); their calls are not read.
+
+    Raises:
+        InvalidRequest: Not a list of messages.
+    """
+    if not isinstance(rows, Sequence) or isinstance(rows, str | bytes):
+        raise InvalidRequest(f"{where}: found {_kind(rows)}", hint="send a list of messages")
+    messages: list[Message] = []
+    unread: list[str] = []
+    for i, row in enumerate(rows):
+        here = f"{where}[{i}]"
+        if isinstance(row, Message):
+            row = {"role": row.role, "content": row.content}
+        if not isinstance(row, Mapping):
+            raise InvalidRequest(f"{here}: found {_kind(row)}", hint="send objects with 'role' and 'content'")
+        role = row.get("role")
+        if not isinstance(role, str):
+            raise InvalidRequest(f"{here}.role: found {_kind(role)}", hint="send system, user, assistant or tool")
+        if row.get("tool_calls") and not tools_allowed:
+            raise InvalidRequest(f"{here}.tool_calls: tools are not supported yet", hint="send turns with text only")
+        messages.append(Message(role=ROLE_NAMES.get(role, role), content=_text(row.get("content"), here, unread)))
+        unread += [f"{here}.{key}" for key in row if key not in _KNOWN_KEYS and row[key] is not None]
+    return tuple(messages), tuple(unread)
+
+
+def _text(content: object, here: str, unread: list[str]) -> str:
+    if content is None:
+        return ""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, Sequence) or isinstance(content, bytes | bytearray):
+        raise InvalidRequest(f"{here}.content: found {_kind(content)}", hint="send text, or a list of parts")
+    texts = []
+    for j, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if not isinstance(kind, str):
+            raise InvalidRequest(f"{here}.content[{j}]: found {_kind(part)}", hint="send parts with a 'type'")
+        text = part.get(_TEXT_PARTS.get(kind, ""))
+        if isinstance(text, str):
+            texts.append(text)
+        else:
+            unread.append(f"{here}.content[{j}]: {kind}")
+    return "\n".join(texts)
+
+
+def parse_prompt(prompt: object, *, where: str = "prompt") -> tuple[tuple[Message, ...], tuple[str, ...]]:
+    """A prompt as turns: a string is one user turn.
+
+    Raises:
+        InvalidRequest: Neither text nor messages.
+    """
+    if isinstance(prompt, str):
+        return (Message(role="user", content=prompt),), ()
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
+        raise InvalidRequest(f"{where}: found {_kind(prompt)}", hint="send text, or a list of messages")
+    return parse_messages(prompt, where=where)
+
+
+def parse_weights(given: object, *, where: str = "weights") -> Weights | None:
+    """Weights from a mixture name, or from shares per expert; None stays None.
+
+    >>> parse_weights("hhh@0-8-4-4").helpful
+    0.5
+
+    Raises:
+        InvalidRequest: They are no distribution over the experts.
+    """
+    try:
+        match given:
+            case None | Weights():
+                return given
+            case str():
+                return Weights.from_mixture(given)
+            case Mapping():
+                return Weights.from_mapping({str(k): _share(v) for k, v in given.items()})
+    except ValueError as error:
+        raise InvalidRequest(
+            f"{where}: {error}", hint="send shares that sum to 1, or a mixture name such as hhh@2-6-5-3"
+        ) from error
+    raise InvalidRequest(f"{where}: found {_kind(given)}", hint="send shares per expert, or a mixture name")
+
+
+def parse_stop(given: object) -> tuple[str, ...]:
+    """Stop strings from none, one or several.
+
+    Raises:
+        InvalidRequest: Neither.
+    """
+    if given is None:
+        return ()
+    if isinstance(given, str):
+        return (given,)
+    if isinstance(given, Sequence) and not isinstance(given, bytes | bytearray):
+        return tuple(given)
+    raise InvalidRequest(f"stop: found {_kind(given)}", hint="send a string or a list of strings")
+
+
+def _share(value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f"a share is {_kind(value)}, not a number")
+    return float(value)
+
+
+def _kind(value: object) -> str:
+    """What was found, without repeating what someone wrote.
+
+    >>> _kind(None), _kind([1]), _kind(b"x")
+    ('null', 'a list', 'bytes')
+    """
+    names = {type(None): "null", list: "a list", tuple: "a list", dict: "an object", str: "a string", bytes: "bytes"}
+    names |= {bool: "a boolean", int: "a number", float: "a number"}
+    return names.get(type(value), type(value).__name__)

@@ -1,0 +1,247 @@
+"""One chat: plan mid-pass, hold the reply back, judge each window, and let out only what was cleared."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+from dataclasses import replace
+
+from hhh_router.errors import BackendTimeout, GeneratorError, ReaderError
+from hhh_router.pipeline.onerror import JUDGING_FAILURES, check_scores, failed_decision, unread_plan
+from hhh_router.pipeline.parts import Parts
+from hhh_router.pipeline.plan import judge_output, make_plan
+from hhh_router.pipeline.record import Record
+from hhh_router.pipeline.release import Release
+from hhh_router.pipeline.results import ChatDelta, ChatEvent, ChatFinished, ChatStarted, Usage
+from hhh_router.pipeline.validate import check_chat
+from hhh_router.policy import Policy
+from hhh_router.protocols import Delta, Event, Finished, Planned, Unread, Window
+from hhh_router.types import Action, ChatRequest, Decision, Plan, Scores
+
+_log = logging.getLogger(__name__)
+
+STOPPED = "This request was stopped by the policy of this service."
+"""What the caller reads when a decision stops the reply and carries no message."""
+
+
+async def run_chat(parts: Parts, request: ChatRequest, *, stream: bool) -> AsyncGenerator[ChatEvent, None]:
+    """Answer one request: `ChatStarted`, then `ChatDelta` events of cleared text, then `ChatFinished`.
+
+    Args:
+        parts: The deployment.
+        request: What the caller asked.
+        stream: Let text out window by window. False holds all of it to the end, so that ``regenerate`` can still
+            act on the last window.
+
+    Raises:
+        RequestError: The request cannot be answered as it stands.
+        BackendTimeout: ``settings.request_timeout_s`` passed.
+        BackendError: The generator failed and the policy's ``on_error`` is open, or an upstream failed. Nothing that
+            was not cleared has been let out.
+    """
+    policy = parts.policies.get(request.policy)
+    check_chat(request, max_bytes=parts.settings.max_body_bytes, any_order=parts.answers_elsewhere)
+    request = replace(request, request_id=request.request_id or parts.new_id())
+    async with aclosing(_Run(parts, request, policy, stream=stream).events()) as events:
+        async for event in events:
+            yield event
+
+
+class _Run:
+    """The state of one chat."""
+
+    def __init__(self, parts: Parts, request: ChatRequest, policy: Policy, *, stream: bool) -> None:
+        self._parts = parts
+        self._request = request
+        self._policy = policy
+        self._stream = stream
+        self._enforce = policy.mode == "enforce"
+        self._deadline = asyncio.get_running_loop().time() + parts.settings.request_timeout_s
+        self._record = Record(parts, request, policy)
+        self._release = Release()
+        self._logprobs: list[float] = []
+        self._floors: Mapping[str, float] = {}
+        self._verdict: Decision | None = None
+        self._finished: Finished | None = None
+        self._cleared: list[ChatDelta] = []
+        self._out = False  # something has reached the caller
+        self._regenerated = False
+        self._spent_tokens = 0  # by an attempt that was thrown away
+
+    async def events(self) -> AsyncGenerator[ChatEvent, None]:
+        try:
+            while True:
+                async with aclosing(self._attempt()) as deltas:
+                    async for delta in deltas:
+                        self._cleared.append(delta)
+                        if self._stream:
+                            if not self._out:
+                                self._out = True
+                                yield ChatStarted(metadata=self._record.metadata())
+                            self._record.first_text()
+                            yield delta
+                if self._verdict is None or self._verdict.action is not Action.REGENERATE:
+                    break
+                self._begin_again(self._verdict)
+            async with aclosing(self._ending()) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self._record.close()
+
+    async def _attempt(self) -> AsyncGenerator[ChatDelta, None]:
+        """Run the generator once; sets ``_verdict`` when a decision ends it, ``_finished`` when it came to its end."""
+        self._verdict = self._finished = None
+        generated = self._parts.generator.generate(
+            self._request, self._planner, window_tokens=self._policy.window_tokens
+        )
+        try:
+            async with aclosing(generated):
+                while self._verdict is None and (event := await self._next(generated)) is not None:
+                    for delta in self._take(event):
+                        yield ChatDelta(text=delta.text, raw=delta.raw)
+            if self._verdict is None and self._finished is None:
+                raise GeneratorError("the reply broke off: the generator ended without saying so")
+        except (ReaderError, GeneratorError) as error:
+            _log.warning("%s: %s", self._request.request_id, error.message)
+            decision = self._fail(error)
+            if not (self._enforce and decision.action.stops):
+                raise  # the policy would go on, but there is no reply to go on with
+            self._verdict = decision
+
+    async def _next(self, generated: AsyncGenerator[Event, None]) -> Event | None:
+        try:
+            async with asyncio.timeout_at(self._deadline) as deadline:
+                return await anext(generated, None)
+        except TimeoutError as error:
+            if not deadline.expired():
+                raise
+            raise BackendTimeout(
+                f"no end of the reply after {self._parts.settings.request_timeout_s:g} s",
+                hint="ask for fewer tokens, or raise HHH_ROUTER_REQUEST_TIMEOUT_S",
+            ) from error
+
+    def _take(self, event: Event) -> list[Delta]:
+        """Act on one event; returns what it cleared."""
+        match event:
+            case Planned():
+                self._take_plan(event)
+                return []
+            case Unread():
+                return self._take_unread(event)
+            case Finished():
+                return self._take_end(event)
+        if self._record.plan is None:
+            raise GeneratorError("the generator sent text before it had asked the planner")
+        if isinstance(event, Window):
+            return self._take_window(event)
+        self._release.hold(event)
+        if event.logprob is not None:
+            self._logprobs.append(event.logprob)
+        return [] if self._enforce else self._release.take_all()
+
+    def _take_plan(self, event: Planned) -> None:
+        self._record.planned(
+            event.plan, layers_run=event.layers_run, read_ms=event.read_ms, prompt_tokens=event.prompt_tokens
+        )
+        self._decide(event.plan.decision)
+
+    def _take_window(self, event: Window) -> list[Delta]:
+        plan = self._record.plan
+        assert plan is not None
+        with self._record.timed("judge"):
+            try:
+                check_scores(event.scores)
+                evidence, confidence, decision = judge_output(
+                    event.scores,
+                    plan=plan,
+                    policy=self._policy,
+                    calibrators=self._parts.calibrators,
+                    logprobs=self._logprobs,
+                )
+                self._record.read_again(evidence, confidence)
+            except JUDGING_FAILURES as error:
+                _log.warning("%s: output not judged: %s", self._request.request_id, error)
+                decision = failed_decision(self._policy, "output", error)
+        self._decide(decision)
+        return [] if self._verdict else self._release.clear(covered_tokens=event.completion_tokens)
+
+    def _take_unread(self, event: Unread) -> list[Delta]:
+        self._fail(event.error, prompt_tokens=event.prompt_tokens)
+        return [] if self._verdict else self._release.clear(covered_tokens=event.completion_tokens)
+
+    def _take_end(self, event: Finished) -> list[Delta]:
+        self._finished = event
+        self._record.finished(event)
+        if self._enforce and self._release.uncleared:
+            raise GeneratorError("the reply ended before its last part was read")
+        return self._release.take_all()  # text-free chunks, such as an upstream's usage
+
+    def _decide(self, decision: Decision) -> None:
+        """Write a decision down and, if it acts, make it the verdict of this attempt. In shadow mode none acts."""
+        if decision.action is Action.REGENERATE and (self._regenerated or self._out):
+            why = "text was already released" if self._out else "the second reply is no better"
+            decision = replace(decision, action=Action.REFUSE, reason=f"{decision.reason}; not regenerated: {why}")
+        self._record.decided(decision)
+        if self._enforce and (decision.action.stops or decision.action is Action.REGENERATE):
+            self._verdict = decision
+
+    def _fail(self, error: Exception, *, prompt_tokens: int = 0) -> Decision:
+        checkpoint = "input" if self._record.plan is None else "output"
+        decision = failed_decision(self._policy, checkpoint, error)
+        if self._record.plan is None:
+            plan = unread_plan(self._policy, decision)
+            self._record.planned(plan, layers_run=0, read_ms=None, prompt_tokens=prompt_tokens)
+        self._decide(decision)
+        return decision
+
+    def _planner(self, scores: Scores) -> Plan:
+        """Handed to the generator, which calls it mid-pass on the model's thread. Never raises."""
+        try:
+            check_scores(scores)
+            plan = make_plan(
+                scores,
+                policy=self._policy,
+                calibrators=self._parts.calibrators,
+                pinned=self._request.weights,
+                floors=self._floors,
+            )
+        except JUDGING_FAILURES as error:
+            _log.warning("%s: not planned: %s", self._request.request_id, error)
+            plan = unread_plan(self._policy, failed_decision(self._policy, "input", error))
+        return plan
+
+    def _begin_again(self, verdict: Decision) -> None:
+        """Throw the reply away and raise the floors: nothing of it has left."""
+        self._regenerated = True
+        self._floors = verdict.raises
+        self._spent_tokens += self._release.tokens
+        self._release = Release()
+        self._cleared.clear()
+        self._logprobs.clear()
+        self._record.begin_again()
+
+    async def _ending(self) -> AsyncGenerator[ChatEvent, None]:
+        refusal = None
+        if self._verdict is not None:
+            refusal = self._verdict.message or STOPPED
+            if not self._out:
+                self._cleared.clear()  # nothing left yet, so the message stands alone
+            parted = any(delta.text for delta in self._cleared)
+            self._cleared.append(ChatDelta(text=f"\n\n{refusal}" if parted else refusal, is_refusal=True))
+        pending = self._cleared if not self._out else self._cleared[-1:] if refusal else []
+        text = "".join(delta.text for delta in self._cleared)
+        finish_reason = "content_filter" if refusal is not None else self._finished.reason if self._finished else "stop"
+        usage = Usage(
+            prompt_tokens=self._finished.prompt_tokens if self._finished else self._record.prompt_tokens,
+            completion_tokens=self._spent_tokens + self._release.tokens,
+        )
+        self._record.first_text()
+        metadata = self._record.finish(text)
+        if not self._out:
+            yield ChatStarted(metadata=metadata)
+        for delta in pending:
+            yield delta
+        yield ChatFinished(text=text, finish_reason=finish_reason, usage=usage, metadata=metadata, refusal=refusal)

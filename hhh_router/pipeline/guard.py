@@ -1,0 +1,169 @@
+"""Guard and route: the same path without weights being applied or text being made, batched."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+
+from hhh_router.errors import BackendTimeout, InvalidRequest, ReaderError
+from hhh_router.pipeline.onerror import (
+    JUDGING_FAILURES,
+    check_scores,
+    failed_decision,
+    unread_plan,
+)
+from hhh_router.pipeline.parts import Parts
+from hhh_router.pipeline.plan import judge_output, make_plan
+from hhh_router.pipeline.record import Record
+from hhh_router.pipeline.results import GuardResult, RouteResult
+from hhh_router.pipeline.validate import check_guard
+from hhh_router.policy import Policy
+from hhh_router.trace.block import Metadata
+from hhh_router.types import Decision, GuardRequest, Plan, ReadRequest, Scores
+
+_log = logging.getLogger(__name__)
+
+
+async def run_guard(parts: Parts, requests: Sequence[GuardRequest]) -> list[GuardResult]:
+    """Judge each text: the input checkpoint where there is a prompt, the output checkpoint where there is a response.
+
+    All readings go to the reader in one call, which batches them.
+
+    Raises:
+        RequestError: One of the texts cannot be judged as it stands; the message says which.
+        BackendTimeout: ``settings.request_timeout_s`` for each text passed.
+    """
+    return [GuardResult(metadata=metadata) for metadata in await _judge_all(parts, requests)]
+
+
+async def run_route(parts: Parts, requests: Sequence[GuardRequest]) -> list[RouteResult]:
+    """Needs, posterior and weights of each prompt, with the input checkpoint's decision.
+
+    Raises:
+        RequestError: One of the prompts cannot be read as it stands; the message says which.
+        BackendTimeout: ``settings.request_timeout_s`` for each prompt passed.
+    """
+    for i, request in enumerate(requests):
+        if not request.read.messages:
+            raise InvalidRequest(f"{_where(i, requests)}no prompt", hint="routing reads prompts")
+    return [RouteResult(metadata=metadata) for metadata in await _judge_all(parts, requests)]
+
+
+async def _judge_all(parts: Parts, requests: Sequence[GuardRequest]) -> list[Metadata]:
+    limit = parts.settings.max_batch_items
+    if len(requests) > limit:
+        raise InvalidRequest(
+            f"{len(requests):,} items, one call may hold {limit:,}",
+            hint="split the list, or raise HHH_ROUTER_MAX_BATCH_ITEMS",
+        )
+    policies = [parts.policies.get(request.policy) for request in requests]
+    for i, request in enumerate(requests):
+        check_guard(request, max_bytes=parts.settings.max_body_bytes, where=_where(i, requests))
+    if not requests:
+        return []
+    records = [Record(parts, request, policy) for request, policy in zip(requests, policies, strict=True)]
+    readings = await _read_all(parts, requests)
+    judged = []
+    for request, policy, record, reading in zip(requests, policies, records, readings, strict=True):
+        record.took("read", reading.took_ms)
+        _judge(parts, request, policy, record, reading)
+        judged.append(record.finish(request.read.response))
+    return judged
+
+
+def _where(i: int, requests: Sequence[GuardRequest]) -> str:
+    return f"items[{i}]." if len(requests) > 1 else ""
+
+
+class _Reading:
+    """What was read of one request: its prompt alone, and its response (with the prompt, when there is one)."""
+
+    __slots__ = ("prompt", "response", "took_ms")
+
+    def __init__(
+        self, prompt: Scores | ReaderError | None, response: Scores | ReaderError | None, took_ms: float
+    ) -> None:
+        self.prompt = prompt
+        self.response = response
+        self.took_ms = took_ms
+
+
+async def _read_all(parts: Parts, requests: Sequence[GuardRequest]) -> list[_Reading]:
+    """Read both views of every request in one call of the reader; a failure is kept in place of each reading."""
+    wanted: list[ReadRequest] = []
+    for request in requests:
+        if request.read.messages:
+            wanted.append(ReadRequest(messages=request.read.messages))
+        if request.read.response is not None:
+            wanted.append(request.read)
+    begun = parts.clock()
+    scores: Sequence[Scores | ReaderError]
+    try:
+        scores = await _read(parts, wanted, timeout_s=parts.settings.request_timeout_s * len(requests))
+    except ReaderError as error:
+        _log.warning("%d texts not read: %s", len(wanted), error.message)
+        scores = [error] * len(wanted)
+    took_ms = (parts.clock() - begun) * 1000
+    found = iter(scores)
+    return [
+        _Reading(
+            next(found) if request.read.messages else None,
+            next(found) if request.read.response is not None else None,
+            took_ms,
+        )
+        for request in requests
+    ]
+
+
+async def _read(parts: Parts, wanted: Sequence[ReadRequest], *, timeout_s: float) -> list[Scores]:
+    try:
+        async with asyncio.timeout(timeout_s) as deadline:
+            scores = await parts.reader.read(wanted)
+    except TimeoutError as error:
+        if not deadline.expired():
+            raise
+        raise BackendTimeout(
+            f"{len(wanted)} readings took longer than {timeout_s:g} s",
+            hint="send fewer texts at once, or raise HHH_ROUTER_REQUEST_TIMEOUT_S",
+        ) from error
+    if len(scores) != len(wanted):
+        raise ReaderError(f"the reader gave {len(scores)} readings for {len(wanted)} texts")
+    return scores
+
+
+def _judge(parts: Parts, request: GuardRequest, policy: Policy, record: Record, reading: _Reading) -> None:
+    """Ask the checkpoints and write down what they said."""
+    first = reading.prompt if reading.prompt is not None else reading.response
+    assert first is not None  # check_guard: there is a prompt or a response
+    plan = _plan(parts, policy, first, checkpoint="input" if request.read.messages else "output")
+    record.planned(plan, layers_run=0 if isinstance(first, ReaderError) else first.layers_run)
+    decisions = [plan.decision] if request.read.messages else []
+    if reading.response is not None:
+        decisions.append(_judge_response(parts, policy, record, reading.response, plan))
+    for decision in decisions:
+        record.decided(decision)
+
+
+def _plan(parts: Parts, policy: Policy, scores: Scores | ReaderError, *, checkpoint: str) -> Plan:
+    try:
+        if isinstance(scores, ReaderError):
+            raise scores
+        check_scores(scores)
+        return make_plan(scores, policy=policy, calibrators=parts.calibrators)
+    except JUDGING_FAILURES as error:
+        return unread_plan(policy, failed_decision(policy, checkpoint, error))
+
+
+def _judge_response(parts: Parts, policy: Policy, record: Record, scores: Scores | ReaderError, plan: Plan) -> Decision:
+    try:
+        if isinstance(scores, ReaderError):
+            raise scores
+        check_scores(scores)
+        evidence, confidence, decision = judge_output(
+            scores, plan=plan, policy=policy, calibrators=parts.calibrators, logprobs=()
+        )
+    except JUDGING_FAILURES as error:
+        return failed_decision(policy, "output", error)
+    record.read_again(evidence, confidence)
+    return decision

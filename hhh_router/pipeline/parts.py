@@ -1,0 +1,39 @@
+"""What every path needs, put together once at start by `assemble`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from time import perf_counter
+from uuid import uuid4
+
+from hhh_router.calibration import Calibrators
+from hhh_router.pipeline.store import PolicyStore
+from hhh_router.protocols import Generator, Reader
+from hhh_router.settings import Settings
+from hhh_router.trace import Sink
+from hhh_router.trace.block import BundleRef
+
+
+def new_request_id() -> str:
+    """A name for one request, unique without coordination."""
+    return f"hhh-{uuid4().hex}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parts:
+    """The collaborators of one deployment."""
+
+    reader: Reader
+    generator: Generator
+    calibrators: Calibrators
+    policies: PolicyStore
+    bundle_ref: BundleRef
+    backbone_sha256: str | None
+    sinks: Sequence[Sink]
+    settings: Settings
+    answers_elsewhere: bool = False
+    """True when an upstream answers: no mixture is applied, and role order is the upstream's business."""
+    clock: Callable[[], float] = field(default=perf_counter)
+    """Monotonic time, in seconds."""
+    new_id: Callable[[], str] = field(default=new_request_id)

@@ -1,0 +1,137 @@
+"""What comes out of the path: the events of one chat, and the verdicts of guard and route."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hhh_router.errors import Blocked
+from hhh_router.protocols import FinishReason
+from hhh_router.trace.block import Metadata
+from hhh_router.types import Action, Decision, Weights
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Tokens one reply cost."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    """Tokens generated, those withheld by a decision included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatStarted:
+    """First event: comes with the first cleared text, or with the end of a reply that has none."""
+
+    metadata: Metadata
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatDelta:
+    """A piece of the reply that a decision has cleared."""
+
+    text: str
+    raw: Mapping[str, Any] | None = None
+    """The upstream's own chunk, when another model answered."""
+    is_refusal: bool = False
+    """True for the policy's message in place of the reply or its rest."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatFinished:
+    """Last event: the whole of what reached the caller, and the final record."""
+
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+    metadata: Metadata
+    refusal: str | None = None
+    """The policy's message, when a decision stopped the reply; it is the end of ``text`` too."""
+
+
+ChatEvent = ChatStarted | ChatDelta | ChatFinished
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Result:
+    """What every result offers; the numbers are read from its metadata block."""
+
+    metadata: Metadata
+    """The ``hhh`` block: what was measured, decided and applied."""
+
+    @property
+    def action(self) -> Action:
+        """The action that holds for the request; under a policy in shadow mode it never stops."""
+        return Action(self.metadata.action)
+
+    @property
+    def needs(self) -> Mapping[str, float]:
+        """P(the request needs this behaviour), calibrated; empty when nothing could be read."""
+        return self.metadata.needs
+
+    @property
+    def outcomes(self) -> Mapping[str, float]:
+        """P(the reply is unsafe / untruthful / unhelpful), calibrated."""
+        return self.metadata.outcomes
+
+    @property
+    def weights(self) -> Weights:
+        """How much each expert and the base model speak; sums to 1."""
+        return Weights.from_mapping(self.metadata.weights)
+
+    @property
+    def confidence(self) -> float:
+        """Calibrated P(every verdict enforced on this request is right)."""
+        return self.metadata.confidence
+
+    def raise_for_decision(self) -> None:
+        """Raise when a decision stopped the reply; do nothing otherwise.
+
+        Raises:
+            Blocked: The decision that stopped it.
+        """
+        stopping = next((d for d in self.metadata.decisions if Action(d.action).stops), None)
+        if stopping is not None:
+            raise Blocked(
+                Decision(
+                    checkpoint=stopping.checkpoint,
+                    action=Action(stopping.action),
+                    rule=stopping.rule,
+                    reason=stopping.reason,
+                    message=stopping.message,
+                )
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChatResult(_Result):
+    """A whole reply."""
+
+    text: str
+    """What the policy let through; the policy's message where it stopped the reply."""
+    finish_reason: FinishReason
+    usage: Usage
+    refusal: str | None = None
+    """The policy's message, when a decision stopped the reply."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GuardResult(_Result):
+    """The verdict on a prompt and/or a response."""
+
+    @property
+    def message(self) -> str | None:
+        """What the policy would tell the caller, when an action stops."""
+        return next((d.message for d in self.metadata.decisions if Action(d.action).stops), None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouteResult(_Result):
+    """How a prompt would be answered: needs, posterior and the weights to apply."""
+
+    @property
+    def mixture(self) -> str:
+        """The weights in sixteenths, as one name: ``hhh@base-helpful-harmless-honest``."""
+        return self.weights.mixture

@@ -1,0 +1,72 @@
+"""The policies one deployment may apply, loaded once each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from hhh_router.errors import PolicyNotAllowed
+from hhh_router.policy import Policy, list_policies, load_policy
+from hhh_router.settings import Settings
+
+
+class PolicyStore:
+    """Looks policies up by name. Callers choose among names; only whoever deploys names files.
+
+    Args:
+        default: The policy of requests that name none: a shipped name, or a path.
+        allowed: Further ones callers may pick, shipped names or paths; None allows every shipped one.
+
+    Raises:
+        PolicyError: One of these policies is wrong or missing.
+    """
+
+    def __init__(self, default: str | Path, *, allowed: Sequence[str] | None = None) -> None:
+        self._default = load_policy(default)
+        self._loaded: dict[str, Policy] = {self._default.name: self._default}
+        self._shipped = frozenset(list_policies() if allowed is None else ())
+        for source in allowed or ():
+            policy = load_policy(source)
+            self._loaded.setdefault(policy.name, policy)
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> PolicyStore:
+        """The store a deployment's settings describe."""
+        return cls(settings.policy, allowed=settings.allowed_policies)
+
+    @property
+    def default(self) -> Policy:
+        """The policy of requests that name none."""
+        return self._default
+
+    @property
+    def names(self) -> list[str]:
+        """What a caller may pick, the default first."""
+        return [self._default.name, *sorted((set(self._loaded) | self._shipped) - {self._default.name})]
+
+    def get(self, name: str | None) -> Policy:
+        """The policy of that name; None means the default.
+
+        Raises:
+            PolicyNotAllowed: No policy of that name may be picked here; a path never may.
+        """
+        if name is None:
+            return self._default
+        if name not in self._loaded:
+            if name not in self._shipped:
+                raise PolicyNotAllowed(
+                    f"policy {name!r} cannot be picked here", hint=f"use one of {', '.join(self.names)}"
+                )
+            self._loaded[name] = load_policy(name)
+        return self._loaded[name]
+
+    def add_file(self, path: str | Path) -> str:
+        """Load a policy file on behalf of the process's own code; returns the name that now stands for it.
+
+        Raises:
+            PolicyError: The file is missing or has mistakes.
+        """
+        key = str(path)
+        if key not in self._loaded:
+            self._loaded[key] = load_policy(path)
+        return key

@@ -1,0 +1,149 @@
+"""Checks on what callers send, before a tokenizer sees it: every message says what was found, where, and what to do."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from hhh_router.errors import InvalidRequest
+from hhh_router.types import ChatRequest, GuardRequest, Message, Sampling
+
+ROLES = ("system", "user", "assistant", "tool")
+MAX_STOPS = 16  # every stop string is searched for at every token
+MAX_TEMPERATURE = 2.0  # the range OpenAI's wire allows
+MAX_SEED = 2**63 - 1  # what random generators take
+_SHOWN_ROLES = 12
+
+
+def check_chat(request: ChatRequest, *, max_bytes: int, any_order: bool = False) -> None:
+    """Accept a request that can be answered.
+
+    Args:
+        request: What the caller sent.
+        max_bytes: Most UTF-8 bytes of text, all turns together.
+        any_order: Leave role order and empty turns to an upstream, which has rules of its own.
+
+    Raises:
+        InvalidRequest: It cannot be answered as it stands.
+    """
+    check_messages(request.messages, max_bytes=max_bytes, any_order=any_order)
+    check_sampling(request.sampling)
+
+
+def check_guard(request: GuardRequest, *, max_bytes: int, where: str = "") -> None:
+    """Accept a text that can be judged.
+
+    Args:
+        request: Prompt and/or response.
+        max_bytes: Most UTF-8 bytes of text, prompt and response together.
+        where: What stands before field names in messages, such as ``items[3].``.
+
+    Raises:
+        InvalidRequest: There is nothing to judge, or it is no readable text.
+    """
+    read = request.read
+    if not read.messages and read.response is None:
+        raise InvalidRequest(
+            f"{where or 'guard: '}neither prompt nor response", hint="give a prompt, a response, or both"
+        )
+    used = 0
+    if read.messages:
+        used = check_messages(read.messages, max_bytes=max_bytes, where=f"{where}prompt")
+    if read.response is not None:
+        _check_text(read.response, f"{where}response", max_bytes=max_bytes - used)
+
+
+def check_messages(
+    messages: Sequence[Message], *, max_bytes: int, any_order: bool = False, where: str = "messages"
+) -> int:
+    """Accept a conversation a model can read; returns its size in UTF-8 bytes.
+
+    Raises:
+        InvalidRequest: No turns, an empty or unreadable one, too much text, or roles in an order no model knows.
+    """
+    if not messages:
+        raise InvalidRequest(f"{where}: no messages", hint="send at least one message with role 'user'")
+    used = 0
+    for i, message in enumerate(messages):
+        if any_order and not message.content:
+            continue
+        used += _check_text(message.content, f"{where}[{i}].content", max_bytes=max_bytes - used)
+    if not any_order:
+        _check_roles([m.role for m in messages], where)
+    return used
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Accept sampling settings a generator can follow.
+
+    Raises:
+        InvalidRequest: A number is out of range or not finite.
+    """
+    if not _is_int(sampling.max_tokens) or sampling.max_tokens < 1:
+        raise InvalidRequest(f"max_tokens: found {sampling.max_tokens!r}", hint="use a whole number, 1 or more")
+    if not _is_finite(sampling.temperature) or not 0 <= sampling.temperature <= MAX_TEMPERATURE:
+        raise InvalidRequest(
+            f"temperature: found {sampling.temperature!r}", hint=f"use a number from 0 (greedy) to {MAX_TEMPERATURE:g}"
+        )
+    if not _is_finite(sampling.top_p) or not 0 < sampling.top_p <= 1:
+        raise InvalidRequest(f"top_p: found {sampling.top_p!r}", hint="use a number above 0, up to 1")
+    if sampling.seed is not None and not (_is_int(sampling.seed) and abs(sampling.seed) <= MAX_SEED):
+        raise InvalidRequest(f"seed: found {sampling.seed!r}", hint="use a whole number of at most 63 bits, or none")
+    if len(sampling.stop) > MAX_STOPS:
+        raise InvalidRequest(f"stop: found {len(sampling.stop)} strings", hint=f"use at most {MAX_STOPS}")
+    if not all(isinstance(s, str) and s for s in sampling.stop):
+        raise InvalidRequest(f"stop: found {list(sampling.stop)!r}", hint="use strings that are not empty")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_text(text: str, where: str, *, max_bytes: int) -> int:
+    if not text.strip():
+        raise InvalidRequest(f"{where}: empty", hint="send some text")
+    if (at := text.find("\x00")) >= 0:
+        raise InvalidRequest(f"{where}: NUL character at position {at}", hint="send text, not binary data")
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        raise InvalidRequest(
+            f"{where}: lone surrogate at position {error.start}", hint="send valid Unicode text, not binary data"
+        ) from error
+    if size > max_bytes:
+        raise InvalidRequest(
+            f"{where}: {size:,} bytes of text, {max(max_bytes, 0):,} are left of what one request may hold",
+            hint="send less text, or raise HHH_ROUTER_MAX_BODY_BYTES",
+        )
+    return size
+
+
+def _check_roles(roles: Sequence[str], where: str) -> None:
+    shown = " → ".join(roles[:_SHOWN_ROLES])
+    for i, role in enumerate(roles):
+        before = roles[i - 1] if i else None
+        if role not in ROLES:
+            raise InvalidRequest(f"{where}[{i}].role: found {role!r}", hint=f"use one of {', '.join(ROLES)}")
+        if role == "system" and i:
+            raise InvalidRequest(
+                f"{where}[{i}].role: system after {before} ({shown})", hint="put the system message first"
+            )
+        if role == "assistant" and before in (None, "system", "assistant"):
+            raise InvalidRequest(
+                f"{where}[{i}].role: assistant {f'after {before}' if before else 'as the first message'} ({shown})",
+                hint="an assistant message answers a user or tool message",
+            )
+        if role == "tool" and before not in ("assistant", "tool"):
+            raise InvalidRequest(
+                f"{where}[{i}].role: tool {f'after {before}' if before else 'as the first message'} ({shown})",
+                hint="a tool message follows the assistant message that called the tool",
+            )
+    if roles[-1] not in ("user", "tool"):
+        raise InvalidRequest(
+            f"{where}[{len(roles) - 1}].role: the last message is from {roles[-1]} ({shown})",
+            hint="end with a user message (or a tool result)",
+        )

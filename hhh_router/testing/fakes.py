@@ -1,0 +1,218 @@
+"""Stand-ins for the model, public so that you can test your own policies in milliseconds and without torch.
+
+A `FakeReader` turns texts into the scores you choose, a `FakeGenerator` says what you tell it to; everything else in
+a `fake_pipeline` (policies, routing, hold-back, metadata) is the real thing.
+
+>>> import asyncio
+>>> from hhh_router.types import GuardRequest, Message, ReadRequest
+>>> reader = FakeReader({"bomb": {"needs.harmless": 6.0}})
+>>> pipeline = fake_pipeline(policy="balanced", reader=reader)
+>>> asked = ReadRequest(messages=(Message(role="user", content="How do I build a bomb?"),))
+>>> [verdict] = asyncio.run(pipeline.guard([GuardRequest(read=asked)]))
+>>> str(verdict.action)
+'refuse'
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+
+from hhh_router.calibration import Calibrators
+from hhh_router.pipeline import Pipeline, PolicyStore
+from hhh_router.protocols import Delta, Event, Finished, FinishReason, Generator, Planned, Planner, Reader, Window
+from hhh_router.settings import Settings
+from hhh_router.trace import NullSink, Sink
+from hhh_router.trace.block import BundleRef
+from hhh_router.types import DIMENSIONS, OUTCOMES, ChatRequest, Mode, ReadRequest, Scores
+
+QUIET = -4.0
+"""The logit of everything a test does not raise: a probability of about 0.02."""
+LAYERS = 30
+FIRST_ADAPTED_LAYER = 16
+
+Logits = Mapping[str, float]
+"""Head → logit, such as ``{"needs.harmless": 6.0, "outcomes.unsafe": 2.0}``."""
+
+
+def make_scores(
+    logits: Logits | None = None, *, mode: Mode = "prompt", tokens: int = 8, distance: float = 0.5
+) -> Scores:
+    """Scores with the named heads at the given logits and every other one at `QUIET`.
+
+    >>> make_scores({"needs.honest": 2.0}).needs["honest"]
+    2.0
+
+    Raises:
+        ValueError: A name is no head.
+    """
+    heads = dict.fromkeys([f"needs.{d}" for d in DIMENSIONS] + [f"outcomes.{o}" for o in OUTCOMES], QUIET)
+    if unknown := set(logits or {}) - set(heads):
+        raise ValueError(f"{min(unknown)!r} is no head; use {', '.join(heads)}")
+    heads |= logits or {}
+    return Scores(
+        mode=mode,
+        needs={d: heads[f"needs.{d}"] for d in DIMENSIONS},
+        outcomes={o: heads[f"outcomes.{o}"] for o in OUTCOMES},
+        distance=distance,
+        tokens=tokens,
+        layers_run=FIRST_ADAPTED_LAYER,
+    )
+
+
+class FakeReader:
+    """Scores texts by what they contain.
+
+    Args:
+        rules: Substring → logits added for texts that contain it; or a function from request to scores, which may
+            raise what a real reader may.
+    """
+
+    def __init__(self, rules: Mapping[str, Logits] | Callable[[ReadRequest], Scores] | None = None) -> None:
+        self._rules = rules or {}
+        self.calls: list[list[ReadRequest]] = []
+        """What was read, one list a call."""
+
+    async def read(self, requests: Sequence[ReadRequest]) -> list[Scores]:
+        """Scores of each text, in order."""
+        self.calls.append(list(requests))
+        await asyncio.sleep(0)
+        return [self.score(request) for request in requests]
+
+    def score(self, request: ReadRequest) -> Scores:
+        """Scores of one text. The later of two rules that name the same head wins."""
+        if callable(self._rules):
+            return self._rules(request)
+        text = "\n".join([*(m.content for m in request.messages), request.response or ""])
+        logits: dict[str, float] = {}
+        for part, raised in self._rules.items():
+            if part in text:
+                logits |= raised
+        return make_scores(logits, mode=request.mode, tokens=len(text.split()))
+
+
+class FakeGenerator:
+    """Says scripted replies word by word, reading prompt and windows with a `Reader` of your choice.
+
+    Args:
+        replies: The reply of each attempt, the last one repeated; or a function from request to reply.
+        reader: Reads the prompt and every window; a `FakeReader` without rules by default.
+        finish_reason: How the reply ends when nothing stops it.
+        delay_s: Pause before each word, in seconds.
+        fail_after: Raise this error after that many words, as a model that breaks off would.
+    """
+
+    def __init__(
+        self,
+        replies: str | Sequence[str] | Callable[[ChatRequest], str] = "The capital of France is Paris.",
+        *,
+        reader: Reader | None = None,
+        finish_reason: FinishReason = "stop",
+        delay_s: float = 0.0,
+        fail_after: tuple[int, Exception] | None = None,
+    ) -> None:
+        self._replies = [replies] if isinstance(replies, str) else replies
+        self._reader = reader or FakeReader()
+        self._finish_reason = finish_reason
+        self._delay_s = delay_s
+        self._fail_after = fail_after
+        self.requests: list[ChatRequest] = []
+        """What was asked, one entry an attempt."""
+        self.cancelled = 0
+        """Attempts that were closed before their end."""
+
+    async def generate(
+        self, request: ChatRequest, planner: Planner, *, window_tokens: int
+    ) -> AsyncGenerator[Event, None]:
+        """Plan, then one delta a word with a window every ``window_tokens`` words and one at the end."""
+        self.requests.append(request)
+        [scores] = await self._reader.read([ReadRequest(messages=request.messages)])
+        plan = planner(scores)
+        stops = plan.stops
+        yield Planned(
+            plan=plan,
+            prompt_tokens=scores.tokens,
+            layers_run=FIRST_ADAPTED_LAYER if stops else LAYERS,
+            read_ms=0.1,
+        )
+        said = 0
+        try:
+            if not stops:
+                async for event in self._say(request, window_tokens):
+                    said += isinstance(event, Delta)
+                    yield event
+            yield Finished(
+                reason=self._finish_reason if not stops else "content_filter",
+                prompt_tokens=scores.tokens,
+                completion_tokens=said,
+            )
+        except GeneratorExit:
+            self.cancelled += 1
+            raise
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+
+    async def _say(self, request: ChatRequest, window_tokens: int) -> AsyncGenerator[Event, None]:
+        pieces = _words(self._reply(request))[: request.sampling.max_tokens]
+        for n, piece in enumerate(pieces, 1):
+            if self._fail_after is not None and n > self._fail_after[0]:
+                raise self._fail_after[1]
+            await asyncio.sleep(self._delay_s)
+            yield Delta(text=piece, logprob=-0.1)
+            if n % window_tokens == 0 and n < len(pieces):
+                yield await self._window(request, pieces[:n], is_final=False)
+        yield await self._window(request, pieces, is_final=True)
+
+    async def _window(self, request: ChatRequest, pieces: Sequence[str], *, is_final: bool) -> Window:
+        read = ReadRequest(messages=request.messages, response="".join(pieces))
+        [scores] = await self._reader.read([read])
+        return Window(scores=scores, completion_tokens=len(pieces), is_final=is_final)
+
+    def _reply(self, request: ChatRequest) -> str:
+        if callable(self._replies):
+            return self._replies(request)
+        return self._replies[min(len(self.requests), len(self._replies)) - 1]
+
+
+def _words(text: str) -> list[str]:
+    """A text in pieces that join to it again, one a word.
+
+    >>> _words("to be  or")
+    ['to', ' be', ' ', ' or']
+    """
+    words = text.split(" ")
+    return [word if i == 0 else f" {word}" for i, word in enumerate(words)] if text else []
+
+
+def fake_pipeline(
+    policy: str = "balanced",
+    *,
+    reader: Reader | None = None,
+    generator: Generator | None = None,
+    calibrators: Calibrators | None = None,
+    sinks: Sequence[Sink] = (),
+    **settings: object,
+) -> Pipeline:
+    """A real pipeline around stand-ins for the model.
+
+    Args:
+        policy: A shipped policy's name, or a path to yours.
+        reader: Reads guard and route requests, and the default generator's prompt and reply.
+        generator: Answers chats; by default a `FakeGenerator` on the same reader.
+        calibrators: None leaves every number uncalibrated: a logit becomes its plain sigmoid.
+        sinks: Where traces go; nowhere by default.
+        settings: Further fields of `Settings`.
+    """
+    reader = reader or FakeReader()
+    chosen = Settings.load(policy=policy, **settings)
+    return Pipeline(
+        reader=reader,
+        generator=generator or FakeGenerator(reader=reader),
+        calibrators=calibrators or Calibrators.none(),
+        policies=PolicyStore.from_settings(chosen),
+        bundle_ref=BundleRef(name="fake", hash="0" * 16),
+        backbone_sha256=None,
+        sinks=sinks or (NullSink(),),
+        settings=chosen,
+    )
