@@ -1,0 +1,131 @@
+"""Answer one request: read at l_r, ask the planner, set the gates, go on with the mixture, read again while decoding.
+
+This is the plain engine, one token at a time, and the oracle for faster ones. `run` is an ordinary generator that
+yields after every token, so that the worker can take turns between requests.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from hhh_router.errors import ContextTooLong
+from hhh_router.model.encode import Encoded, Encoder
+from hhh_router.model.heads import Views
+from hhh_router.model.mixture import Gates
+from hhh_router.model.reader import HeadReader, RunningReply
+from hhh_router.model.sampler import Sampler, TextStream
+from hhh_router.model.stack import DecoderStack, Pass
+from hhh_router.protocols import Delta, Event, Finished, FinishReason, Planned, Planner, Window
+from hhh_router.types import ChatRequest, ReadRequest, Weights
+
+
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    """What one reply's decode steps share."""
+
+    request: ChatRequest
+    weights: Weights
+    cache: Cache
+    reply: RunningReply
+    budget: int
+    window_tokens: int
+
+
+class MixtureGenerator:
+    """Generates with the mixture that the planner chooses mid-pass. Used by one thread, the model's own."""
+
+    def __init__(self, stack: DecoderStack, encoder: Encoder, reader: HeadReader, gates: Gates) -> None:
+        self._stack = stack
+        self._encoder = encoder
+        self._reader = reader
+        self._gates = gates
+        config_eos = stack.model.generation_config.eos_token_id
+        listed = config_eos if isinstance(config_eos, list) else [config_eos]
+        self._ends = {encoder.end_id, *(e for e in listed if e is not None)}
+
+    def run(self, request: ChatRequest, planner: Planner, *, window_tokens: int) -> Iterator[Event]:
+        """Yield the events of one request, as `hhh_router.protocols.Generator` describes them."""
+        started = time.perf_counter()
+        text = self._encoder.encode(ReadRequest(messages=request.messages))
+        budget = min(request.sampling.max_tokens, self._encoder.context_tokens - len(text.ids))
+        if budget < 1:
+            raise ContextTooLong(
+                f"the prompt is {len(text.ids)} tokens and fills the model's window of {self._encoder.context_tokens}",
+                hint="shorten the conversation",
+            )
+        cache = self._stack.new_cache()
+        with torch.inference_mode():
+            state = self._stack.begin(torch.tensor([text.ids], device=self._stack.device), cache=cache)
+            views = self._prompt_views(text, list(self._reader.states(state)))
+            read_layers = state.next_layer
+            scores = self._reader.heads.scores(views, tokens=[len(text.ids)], layers_run=read_layers)[0]
+            plan = planner(scores)
+            planned_at = time.perf_counter()
+            logits = None if plan.stops else self._upper_layers(state, plan.weights)
+        prefilled_at = time.perf_counter()
+        yield Planned(
+            plan=plan,
+            prompt_tokens=len(text.ids),
+            layers_run=state.next_layer,
+            read_ms=1000 * (planned_at - started),
+        )
+        timing = {"read": 1000 * (planned_at - started), "prefill": 1000 * (prefilled_at - started)}
+        if logits is None:
+            yield Finished(reason="content_filter", prompt_tokens=len(text.ids), completion_tokens=0, timing_ms=timing)
+            return
+        reply = RunningReply(self._reader, views.prompt, len(text.ids))
+        steps = _Steps(request, plan.weights, cache, reply, budget, window_tokens)
+        reason = yield from self._decode(steps, logits)
+        timing["decode"] = 1000 * (time.perf_counter() - prefilled_at)
+        yield Finished(reason=reason, prompt_tokens=len(text.ids), completion_tokens=reply.tokens, timing_ms=timing)
+
+    def _decode(self, steps: _Steps, logits: Tensor) -> Generator[Delta | Window, None, FinishReason]:
+        sampler = Sampler(steps.request.sampling, self._stack.device)
+        stream = TextStream(self._encoder.tokenizer, steps.request.sampling.stop)
+        reason: FinishReason = "length"
+        for drawn in range(1, steps.budget + 1):
+            token, logprob = sampler.draw(logits)
+            if token in self._ends:
+                reason = "stop"
+                break
+            yield Delta(text=stream.push(token), logprob=logprob)
+            state = self._read_token(token, steps)
+            if stream.stopped:
+                reason = "stop"
+                break
+            if drawn % steps.window_tokens == 0:
+                yield Window(scores=steps.reply.scores(), completion_tokens=drawn, is_final=False)
+            if drawn < steps.budget:  # the last token's upper layers would decide nothing
+                logits = self._upper_layers(state, steps.weights)
+        if rest := stream.flush():
+            yield Delta(text=rest, tokens=0)
+        completion_tokens = steps.reply.tokens
+        if not completion_tokens:  # an empty reply is read as an end marker, as the encoder does with a given one
+            self._read_token(self._encoder.end_id, steps)
+        yield Window(scores=steps.reply.scores(), completion_tokens=completion_tokens, is_final=True)
+        return reason
+
+    @torch.inference_mode()
+    def _read_token(self, token: int, steps: _Steps) -> Pass:
+        """Run the bare lower layers on one more token of the reply and pool its states."""
+        state = self._stack.begin(torch.tensor([[token]], device=self._stack.device), cache=steps.cache)
+        steps.reply.add(list(self._reader.states(state)))
+        return state
+
+    @torch.inference_mode()
+    def _upper_layers(self, state: Pass, weights: Weights) -> Tensor:
+        """Run the remaining layers with the mixture; next-token logits, (V,)."""
+        self._gates.set([weights])  # other requests ran since the last step
+        hidden = self._stack.run(state, self._stack.depth)
+        return self._stack.logits(hidden[0, -1])
+
+    def _prompt_views(self, text: Encoded, states: list[Tensor]) -> Views:
+        pooled = [self._reader.pool(s, [text]) for s in states]
+        prompt = torch.cat([p for p, _ in pooled], dim=1)
+        return Views(prompt=prompt, response=torch.zeros_like(prompt), modes=["prompt"])
