@@ -210,7 +210,7 @@ class AsyncHHHRouter:
                 pass
         return reply.result
 
-    @overload  # type: ignore[overload-overlap]
+    @overload
     async def guard(
         self, prompt: Prompt | None = ..., response: str | None = ..., policy: PolicyLike = ...
     ) -> GuardResult: ...
@@ -240,7 +240,7 @@ class AsyncHHHRouter:
         return results if is_list else results[0]
 
     @overload
-    async def route(self, prompt: Prompt, policy: PolicyLike = ...) -> RouteResult: ...
+    async def route(self, prompt: Prompt, policy: PolicyLike = ...) -> RouteResult: ...  # type: ignore[overload-overlap]
     @overload
     async def route(self, prompt: Sequence[Prompt], policy: PolicyLike = ...) -> list[RouteResult]: ...
     async def route(self, prompt: Any, policy: PolicyLike = None) -> Any:
@@ -374,7 +374,7 @@ class HHHRouter:
         )
         return ChatStream(reply, self._loop) if isinstance(reply, AsyncChatStream) else reply
 
-    @overload  # type: ignore[overload-overlap]
+    @overload
     def guard(
         self, prompt: Prompt | None = ..., response: str | None = ..., policy: PolicyLike = ...
     ) -> GuardResult: ...
@@ -390,7 +390,7 @@ class HHHRouter:
         return self._loop.run(self._router.guard(prompt, response, policy))
 
     @overload
-    def route(self, prompt: Prompt, policy: PolicyLike = ...) -> RouteResult: ...
+    def route(self, prompt: Prompt, policy: PolicyLike = ...) -> RouteResult: ...  # type: ignore[overload-overlap]
     @overload
     def route(self, prompt: Sequence[Prompt], policy: PolicyLike = ...) -> list[RouteResult]: ...
     def route(self, prompt: Any, policy: PolicyLike = None) -> Any:

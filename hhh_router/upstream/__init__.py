@@ -1,1 +1,1 @@
-"""upstream."""
+"""Somebody else's model as the generator."""
