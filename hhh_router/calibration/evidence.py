@@ -28,6 +28,7 @@ _log = logging.getLogger(__name__)
 
 UNCALIBRATED = "none"
 """The id and the method that are reported where nothing was calibrated."""
+UNFITTED_DISTANCE_LIMIT = 2.0  # distances are per root dimension, about 1 for a typical row whatever the heads
 _ID_DIGITS = 12
 
 
@@ -211,9 +212,9 @@ class Calibrators:
         """Calibrated probabilities of one reading.
 
         Where the mode has calibrators, heads without one there are left out, so that ``calibrated`` speaks for every
-        number reported. A mode without any reports plain σ(logit) of every head, with ``calibrated=False`` and
-        ``in_distribution=False``: no calibration data supports it. Where no needs are reported (mode ``response``),
-        the posterior is ``train_prior``: nothing was learned about the request.
+        number reported. A mode without any reports plain σ(logit) of every head with ``calibrated=False``, and a
+        nominal limit stands for the support of the data. Where no needs are reported (mode ``response``), the posterior is
+        ``train_prior``: nothing was learned about the request.
 
         Raises:
             ReaderError: A logit or the distance is not finite, or a calibrated head is not among the scores.
@@ -232,7 +233,7 @@ class Calibrators:
             needs=needs,
             posterior=posterior(known, self.gate) if len(known) == len(DIMENSIONS) else self.train_prior,
             outcomes=outcomes,
-            in_distribution=mode is not None and scores.distance <= mode.distance_limit,
+            in_distribution=scores.distance <= (mode.distance_limit if mode else UNFITTED_DISTANCE_LIMIT),
             calibrated=mode is not None and self._matches,
             scores=scores,
         )

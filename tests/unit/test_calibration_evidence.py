@@ -147,11 +147,10 @@ def test_each_mode_uses_its_own_calibrators():
     assert calibrators.evidence(scores("both")).needs["honest"] == pytest.approx(1 / (1 + math.exp(-1 / 0.5)))
 
 
-def test_a_mode_nobody_calibrated_is_labelled_so_and_outside_every_support():
-    evidence = Calibrators(calibration_file(prompt=mode())).evidence(scores("both", helpful=1.0, distance=0.1))
+def test_a_mode_nobody_calibrated_is_labelled_so():
+    evidence = Calibrators(calibration_file(prompt=mode())).evidence(scores("both", helpful=1.0))
 
     assert not evidence.calibrated
-    assert not evidence.in_distribution
     assert evidence.needs["helpful"] == pytest.approx(1 / (1 + math.exp(-1)))
 
 
@@ -202,6 +201,11 @@ def test_without_calibrators_every_number_says_so():
     assert (reference.id, reference.method, reference.n, reference.ece) == ("none", "none", 0, None)
     assert not reference.calibrated
     assert not confidence.calibrated
+
+
+@pytest.mark.parametrize(("distance", "inside"), [(1.9, True), (2.1, False)])
+def test_without_calibrators_a_nominal_limit_stands_for_their_support(distance, inside):
+    assert Calibrators.none().evidence(scores(distance=distance)).in_distribution is inside
 
 
 def test_other_heads_or_precision_refuse_to_start_and_say_both(written):
