@@ -213,8 +213,8 @@ class Calibrators:
 
         Where the mode has calibrators, heads without one there are left out, so that ``calibrated`` speaks for every
         number reported. A mode without any reports plain σ(logit) of every head with ``calibrated=False``, and a
-        nominal limit stands for the support of the data. Where no needs are reported (mode ``response``), the posterior is
-        ``train_prior``: nothing was learned about the request.
+        nominal limit stands for the support of the data. Where no needs are reported (mode ``response``), the
+        posterior is ``train_prior``: nothing was learned about the request.
 
         Raises:
             ReaderError: A logit or the distance is not finite, or a calibrated head is not among the scores.

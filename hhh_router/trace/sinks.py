@@ -113,18 +113,23 @@ class JsonlSink:
             ) from error
 
     def write(self, metadata: Metadata, request: Request, reply: str | None) -> None:
-        """Append the record; a full disk or lost permission is logged and counted in ``failures``."""
+        """Append the record; what cannot be stored (a full disk, say) is logged and counted in ``failures``."""
         try:
             self._append(self._line(metadata, request, reply))
         except OSError as error:
-            self.failures += 1
-            _log.error(
-                "%s: record of request %s not stored (%s); %d lost since start",
-                self.path,
-                _one_line(metadata.request_id),
-                error.strerror,
-                self.failures,
-            )
+            self._count(metadata, str(error.strerror))
+        except (TypeError, ValueError, RecursionError) as error:  # a client's passthrough nested beyond reason
+            self._count(metadata, f"no JSON can be made of it: {type(error).__name__}")
+
+    def _count(self, metadata: Metadata, reason: str) -> None:
+        self.failures += 1
+        _log.error(
+            "%s: record of request %s not stored (%s); %d lost since start",
+            self.path,
+            _one_line(metadata.request_id),
+            reason,
+            self.failures,
+        )
 
     def _line(self, metadata: Metadata, request: Request, reply: str | None) -> bytes:
         record: dict[str, Any] = {

@@ -141,6 +141,18 @@ def test_a_full_disk_loses_the_record_and_not_the_request(caplog):
     assert "No space left on device" in caplog.text
 
 
+def test_a_passthrough_nested_beyond_reason_loses_the_record_and_not_the_request(tmp_path, caplog):
+    deep: dict = {}
+    for _ in range(5000):
+        deep = {"a": deep}
+    sink = JsonlSink(tmp_path / "trace.jsonl", "full")
+    sink.write(block(), ChatRequest(messages=ASKED.messages, passthrough=deep), REPLY)
+
+    assert sink.failures == 1
+    assert "no JSON can be made of it: RecursionError" in caplog.text
+    assert (tmp_path / "trace.jsonl").read_text() == ""
+
+
 def test_half_a_line_spoils_itself_alone(tmp_path, monkeypatch):
     sink = JsonlSink(tmp_path / "trace.jsonl")
     real = os.write
