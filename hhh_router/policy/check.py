@@ -149,6 +149,8 @@ class _Check(Values):
                 self.wrong(pair["max"].place, f"{path}.max", f"{high:g} is below min {low:g}; min <= max is meant")
         if len(self.mistakes) == count:
             self._check_sums(node.place, lower, upper)
+        if len(self.mistakes) > count:  # nothing can be held against bounds that are wrong themselves
+            return dict.fromkeys(EXPERTS, 0.0), dict.fromkeys(EXPERTS, 1.0)
         return lower, upper
 
     def _check_sums(self, place: Place, lower: Mapping[str, float], upper: Mapping[str, float]) -> None:
@@ -164,10 +166,10 @@ class _Check(Values):
         for i, item in enumerate(self.items(node, "floors", "{when: …, raise: …}")):
             path = f"floors[{i}]"
             entries = self.table(item, path, ("when", "raise"), required=("when", "raise"))
-            if entries is None or "when" not in entries or "raise" not in entries:
+            if entries is None:
                 continue
-            when = self._when(entries["when"], f"{path}.when", before_weights=True)
-            raises = self._raise(entries["raise"], f"{path}.raise", lower, upper)
+            when = self._when(entries["when"], f"{path}.when", before_weights=True) if "when" in entries else None
+            raises = self._raise(entries["raise"], f"{path}.raise", lower, upper) if "raise" in entries else {}
             if when and raises:
                 floors.append(Floor(place=path, when=when, raises=raises))
         return tuple(floors)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from importlib import resources
 from pathlib import Path
@@ -10,7 +9,8 @@ from pathlib import Path
 from hhh_router.errors import PolicyError
 from hhh_router.policy.check import policy_from_tree
 from hhh_router.policy.schema import Policy
-from hhh_router.policy.tree import MAX_BYTES, Mistake, Node, Place, Scalar, Table, ascii_safe, merge, read_tree, show
+from hhh_router.policy.tree import MAX_BYTES, Mistake, Node, Place, Scalar, Table, merge, read_tree, shorten, show
+from hhh_router.policy.values import did_you_mean
 
 _SUFFIXES = (".yaml", ".yml")
 
@@ -42,13 +42,11 @@ def policy_path(source: str | Path) -> Path:
     """
     if isinstance(source, str) and source in list_policies():
         return _shipped(source)
-    if isinstance(source, Path) or os.sep in source or source.endswith(_SUFFIXES) or Path(source).is_file():
+    if isinstance(source, Path) or os.sep in source or source.endswith(_SUFFIXES) or _is_file(source):
         return Path(source)
     names = list_policies()
-    close = difflib.get_close_matches(source[:64], names, n=1)
-    meant = f", did you mean {close[0]}?" if close else ""
     raise PolicyError(
-        f"policy {ascii_safe(source[:64])} not found: no shipped policy has that name{meant}",
+        f"policy {shorten(source)} not found: no shipped policy has that name{did_you_mean(source, names)}",
         hint=f"use {', '.join(names)}, or the path of a YAML file",
     )
 
@@ -118,6 +116,13 @@ def _wrong(mistakes: list[Mistake], place: Place, text: str) -> None:
 
 def _shipped(name: str) -> Path:
     return Path(str(resources.files("hhh_router.policies").joinpath(f"{name}.yaml")))
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # too long for a name, or a NUL in it
+        return False
 
 
 def _read(path: Path) -> bytes:

@@ -86,7 +86,7 @@ def show(node: Node) -> str:
         return "a mapping"
     if node.is_plain and node.text in ("", "~", "null", "Null", "NULL"):
         return "nothing"
-    return shorten(node.text)
+    return shorten(node.text) if node.holds_text else shorten(node.text)[1:-1]
 
 
 def shorten(text: str) -> str:
@@ -151,10 +151,10 @@ def _parse(text: str, file: str, mistakes: list[Mistake]) -> Node | None:
         for i in tabs:
             wrong(i, "a tab in the indentation; indent with spaces")
         if mark is None or mark.line + 1 not in tabs:
-            wrong(mark.line + 1 if mark else 1, f"no YAML: {_one_line(error)}; correct the syntax")
+            wrong(mark.line + 1 if mark else 1, _syntax(error))
         return None
     except yaml.reader.ReaderError as error:
-        found = f"character U+{ord(chr(error.character) if isinstance(error.character, int) else error.character):04X}"
+        found = f"character U+{ord(text[error.position]):04X}"
         wrong(text.count("\n", 0, error.position) + 1, f"{found} is not allowed in YAML; remove it")
         return None
     except (ValueError, OverflowError):  # an escape such as "\U00110000" is no character, PyYAML lets chr() fail
@@ -166,9 +166,11 @@ def _parse(text: str, file: str, mistakes: list[Mistake]) -> Node | None:
     return _convert(root, file, "", mistakes)
 
 
-def _one_line(error: yaml.MarkedYAMLError) -> str:
+def _syntax(error: yaml.MarkedYAMLError) -> str:
     parts = [" ".join(part.split()) for part in (error.context, error.problem) if part]
-    return ascii_safe(", ".join(parts))[1:-1]
+    # '>' begins a block of text in YAML, so this is what an unquoted ">= 0.9" looks like to a parser
+    meant = "put comparisons in quotes" if "while scanning a block scalar" in parts else "correct the syntax"
+    return f"no YAML: {ascii_safe(', '.join(parts))[1:-1]}; {meant}"
 
 
 class _PlainLoader(yaml.SafeLoader):

@@ -12,6 +12,7 @@ from hhh_router.policy.schema import NUMBER_PATTERN
 from hhh_router.policy.tree import Listing, Mistake, Node, Place, Scalar, Table, join, shorten, show
 
 _NUMBER = re.compile(NUMBER_PATTERN)
+_LONGEST_WORD = 64
 
 
 class Values:
@@ -40,16 +41,19 @@ class Values:
         if not isinstance(node, Table):
             self.wrong(node.place, where, f"{show(node)} is no mapping; write keys: {', '.join(keys)}")
             return None
+        misspelt = set()
         for key in node.entries:
             if key in keys:
                 continue
+            close = closest(key, keys)
+            misspelt.add(close)
             if key in later:
                 found = f"{shorten(key)} is not supported yet; remove it"
             else:
                 found = f"{shorten(key)} is not a known {word}{did_you_mean(key, keys)}; use {either(keys)}"
             self.wrong(node.keys[key], where, found)
         for key in required:
-            if key not in node.entries:
+            if key not in node.entries and key not in misspelt:  # one mistake, one line
                 self.wrong(node.place, join(path, key), "is missing; it has no default")
         return {k: v for k, v in node.entries.items() if k in keys}
 
@@ -131,8 +135,19 @@ def did_you_mean(found: str | None, known: Sequence[str]) -> str:
     >>> did_you_mean("refuze", ["allow", "refuse"])
     ', did you mean refuse?'
     """
-    close = difflib.get_close_matches(found, known, n=1) if found and len(found) <= 64 else []
-    return f", did you mean {close[0]}?" if close else ""
+    close = closest(found, known)
+    return f", did you mean {close}?" if close else ""
+
+
+def closest(found: str | None, known: Sequence[str]) -> str | None:
+    """The known word that a misspelt one most looks like.
+
+    >>> closest("harmles", ["helpful", "harmless"]), closest("xyz", ["helpful", "harmless"])
+    ('harmless', None)
+    """
+    if not found or len(found) > _LONGEST_WORD:  # comparing is quadratic in the length
+        return None
+    return next(iter(difflib.get_close_matches(found, known, n=1)), None)
 
 
 def either(words: Sequence[str]) -> str:
