@@ -26,6 +26,8 @@ def convert_gguf(gguf: Path, target: Path, dtype: str) -> None:
         from gguf import GGUFReader
         from safetensors import SafetensorError
         from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+        from hhh_router.model.base import quiet_transformers
     except ImportError as error:
         raise MissingExtra("model", needed_for="converting a GGUF backbone") from error
 
@@ -33,7 +35,8 @@ def convert_gguf(gguf: Path, target: Path, dtype: str) -> None:
     try:
         elements = sum(int(t.n_elements) for t in GGUFReader(gguf).tensors)
         require_space(target, elements * kind.itemsize + _MARGIN_BYTES, what=f"{gguf.name} as {dtype}")
-        with quiet_transformers():
+        with quiet_transformers(), _quiet_gguf(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the caller shows its own progress, and nothing here can be acted on
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
             model: Any = AutoModelForCausalLM.from_pretrained(
                 gguf.parent, gguf_file=gguf.name, dtype=kind, quantization_config=GgufConfig(dequantize=True)
@@ -52,21 +55,14 @@ def convert_gguf(gguf: Path, target: Path, dtype: str) -> None:
 
 
 @contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' bars and warnings inside the block: the caller shows its own progress."""
-    from transformers import modeling_gguf_pytorch_utils as gguf_reading
+def _quiet_gguf() -> Iterator[None]:
+    """Silence the bar of transformers' GGUF reading: it takes tqdm's own, which knows no switch (transformers 5.23)."""
+    from transformers import modeling_gguf_pytorch_utils as reading
     from transformers.utils import logging
 
-    verbosity, bars, own_bar = logging.get_verbosity(), logging.is_progress_bar_enabled(), gguf_reading.tqdm
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    gguf_reading.tqdm = logging.tqdm  # it takes tqdm's own bar, which knows no switch (transformers 5.23)
+    bar = reading.tqdm
+    reading.tqdm = logging.tqdm
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
-        gguf_reading.tqdm = own_bar
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+        reading.tqdm = bar
