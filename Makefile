@@ -1,0 +1,43 @@
+# `make chat` and `make test` set up everything they need; second runs skip what is there.
+PYTHON ?= python3
+PROMPT ?= What is the capital of France?
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export PROMPT
+
+.PHONY: chat install test check format help
+
+chat: $(STAMP)  ## answer PROMPT="…" and show weights, needs, confidence and decision
+	@$(BIN)/hhh-router chat "$$PROMPT" || [ $$? -eq 3 ]  # 3: the policy refused, which is an answer too
+
+install: $(STAMP)  ## set up .venv, pinned by constraints.txt
+
+test: $(STAMP)  ## run the whole default suite, on the real default model
+	$(BIN)/hhh-router doctor --fetch
+	$(BIN)/python -m pytest -m "not gpu"
+
+check: $(STAMP)  ## format, lint, types, fast tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/unit tests/property
+
+format: $(STAMP)  ## rewrite the code as ruff wants it
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+
+# A plain `pip install torch` may bring CUDA builds of several GB. Where they are not wanted, set PIP_EXTRA_INDEX_URL
+# to PyTorch's index of CPU wheels: the pin accepts them, and pip prefers them.
+$(STAMP): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "no $(PYTHON) here: install Python 3.11 or newer, or make PYTHON=/path/to/python3"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "hhh-router needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version). Try make PYTHON=python3.12"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { \
+		echo "no virtual environment could be made; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	@touch $@
