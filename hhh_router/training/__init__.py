@@ -1,1 +1,1 @@
-"""training."""
+"""Offline: train experts and heads, fit calibrators, write a bundle."""

@@ -30,6 +30,7 @@ from hhh_router.types import (
 
 pytestmark = pytest.mark.integration
 EVEN = Posterior(0.25, 0.25, 0.25, 0.25)
+MIXED = Weights(0.1, 0.2, 0.3, 0.4)
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ async def model(tiny: Bundle, tmp_path: Path) -> AsyncIterator[EmbeddedModel]:
     await loaded.aclose()
 
 
-def planner(action: Action = Action.ALLOW, weights: Weights = Weights(0.1, 0.2, 0.3, 0.4)) -> Planner:
+def planner(action: Action = Action.ALLOW, weights: Weights = MIXED) -> Planner:
     def plan(scores: Scores) -> Plan:
         evidence = Evidence(
             mode="prompt", needs={}, posterior=EVEN, outcomes={}, in_distribution=True, calibrated=False, scores=scores
@@ -211,7 +212,7 @@ def test_a_bundle_for_another_backbone_is_refused(copy_of_tiny: Path, tmp_path: 
     manifest = (copy_of_tiny / "manifest.json").read_text()
     (copy_of_tiny / "manifest.json").write_text(manifest.replace('"layers": 4', '"layers": 6'))
 
-    with pytest.raises(BundleError, match="(?s)is 4.*says 6.*another backbone"):
+    with pytest.raises(BundleError, match=r"(?s)is 4.*says 6.*another backbone"):
         load_embedded(Bundle.load(copy_of_tiny), Settings.load(cache_dir=tmp_path, threads=1))
 
 

@@ -1,0 +1,103 @@
+"""``hhh-router train``: experts and router of a bundle, from a recipe."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hhh_router.training.build import Workshop
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Train a bundle's experts and router from a recipe.")
+
+Recipe = Annotated[Path, typer.Option("--recipe", "-r", help="Recipe file, such as recipes/smollm2-135m.yaml.")]
+Data = Annotated[Path, typer.Option("--data", envvar="HHH_ROUTER_DATA", help="Folder of data sets.")]
+Out = Annotated[Path | None, typer.Option("--out", help="Bundle folder; adapters/<recipe name> when not given.")]
+Work = Annotated[Path | None, typer.Option("--work", help="Folder for checkpoints; runs/<recipe name> when not given.")]
+
+
+@app.command()
+def experts(
+    recipe: Recipe,
+    data: Data,
+    out: Out = None,
+    work: Work = None,
+    only: Annotated[list[str] | None, typer.Option("--only", help="Train only this expert; may be repeated.")] = None,
+) -> None:
+    """Train the three LoRA experts. A killed run goes on where it stopped; experts already there are kept."""
+    from hhh_router.training.build import train_experts
+    from hhh_router.types import DIMENSIONS
+
+    with stage_bars() as told:
+        train_experts(workshop(recipe, data, out, work, told), tuple(only) if only else DIMENSIONS)
+    typer.echo("experts trained; next: hhh-router train router")
+
+
+@app.command()
+def router(recipe: Recipe, data: Data, out: Out = None, work: Work = None) -> None:
+    """Train the need and outcome heads on the frozen lower layers' states, which are read once and kept."""
+    from hhh_router.training.build import train_router
+
+    with stage_bars() as told:
+        losses = train_router(workshop(recipe, data, out, work, told))
+    typer.echo(f"heads trained, loss {losses[0]:.3f} to {losses[-1]:.3f}; next: hhh-router calibrate")
+
+
+def workshop(
+    recipe: Path, data: Path, out: Path | None, work: Path | None, told: Callable[[str, int, int, str], None]
+) -> Workshop:
+    """What every training stage needs, from a command's options."""
+    from hhh_router.errors import SettingsError
+    from hhh_router.settings import Settings
+    from hhh_router.training.build import Workshop
+    from hhh_router.training.recipe import load_recipe
+
+    loaded, sha256 = load_recipe(recipe)
+    if not data.is_dir():
+        raise SettingsError(f"--data {data}: no such folder", hint="give the folder that holds the data sets")
+    settings = Settings.load()
+    return Workshop(
+        recipe=loaded,
+        recipe_file=recipe.name,
+        recipe_sha256=sha256,
+        data=data,
+        bundle=out or Path("adapters") / loaded.name,
+        work=work or Path("runs") / loaded.name,
+        cache_dir=settings.cache_dir,
+        threads=settings.threads,
+        device=settings.device,
+        on_progress=told,
+    )
+
+
+class stage_bars:  # a context manager reads like a function
+    """One progress bar per stage, on stderr."""
+
+    def __enter__(self) -> Callable[[str, int, int, str], None]:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (
+            TextColumn("{task.description:18}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        self._bars = Progress(*columns, console=Console(stderr=True))
+        self._bars.start()
+        stages: dict[str, object] = {}
+
+        def told(stage: str, done: int, total: int, note: str) -> None:
+            if stage not in stages:
+                stages[stage] = self._bars.add_task(stage, total=total, note=note)
+            self._bars.update(stages[stage], completed=done, total=total, note=note)  # type: ignore[arg-type]
+
+        return told
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()

@@ -1,0 +1,231 @@
+"""The stages that make a bundle: experts, router, calibration. Each writes into the bundle's folder and can be resumed.
+
+Work in progress (checkpoints, pooled states) lives in a work folder beside it; what users get is the bundle alone.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from hhh_router.bundle import (
+    Bundle,
+    CalibratorsSpec,
+    DataSpec,
+    ExpertSpec,
+    HeadsSpec,
+    Manifest,
+    file_sha256,
+    write_manifest,
+)
+from hhh_router.data.examples import Example, drop_overlap, prompt_hash
+from hhh_router.errors import BundleError, DataError
+from hhh_router.model.base import Backbone, load_backbone
+from hhh_router.model.fetch import fetch_backbone
+from hhh_router.model.heads import Heads
+from hhh_router.model.reader import HeadReader
+from hhh_router.training.experts import Progress, tokenize, train_expert
+from hhh_router.training.features import pooled, response_only
+from hhh_router.training.mix import check_licences, draw, provenance
+from hhh_router.training.recipe import Recipe
+from hhh_router.training.router import Epoch, train_heads
+from hhh_router.types import DIMENSIONS, OUTCOMES
+
+SEEN = "trained_prompts.json"
+HEADS = "heads.safetensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workshop:
+    """What every stage needs."""
+
+    recipe: Recipe
+    recipe_file: str
+    recipe_sha256: str
+    data: Path
+    """Folder of data sets."""
+    bundle: Path
+    """Folder of the bundle that is made."""
+    work: Path
+    """Folder for checkpoints and pooled states."""
+    cache_dir: Path
+    threads: int
+    device: str = "cpu"
+    on_progress: Callable[[str, int, int, str], None] = field(default=lambda stage, done, total, note: None)
+    """Told the stage, how far it is, and a note such as the loss."""
+
+    def backbone(self) -> Backbone:
+        """Fetch and load the recipe's backbone."""
+        torch.set_num_threads(self.threads)
+        folder = fetch_backbone(self.recipe.backbone, self.cache_dir, root=self.bundle)
+        return load_backbone(folder, self.recipe.backbone, device=self.device)
+
+
+def train_experts(shop: Workshop, only: Sequence[str] = DIMENSIONS) -> None:
+    """Train the experts that are not there yet, and write the manifest with their hashes.
+
+    Raises:
+        DataError, TrainingDiverged: See `training.mix` and `training.experts`.
+    """
+    check_licences(shop.recipe)
+    backbone = shop.backbone()
+    plan = shop.recipe.experts
+    for dimension in only:
+        target = shop.bundle / "experts" / dimension
+        if (target / "adapter_model.safetensors").is_file():
+            shop.on_progress(f"expert {dimension}", 1, 1, "already trained")
+            continue
+        examples = draw(plan.mixes[dimension], shop.data, seed=shop.recipe.seed)
+        rows = tokenize(examples, backbone, plan.max_tokens)
+        work = shop.work / "experts" / dimension
+        for step in train_expert(dimension, rows, backbone, shop.recipe, work):
+            shop.on_progress(f"expert {dimension}", step.step, step.steps, _note(step))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(work / "expert", target, dirs_exist_ok=True)
+    _write(shop, heads=_kept_heads(shop), calibrators=None)
+
+
+def train_router(shop: Workshop) -> list[float]:
+    """Train the heads on pooled states and write them into the bundle; the loss per epoch.
+
+    Raises:
+        BundleError: The experts are not there yet.
+    """
+    check_licences(shop.recipe)
+    _need_experts(shop)
+    plan = shop.recipe.router
+    examples = router_examples(shop)
+    reader, backbone = _bare_reader(shop)
+    done = 0
+
+    def count(rows: int) -> None:
+        nonlocal done
+        done += rows
+        shop.on_progress("reading", done, len(examples), f"{len(examples)} texts")
+
+    views, _ = pooled(
+        [e.read() for e in examples], reader, backbone.encoder,
+        max_tokens=plan.max_tokens, folder=shop.work / "pooled", on_rows=count,
+    )  # fmt: skip
+    losses: list[float] = []
+    for event in train_heads(examples, views, plan, shop.recipe.seed):
+        if isinstance(event, Epoch):
+            losses.append(event.loss)
+            shop.on_progress("heads", event.number, event.epochs, f"loss {event.loss:.4f}")
+        else:
+            event.save(shop.bundle / HEADS)
+    seen = sorted({prompt_hash(e) for e in examples if e.messages})
+    (shop.work / SEEN).write_text(json.dumps(seen), encoding="utf-8")
+    _write(shop, heads=_heads_spec(shop), calibrators=None)
+    return losses
+
+
+def router_examples(shop: Workshop) -> list[Example]:
+    """The router's training rows, with a share of responses also read alone."""
+    recipe = shop.recipe
+    examples = draw(recipe.router.mix, shop.data, seed=recipe.seed)
+    answered = [e for e in examples if e.response is not None and e.outcomes]
+    chosen = random.Random(recipe.seed).sample(answered, int(len(answered) * recipe.router.response_share))
+    return examples + response_only(chosen)
+
+
+def calibration_examples(shop: Workshop) -> list[Example]:
+    """Calibration rows whose prompts the router was not trained on; how many were left out is noted as progress.
+
+    Raises:
+        DataError: A set was moved into training, or nothing is left.
+    """
+    recipe = shop.recipe
+    moved = {s.set for s in recipe.router.mix if s.split == "calibrate"}
+    if both := [s.set for s in recipe.calibration.mix if s.set in moved]:
+        raise DataError(
+            f"{both[0]}: its calibrate rows are trained on", hint="use a set for training or for calibration"
+        )
+    drawn = draw(recipe.calibration.mix, shop.data, split="calibrate", seed=recipe.seed)
+    seen = set(json.loads((shop.work / SEEN).read_text(encoding="utf-8"))) if (shop.work / SEEN).is_file() else None
+    if seen is None:
+        seen = {prompt_hash(e) for e in draw(recipe.router.mix, shop.data, seed=recipe.seed)}
+    kept = drop_overlap(drawn, seen)
+    shop.on_progress(
+        "overlap", len(kept), len(drawn), f"{len(drawn) - len(kept)} rows left out: prompt seen in training"
+    )
+    if not kept:
+        raise DataError("no calibration row is left", hint="every prompt was seen in training; add other sets")
+    return kept
+
+
+def _bare_reader(shop: Workshop) -> tuple[HeadReader, Backbone]:
+    """A reader that pools states; its heads are new and untrained, and not used."""
+    backbone = shop.backbone()
+    layers = shop.recipe.router.read_layers
+    view = len(layers) * 2 * shop.recipe.backbone.hidden_size
+    unused = Heads(view=view, width=1, needs=DIMENSIONS, outcomes=OUTCOMES)
+    return HeadReader(backbone.stack, unused, layers, shop.recipe.first_adapted_layer), backbone
+
+
+def _note(step: Progress) -> str:
+    return f"loss {step.loss:.3f}  drift {step.drift:.1f}"
+
+
+def _need_experts(shop: Workshop) -> None:
+    missing = [d for d in DIMENSIONS if not (shop.bundle / "experts" / d / "adapter_model.safetensors").is_file()]
+    if missing:
+        raise BundleError(f"{shop.bundle}: no expert {', '.join(missing)}", hint="hhh-router train experts first")
+
+
+def _kept_heads(shop: Workshop) -> HeadsSpec | None:
+    return _heads_spec(shop) if (shop.bundle / HEADS).is_file() else None
+
+
+def _heads_spec(shop: Workshop) -> HeadsSpec:
+    return HeadsSpec(
+        path=HEADS,
+        sha256=file_sha256(shop.bundle / HEADS),
+        read_layers=shop.recipe.router.read_layers,
+        needs=DIMENSIONS,
+        outcomes=OUTCOMES,
+    )
+
+
+def write_calibrated(shop: Workshop, calibrators: CalibratorsSpec) -> Bundle:
+    """Write the manifest of a bundle whose calibrators have just been fitted."""
+    _write(shop, heads=_heads_spec(shop), calibrators=calibrators)
+    return Bundle.load(shop.bundle)
+
+
+def _write(shop: Workshop, *, heads: HeadsSpec | None, calibrators: CalibratorsSpec | None) -> None:
+    recipe = shop.recipe
+    scale = recipe.experts.alpha / recipe.experts.rank
+    experts = {
+        d: ExpertSpec(path=f"experts/{d}", rank=recipe.experts.rank, scale=scale, sha256=file_sha256(path))
+        for d in DIMENSIONS
+        if (path := shop.bundle / "experts" / d / "adapter_model.safetensors").is_file()
+    }
+    shop.bundle.mkdir(parents=True, exist_ok=True)
+    write_manifest(
+        shop.bundle,
+        Manifest(
+            name=recipe.name, version=recipe.version, licence=recipe.licence, commercial_use=recipe.commercial_use,
+            backbone=recipe.backbone, first_adapted_layer=recipe.first_adapted_layer, experts=experts, heads=heads,
+            calibrators=calibrators, recipe=shop.recipe_file, recipe_sha256=shop.recipe_sha256, seed=recipe.seed,
+            data=tuple(_provenance(shop)),
+        ),
+    )  # fmt: skip
+
+
+def _provenance(shop: Workshop) -> list[DataSpec]:
+    recipe = shop.recipe
+    used: list[DataSpec] = []
+    for dimension in DIMENSIONS:
+        shares = recipe.experts.mixes[dimension]
+        used += provenance(draw(shares, shop.data, seed=recipe.seed), f"expert {dimension}")
+    used += provenance(draw(recipe.router.mix, shop.data, seed=recipe.seed), "router")
+    return used + provenance(
+        draw(recipe.calibration.mix, shop.data, split="calibrate", seed=recipe.seed), "calibration"
+    )

@@ -1,0 +1,186 @@
+"""Fit a bundle's calibrators: read the calibration rows with its heads, then fit each head in each mode."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from hhh_router.bundle import CalibratorsSpec, file_sha256
+from hhh_router.calibration import CalibrationFile, Calibrators, HeadCalibration, ModeCalibration, confidence_features
+from hhh_router.calibration.confidence import ConfidenceModel
+from hhh_router.calibration.fit import fit_confidence, fit_distance_limit, fit_head
+from hhh_router.data.examples import Example, data_hash, prompt_hash
+from hhh_router.errors import DataError
+from hhh_router.model.encode import Encoded
+from hhh_router.model.heads import Heads, Views
+from hhh_router.model.reader import HeadReader
+from hhh_router.routing import kl_nats, weigh
+from hhh_router.training.build import HEADS, Workshop, calibration_examples, write_calibrated
+from hhh_router.training.features import pooled, response_only
+from hhh_router.types import DIMENSIONS, EXPERTS, OUTCOMES, Evidence, Mode, Posterior, Scores
+
+CALIBRATORS = "calibrators.json"
+# limits that policies put on these numbers; confidence learns how often a verdict at such a limit is right
+_LIMITS: Mapping[str, tuple[float, ...]] = {"harmless": (0.5, 0.7, 0.8, 0.9, 0.95), "unsafe": (0.5, 0.7, 0.8, 0.9)}
+_STRENGTH = 0.6  # of the default policy, whose weights stand behind the features
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One calibration row as the heads saw it."""
+
+    example: Example
+    scores: Scores
+
+
+def calibrate(shop: Workshop) -> CalibrationFile:
+    """Fit and write ``calibrators.json`` and the manifest that names it.
+
+    Raises:
+        DataError: Too few rows or one class only for a head (which one is said), or rows seen in training.
+    """
+    examples = calibration_examples(shop)
+    readings = read_all(shop, examples)
+    file = fit(
+        readings,
+        heads_sha256=file_sha256(shop.bundle / HEADS),
+        dtype=shop.recipe.backbone.dtype,
+        data_sha256=data_hash(examples),
+        seed=shop.recipe.seed,
+        on_progress=shop.on_progress,
+    )
+    path = shop.bundle / CALIBRATORS
+    file.write(path)
+    write_calibrated(shop, CalibratorsSpec(path=CALIBRATORS, sha256=file_sha256(path)))
+    return file
+
+
+def read_all(shop: Workshop, examples: Sequence[Example]) -> dict[Mode, list[Reading]]:
+    """Every row as prompt, and, where it has a response, as both; some responses alone."""
+    recipe = shop.recipe
+    answered = [e for e in examples if e.response is not None and e.outcomes]
+    alone = random.Random(recipe.seed).sample(answered, min(recipe.calibration.response_rows, len(answered)))
+    rows = [*examples, *response_only(alone)]
+    backbone = shop.backbone()
+    layers = recipe.router.read_layers
+    view = len(layers) * 2 * recipe.backbone.hidden_size
+    heads = Heads.load(shop.bundle / HEADS, view=view)
+    reader = HeadReader(backbone.stack, heads, layers, recipe.first_adapted_layer)
+    done = 0
+
+    def count(n: int) -> None:
+        nonlocal done
+        done += n
+        shop.on_progress("reading", done, len(rows), f"{len(rows)} texts")
+
+    views, texts = pooled(
+        [e.read() for e in rows], reader, backbone.encoder,
+        max_tokens=recipe.calibration.max_tokens, folder=shop.work / "pooled", on_rows=count,
+    )  # fmt: skip
+    return split_modes(rows, views, texts, heads)
+
+
+def split_modes(
+    rows: Sequence[Example], views: Views, texts: Sequence[Encoded], heads: Heads
+) -> dict[Mode, list[Reading]]:
+    """Score each row in every mode its views allow: a prompt's states do not depend on the response behind it."""
+    readings: dict[Mode, list[Reading]] = {"prompt": [], "response": [], "both": []}
+    given = heads.scores(views, tokens=[len(t.ids) for t in texts], layers_run=0)
+    alone = heads.scores(
+        Views(views.prompt, views.response, ["prompt"] * len(rows)),
+        tokens=[t.prompt_tokens for t in texts],
+        layers_run=0,
+    )
+    for row, as_given, as_prompt in zip(rows, given, alone, strict=True):
+        readings[as_given.mode].append(Reading(row, as_given))
+        if as_given.mode == "both":
+            readings["prompt"].append(Reading(row, as_prompt))
+    return readings
+
+
+def fit(
+    readings: Mapping[Mode, Sequence[Reading]],
+    *,
+    heads_sha256: str,
+    dtype: str,
+    data_sha256: str,
+    seed: int,
+    on_progress: Callable[[str, int, int, str], None] = lambda *_: None,
+) -> CalibrationFile:
+    """Fit every head in every mode, the train prior, and the confidence models."""
+    needs = {d: _fit(_once_per_prompt(readings["prompt"]), "needs", d, seed) for d in DIMENSIONS}
+    modes: dict[Mode, ModeCalibration] = {}
+    for mode, rows in readings.items():
+        on_progress("fitting", len(modes) + 1, len(readings), mode)
+        modes[mode] = ModeCalibration(
+            n=len(rows),
+            distance_limit=fit_distance_limit([r.scores.distance for r in rows]),
+            needs={} if mode == "response" else needs,
+            outcomes={o: _fit(rows, "outcomes", o, seed) for o in OUTCOMES},
+        )
+    uniform = Posterior(*(1 / len(EXPERTS) for _ in EXPERTS))
+    draft = CalibrationFile.create(
+        heads_sha256=heads_sha256, dtype=dtype, data_sha256=data_sha256, seed=seed, train_prior=uniform, modes=modes
+    )
+    prior = _mean_posterior(Calibrators(draft), _once_per_prompt(readings["prompt"]))
+    with_prior = CalibrationFile.create(
+        heads_sha256=heads_sha256, dtype=dtype, data_sha256=data_sha256, seed=seed, train_prior=prior, modes=modes
+    )
+    for mode in modes:
+        model = _fit_confidence(Calibrators(with_prior), readings[mode], mode, seed)
+        modes[mode] = modes[mode].model_copy(update={"confidence": model})
+    return CalibrationFile.create(
+        heads_sha256=heads_sha256, dtype=dtype, data_sha256=data_sha256, seed=seed, train_prior=prior, modes=modes
+    )
+
+
+def _fit(rows: Sequence[Reading], kind: str, head: str, seed: int) -> HeadCalibration:
+    labelled = [
+        (getattr(r.scores, kind)[head], getattr(r.example, kind)[head])
+        for r in rows
+        if head in getattr(r.example, kind)
+    ]
+    try:
+        return fit_head([x for x, _ in labelled], [int(y) for _, y in labelled], seed=seed)
+    except DataError as error:
+        raise DataError(f"{kind}.{head}, mode {rows[0].scores.mode}: {error.message}", hint=error.hint) from error
+
+
+def _once_per_prompt(rows: Sequence[Reading]) -> list[Reading]:
+    """One reading per prompt: sets that answer one prompt several times must not count it several times."""
+    return list({prompt_hash(r.example): r for r in rows}.values())
+
+
+def _mean_posterior(calibrators: Calibrators, rows: Sequence[Reading]) -> Posterior:
+    shares = [calibrators.evidence(r.scores).posterior for r in rows]
+    mean = {e: sum(p[e] for p in shares) / len(shares) for e in EXPERTS}
+    total = sum(mean.values())
+    return Posterior.from_mapping({e: v / total for e, v in mean.items()})
+
+
+def _fit_confidence(calibrators: Calibrators, rows: Sequence[Reading], mode: Mode, seed: int) -> ConfidenceModel:
+    """Fit P(verdict right) on verdicts at limits such as policies set: needs.harmless for prompts, else outcomes.unsafe."""
+    kind, head = ("needs", "harmless") if mode == "prompt" else ("outcomes", "unsafe")
+    rng = random.Random(seed)
+    features, right = [], []
+    for row in _once_per_prompt(rows) if mode == "prompt" else rows:
+        truth = getattr(row.example, kind).get(head)
+        if truth is None:
+            continue
+        evidence = calibrators.evidence(row.scores)
+        limit = rng.choice(_LIMITS[head])
+        found = getattr(evidence, kind)[head]
+        features.append(_features(calibrators, evidence, found, limit))
+        right.append((found >= limit) == bool(truth))
+    return fit_confidence(features, right, seed=seed)
+
+
+def _features(calibrators: Calibrators, evidence: Evidence, found: float, limit: float) -> dict[str, float]:
+    even = dict.fromkeys(EXPERTS, 1.0)
+    weights = weigh(
+        evidence.posterior, prior=even, train_prior=calibrators.train_prior, strength=_STRENGTH,
+        lower=dict.fromkeys(EXPERTS, 0.0), upper=even,
+    )  # fmt: skip
+    shift = kl_nats(weights, evidence.posterior)
+    return confidence_features(evidence, weights=weights, policy_shift_nats=shift, limits=[(found, limit)])

@@ -1,0 +1,87 @@
+"""From a recipe's shares to rows: licences checked, drawn by seed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from hhh_router.bundle import DataSpec
+from hhh_router.data.examples import Example
+from hhh_router.data.made import honest_prompts, refusal
+from hhh_router.data.sets import SETS, read_set
+from hhh_router.errors import DataError
+from hhh_router.training.recipe import Recipe, Share
+
+_MADE_LICENCE = "Apache-2.0 (written by this project)"
+
+
+def draw(shares: Sequence[Share], root: Path, *, split: str | None = None, seed: int) -> list[Example]:
+    """The rows of several shares, in the recipe's order.
+
+    Args:
+        shares: What to take.
+        root: Folder of data sets.
+        split: Overrides each share's own split.
+        seed: Of the draw and of the refusals.
+    """
+    rng = random.Random(seed)
+    drawn: list[Example] = []
+    for share in shares:
+        wanted = split or share.split
+        if share.set == "made":
+            rows = honest_prompts(wanted, share.rows or 200, seed)
+        else:
+            rows = read_set(root, share.set, wanted)
+            rng.shuffle(rows)
+            rows = rows[: share.rows]
+        if not rows:
+            raise DataError(f"{share.set}: no row with split {wanted!r}", hint="the data set's README names its splits")
+        if share.reply == "refusal":
+            rows = [_refused(e, refusal(rng)) for e in rows]
+        drawn += rows
+    return drawn
+
+
+def _refused(example: Example, reply: str) -> Example:
+    """The example with a refusal: right for a harmful prompt, over-refusal for a legitimate one."""
+    over_refusal = 1.0 if example.needs.get("helpful") == 1.0 else 0.0
+    return replace(example, response=reply, outcomes={"unsafe": 0.0, "untruthful": 0.0, "unhelpful": over_refusal})
+
+
+def check_licences(recipe: Recipe) -> None:
+    """Refuse a commercial recipe that names data it may not use.
+
+    Raises:
+        DataError: Names every such set and its licence.
+    """
+    if not recipe.commercial_use:
+        return
+    barred = [f"{n} ({SETS[n].licence})" for n in _names(_all_shares(recipe)) if n in SETS and not SETS[n].commercial]
+    if barred:
+        raise DataError(
+            f"recipe {recipe.name!r} is for commercial use but names {', '.join(barred)}",
+            hint="drop these sets, or set commercial_use: false (the bundle is then marked research-only)",
+        )
+
+
+def provenance(rows: Iterable[Example], use: str) -> list[DataSpec]:
+    """What went in, for the manifest: per data set its licence and number of rows."""
+    counts: dict[str, int] = {}
+    for example in rows:
+        counts[example.source] = counts.get(example.source, 0) + 1
+    licences = {n: SETS[n].licence for n in SETS} | {"made": _MADE_LICENCE}
+    return [
+        DataSpec(name=name, licence=licences.get(name, "see data set"), use=use, rows=n)
+        for name, n in sorted(counts.items())
+    ]
+
+
+def _all_shares(recipe: Recipe) -> list[Share]:
+    mixes = [s for mix in recipe.experts.mixes.values() for s in mix]
+    return [*mixes, *recipe.router.mix, *recipe.calibration.mix]
+
+
+def _names(shares: Iterable[Share]) -> list[str]:
+    return list(dict.fromkeys(s.set for s in shares))

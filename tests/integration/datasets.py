@@ -1,0 +1,127 @@
+"""Small data sets in the shapes of the public ones, written by the project itself, for tests of the training path."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from pathlib import Path
+
+_HARMFUL = ("steal a {}", "poison a {}", "break into a {}", "forge a {}", "blow up a {}", "hurt someone with a {}")
+_BENIGN = ("paint a {}", "describe a {}", "buy a {}", "draw a {}", "repair a {}", "write a poem about a {}")
+_THINGS = ("car", "house", "letter", "well", "bank", "passport", "bridge", "garden", "boat", "clock", "lamp", "fence")
+
+
+def write_sets(root: Path, rows: int = 60, seed: int = 0) -> Path:
+    """Write every set the tiny recipe names; returns the folder."""
+    rng = random.Random(seed)
+
+    def ask(templates: tuple[str, ...], tag: str) -> str:
+        return f"How do I {rng.choice(templates).format(rng.choice(_THINGS))} in {tag}{rng.randrange(10_000)}?"
+
+    dolly = [
+        {"instruction": ask(_BENIGN, "d"), "context": "", "response": "First you look at it. Then you start.",
+         "category": "qa", "split": "train"}
+        for _ in range(rows)
+    ]  # fmt: skip
+    harmful = [
+        {"category": "x", "subcategory": "y", "prompt": ask(_HARMFUL, "r"), "split": "train"} for _ in range(rows)
+    ]
+    moderation = [
+        {"prompt": ask(_HARMFUL if i % 2 else _BENIGN, "m"), "any": i % 2, "split": split}
+        for split in ("calibrate", "eval")
+        for i in range(rows)
+    ]
+    judged = [
+        {"question": f"What is {i}?", "answer": "Nobody knows." if i % 2 else "It is certainly nine.", "truthful": i % 2,
+         "informative": 1 - i % 2, "split": "train"}
+        for i in range(rows)
+    ]  # fmt: skip
+    jailjudge = [
+        {"question": ask(_HARMFUL, "j"), "answer": "Take a hammer and do it." if i % 2 else "I can't help with that.",
+         "jailbroken": i % 2, "split": "calibrate"}
+        for i in range(rows)
+    ]  # fmt: skip
+    halueval = [
+        {"ID": str(i), "user_query": ask(_BENIGN, "h"), "chatgpt_response": "It is made of cheese." if i % 2 else "Slowly.",
+         "hallucination": "yes" if i % 2 else "no", "hallucination_spans": [], "split": "calibrate"}
+        for i in range(rows)
+    ]  # fmt: skip
+    completions = [
+        {"id": str(i), "type": "contrast_x" if i % 4 == 0 else "safe_x", "split": "calibrate",
+         "prompt": ask(_BENIGN if i % 4 else _HARMFUL, "c"),
+         "completion": "I can't help with that." if i % 2 else "Gladly: look at it first.",
+         "final_label": "2_full_refusal" if i % 2 else "1_full_compliance"}
+        for i in range(rows)
+    ]  # fmt: skip
+    fuzz = [
+        {"question": ask(_HARMFUL, "g"), "response": "Sure, take it." if i % 2 else "No.", "jailbroken": i % 2,
+         "split": "calibrate"}
+        for i in range(rows)
+    ]  # fmt: skip
+    _write(root / "dolly/dolly.jsonl.gz", dolly)
+    _write(root / "red_instruct/harmfulqa.jsonl.gz", harmful)
+    _write(root / "openai_moderation/openai_moderation.jsonl.gz", moderation)
+    _write(root / "truthfulqa/judged_answers.jsonl.gz", judged)
+    _write(root / "jailjudge_mini/jailjudge_mini.jsonl.gz", jailjudge)
+    _write(root / "halueval_general/halueval_general.jsonl.gz", halueval)
+    _write(root / "xstest/xstest_completions.jsonl.gz", completions)
+    _write(root / "gptfuzz_responses/gptfuzz_responses.jsonl.gz", fuzz)
+    return root
+
+
+def _write(path: Path, rows: list[dict[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+RECIPE = """\
+format: 1
+name: tiny
+version: 0.0.1
+licence: Apache-2.0
+commercial_use: true
+seed: 5
+backbone: {{source: "path:{backbone}", sha256: {sha256}, dtype: float32, architecture: llama, layers: 4, hidden_size: 32,
+  licence: Apache-2.0}}
+first_adapted_layer: 2
+experts:
+  rank: 2
+  alpha: 4
+  target_modules: [q_proj, down_proj]
+  learning_rate: 0.01
+  batch_rows: 8
+  max_tokens: 200
+  warmup_steps: 2
+  drift: 0.001
+  mixes:
+    helpful: [{{set: dolly}}]
+    harmless: [{{set: red_instruct, reply: refusal}}, {{set: dolly, rows: 20}}]
+    honest: [{{set: made, rows: 40}}]
+router:
+  read_layers: [1, 2]
+  width: 16
+  learning_rate: 0.003
+  weight_decay: 0.01
+  epochs: 4
+  batch_rows: 32
+  dropout: 0.1
+  max_tokens: 200
+  response_share: 0.6
+  mix:
+    - {{set: dolly}}
+    - {{set: red_instruct}}
+    - {{set: truthfulqa/judged}}
+    - {{set: made, rows: 40}}
+    - {{set: gptfuzz_responses, split: calibrate}}
+calibration:
+  max_tokens: 200
+  response_rows: 200
+  mix:
+    - {{set: openai_moderation, split: calibrate}}
+    - {{set: jailjudge_mini, split: calibrate}}
+    - {{set: halueval_general, split: calibrate}}
+    - {{set: xstest/completions, split: calibrate}}
+    - {{set: made, rows: 60, split: calibrate}}
+"""

@@ -1,0 +1,178 @@
+"""Train → calibrate → serve on small data that the project makes itself, and what goes wrong on the way."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from hhh_router.bundle import Bundle, file_sha256
+from hhh_router.data.sets import read_set
+from hhh_router.errors import BundleError, ConfigError, DataError
+from hhh_router.interfaces.sdk import HHHRouter
+from hhh_router.model.base import load_backbone
+from hhh_router.training.build import Workshop, train_experts, train_router
+from hhh_router.training.calibrate import calibrate
+from hhh_router.training.experts import TrainingDiverged, tokenize, train_expert
+from hhh_router.training.mix import check_licences, draw
+from hhh_router.training.recipe import load_recipe
+
+from .datasets import RECIPE, write_sets
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sets(tmp_path_factory.mktemp("sets"))
+
+
+@pytest.fixture
+def shop(tiny: Bundle, data: Path, tmp_path: Path) -> Workshop:
+    return make_shop(tiny, data, tmp_path)
+
+
+def make_shop(tiny: Bundle, data: Path, folder: Path, recipe_text: str = RECIPE) -> Workshop:
+    backbone = tiny.root / "backbone"
+    path = folder / "tiny.yaml"
+    path.write_text(recipe_text.format(backbone=backbone, sha256=file_sha256(backbone / "model.safetensors")))
+    recipe, sha256 = load_recipe(path)
+    return Workshop(
+        recipe=recipe,
+        recipe_file=path.name,
+        recipe_sha256=sha256,
+        data=data,
+        bundle=folder / "bundle",
+        work=folder / "work",
+        cache_dir=folder / "cache",
+        threads=1,
+    )
+
+
+@pytest.fixture(scope="session")
+def trained(tiny: Bundle, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Workshop:
+    shop = make_shop(tiny, data, tmp_path_factory.mktemp("trained"))
+    train_experts(shop)
+    train_router(shop)
+    calibrate(shop)
+    return shop
+
+
+def test_a_trained_bundle_verifies_and_answers(trained: Workshop) -> None:
+    bundle = Bundle.load(trained.bundle)
+    bundle.verify()
+
+    with HHHRouter(bundle=bundle.root, cache_dir=trained.cache_dir, threads=1) as router:
+        result = router.chat("How do I paint a boat?", max_tokens=5)
+        guarded = router.guard(prompt="How do I paint a boat?", response="Slowly.")
+
+    assert sum(result.metadata.weights.values()) == pytest.approx(1, abs=1e-5)
+    assert result.metadata.calibration.calibrated
+    assert guarded.metadata.calibration.calibrated
+    assert result.metadata.bundle.name == "tiny"
+
+
+def test_the_manifest_tells_licence_use_and_rows_of_all_data(trained: Workshop) -> None:
+    data = {(d.name, d.use): d for d in Bundle.load(trained.bundle).manifest.data}
+
+    assert data["red_instruct", "expert harmless"].rows == 60
+    assert data["gptfuzz_responses", "router"].licence == "MIT"
+    assert ("gptfuzz_responses", "calibration") not in data
+
+
+def test_learned_heads_tell_harmful_from_benign_prompts_they_have_not_seen(trained: Workshop) -> None:
+    rows = read_set(trained.data, "openai_moderation", "eval")
+
+    with HHHRouter(bundle=trained.bundle, cache_dir=trained.cache_dir, threads=1) as router:
+        needs = [r.metadata.needs["harmless"] for r in router.route([e.prompt for e in rows])]
+
+    harmful = [q for q, e in zip(needs, rows, strict=True) if e.needs["harmless"]]
+    benign = [q for q, e in zip(needs, rows, strict=True) if not e.needs["harmless"]]
+    wins = sum(h > b for h in harmful for b in benign) / (len(harmful) * len(benign))
+    assert wins > 0.8  # the wording differs in verbs alone; chance is .5
+
+
+def test_expert_training_lowers_the_loss(shop: Workshop) -> None:
+    backbone = load_backbone(Path(shop.recipe.backbone.source.removeprefix("path:")), shop.recipe.backbone)
+    rows = tokenize(draw(shop.recipe.experts.mixes["helpful"], shop.data, seed=1), backbone, 200)
+
+    losses = [p.loss for p in train_expert("helpful", rows, backbone, shop.recipe, shop.work)]
+
+    assert losses[-1] < losses[0]
+
+
+def test_a_killed_training_goes_on_to_the_same_result(
+    shop: Workshop, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hhh_router.training.experts.CHECKPOINT_STEPS", 2)
+    backbone = load_backbone(Path(shop.recipe.backbone.source.removeprefix("path:")), shop.recipe.backbone)
+    rows = tokenize(draw(shop.recipe.experts.mixes["helpful"], shop.data, seed=1), backbone, 200)
+    list(train_expert("helpful", rows, backbone, shop.recipe, tmp_path / "whole"))
+
+    run = train_expert("helpful", rows, backbone, shop.recipe, tmp_path / "killed")
+    while next(run).step < 5:  # dies between two checkpoints
+        pass
+    run.close()
+    resumed = list(train_expert("helpful", rows, backbone, shop.recipe, tmp_path / "killed"))
+
+    assert resumed[0].step == 5
+    whole = load_file(tmp_path / "whole/expert/adapter_model.safetensors")
+    for name, tensor in load_file(tmp_path / "killed/expert/adapter_model.safetensors").items():
+        assert tensor.equal(whole[name])
+
+
+def test_a_diverging_loss_stops_with_what_to_do(shop: Workshop) -> None:
+    backbone = load_backbone(Path(shop.recipe.backbone.source.removeprefix("path:")), shop.recipe.backbone)
+    rows = tokenize(draw(shop.recipe.experts.mixes["helpful"], shop.data, seed=1), backbone, 200)
+    wild = shop.recipe.model_copy(update={"experts": shop.recipe.experts.model_copy(update={"learning_rate": 1e30})})
+
+    with pytest.raises(TrainingDiverged, match="learning_rate"):
+        list(train_expert("helpful", rows, backbone, wild, shop.work))
+
+
+def test_commercial_recipes_refuse_data_that_forbids_it(shop: Workshop) -> None:
+    router = shop.recipe.router.model_copy(update={"mix": (*shop.recipe.router.mix, share("falseqa"))})
+
+    with pytest.raises(DataError, match="falseqa"):
+        check_licences(shop.recipe.model_copy(update={"router": router}))
+
+
+def share(name: str):  # type: ignore[no-untyped-def]
+    from hhh_router.training.recipe import Share
+
+    return Share(set=name)
+
+
+def test_rows_that_were_trained_on_are_not_calibrated_on(shop: Workshop, trained: Workshop) -> None:
+    part = trained.recipe.calibration
+    mix = (*part.mix, share("gptfuzz_responses").model_copy(update={"split": "calibrate"}))
+    moved = trained.recipe.model_copy(update={"calibration": part.model_copy(update={"mix": mix})})
+
+    with pytest.raises(DataError, match="gptfuzz_responses"):
+        calibrate(replace(trained, recipe=moved))
+
+
+def test_a_router_needs_its_experts(shop: Workshop) -> None:
+    with pytest.raises(BundleError, match="train experts"):
+        train_router(shop)
+
+
+def test_a_wrong_recipe_lists_every_mistake(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    path.write_text("format: 2\nname: x\nsed: 3\n")
+
+    with pytest.raises(ConfigError) as caught:
+        load_recipe(path)
+
+    assert "format" in caught.value.message
+    assert "sed" in caught.value.message
+    assert "experts" in caught.value.message
+
+
+def test_a_broken_row_is_named_by_file_and_line(tmp_path: Path) -> None:
+    folder = write_sets(tmp_path)
+    (folder / "advbench").mkdir()
+    (folder / "advbench/advbench.jsonl").write_text('{"prompt": "a", "split": "eval"}\n{oops\n')
+
+    with pytest.raises(DataError, match=r"advbench\.jsonl:2"):
+        read_set(folder, "advbench", "eval")
