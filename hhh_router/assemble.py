@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Sequence
+from urllib.parse import urlsplit
 
 from hhh_router.bundle import Bundle
 from hhh_router.calibration import Calibrators
-from hhh_router.errors import BundleError, MissingExtra
+from hhh_router.errors import BundleError, MissingExtra, SettingsError
 from hhh_router.pipeline import Pipeline, PolicyStore
 from hhh_router.protocols import Generator
 from hhh_router.settings import Settings
@@ -32,7 +33,9 @@ def build_pipeline(settings: Settings, *, upstream: str | None = None, sinks: Se
         SettingsError: The upstream is no URL.
         MissingExtra: torch or aiohttp is not installed.
     """
-    policies = PolicyStore.from_settings(settings)  # the cheapest check first
+    policies = PolicyStore.from_settings(settings)  # the cheapest checks first
+    if upstream is not None:
+        check_upstream(upstream)
     bundle = Bundle.load(settings.bundle)
     bundle.verify()
     calibrators = load_calibrators(bundle, settings)
@@ -65,6 +68,24 @@ def build_pipeline(settings: Settings, *, upstream: str | None = None, sinks: Se
         answers_elsewhere=upstream is not None,
         closers=closers,
     )
+
+
+def check_upstream(base_url: str) -> None:
+    """Accept what an upstream can be reached by.
+
+    Raises:
+        SettingsError: It is no http(s) URL, or holds a password.
+    """
+    parts = urlsplit(base_url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise SettingsError(
+            f"upstream {base_url!r} is no http(s) URL",
+            hint="give the base URL a client would use, such as http://host:8000/v1",
+        )
+    if parts.username or parts.password:
+        raise SettingsError(
+            f"the upstream's URL for {parts.hostname} holds credentials", hint="set HHH_ROUTER_UPSTREAM_API_KEY instead"
+        )
 
 
 def load_calibrators(bundle: Bundle, settings: Settings) -> Calibrators:

@@ -8,7 +8,7 @@ from typing import Any
 
 from hhh_router.errors import Blocked
 from hhh_router.protocols import FinishReason
-from hhh_router.trace.block import Metadata
+from hhh_router.trace.block import DecisionRecord, Metadata
 from hhh_router.types import Action, Decision, Weights
 
 
@@ -92,7 +92,7 @@ class _Result:
         Raises:
             Blocked: The decision that stopped it.
         """
-        stopping = next((d for d in self.metadata.decisions if Action(d.action).stops), None)
+        stopping = self._stopping()
         if stopping is not None:
             raise Blocked(
                 Decision(
@@ -103,6 +103,10 @@ class _Result:
                     message=stopping.message,
                 )
             )
+
+    def _stopping(self) -> DecisionRecord | None:
+        """The decision that stops the reply, if one does."""
+        return next((d for d in self.metadata.decisions if Action(d.action).stops), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,8 +127,14 @@ class GuardResult(_Result):
 
     @property
     def message(self) -> str | None:
-        """What the policy would tell the caller, when an action stops."""
-        return next((d.message for d in self.metadata.decisions if Action(d.action).stops), None)
+        """What the policy tells the caller in place of the reply; None when it may pass."""
+        stopping = self._stopping()
+        return stopping.message if stopping else None
+
+    def _stopping(self) -> DecisionRecord | None:
+        """Nobody makes a reply anew here, so one that should be made anew may not pass either."""
+        *_, last = self.metadata.decisions
+        return _Result._stopping(self) or (last if last.action == Action.REGENERATE else None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,12 +14,11 @@ from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
-from urllib.parse import urlsplit
 
 import aiohttp
 from pydantic import SecretStr
 
-from hhh_router.errors import BackendTimeout, ReaderError, RequestError, SettingsError, UpstreamError
+from hhh_router.errors import BackendTimeout, ReaderError, RequestError, UpstreamError
 from hhh_router.protocols import Delta, Event, Finished, FinishReason, Planned, Planner, Reader, Unread, Window
 from hhh_router.types import ChatRequest, Message, ReadRequest, Scores
 from hhh_router.upstream.sse import EventParser
@@ -48,9 +47,6 @@ class UpstreamGenerator:
         api_key: Sent when the client sends no ``Authorization`` of its own.
         timeout_s: Longest silence of the upstream, in seconds.
         max_bytes: Largest reply that is accepted.
-
-    Raises:
-        SettingsError: ``base_url`` is no http(s) URL.
     """
 
     def __init__(
@@ -62,12 +58,6 @@ class UpstreamGenerator:
         timeout_s: float = 120.0,
         max_bytes: int = 4_000_000,
     ) -> None:
-        parts = urlsplit(base_url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise SettingsError(
-                f"upstream {base_url!r} is no URL",
-                hint="give the base URL a client would use, such as http://host:8000/v1",
-            )
         self._reader = reader
         self._base_url = base_url.rstrip("/")
         self._shown = (
@@ -295,7 +285,7 @@ class _Reply:
 
 
 async def _read(reader: Reader, request: ReadRequest) -> Scores:
-    """One reading. What the reader cannot take was not read: for the policy's ``on_error``, as the upstream might take it.
+    """One reading. What the reader cannot take is a failed reading: an upstream might well take it.
 
     Raises:
         ReaderError: There is nothing to read, too much, or the reader failed.

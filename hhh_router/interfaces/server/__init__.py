@@ -1,1 +1,1 @@
-"""interfaces/server."""
+"""The HTTP door: OpenAI's wire and our own, on Starlette."""

@@ -1,0 +1,118 @@
+"""The application: routes, keys, health."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Any, Protocol, runtime_checkable
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from hhh_router.interfaces.server import native
+from hhh_router.interfaces.server.chat import ChatResponse
+from hhh_router.interfaces.server.http import endpoint, error_body, read_json
+from hhh_router.interfaces.server.models import list_models
+from hhh_router.interfaces.server.openai import parse_chat
+from hhh_router.pipeline import Pipeline
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+@runtime_checkable
+class ListsModels(Protocol):
+    """A generator that knows the models of an upstream."""
+
+    async def list_models(self, authorization: str | None) -> Mapping[str, Any]:
+        """The upstream's own answer to ``GET /models``."""
+        ...
+
+
+def create_app(pipeline: Pipeline) -> Starlette:
+    """The HTTP door of a pipeline, as an ASGI application. It closes the pipeline when it shuts down.
+
+    With an upstream behind the pipeline it is a proxy: model names and unknown fields pass through, and so does the
+    client's ``Authorization`` (unless ``settings.api_key`` is set, which the header then has to hold).
+    """
+    settings = pipeline.settings
+    is_proxy = pipeline.parts.answers_elsewhere
+    started = int(time.time())
+
+    def forwarded(request: Request) -> str | None:
+        return None if settings.api_key is not None else request.headers.get("authorization")
+
+    async def chat(request: Request) -> Response:
+        body = await read_json(request, max_bytes=settings.max_body_bytes)
+        call = parse_chat(
+            body,
+            upstream=is_proxy,
+            authorization=forwarded(request) if is_proxy else None,
+            request_id=pipeline.parts.new_id(),
+        )
+        return ChatResponse(pipeline, call)
+
+    async def models(request: Request) -> Response:
+        generator = pipeline.parts.generator
+        if is_proxy and isinstance(generator, ListsModels):
+            return JSONResponse(await generator.list_models(forwarded(request)))
+        return JSONResponse(list_models(started))
+
+    async def guard(request: Request) -> Response:
+        return await native.guard(request, pipeline)
+
+    async def route(request: Request) -> Response:
+        return await native.route(request, pipeline)
+
+    async def live(request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def ready(request: Request) -> Response:
+        parts = pipeline.parts
+        return JSONResponse(
+            {
+                "status": "ok",
+                "policy": pipeline.policies.default.name,
+                "bundle": parts.bundle_ref.name,
+                "proxy": is_proxy,
+            }
+        )
+
+    @asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncGenerator[None, None]:
+        yield
+        await pipeline.aclose()
+
+    def path(where: str, work: Handler, method: str, *, needs_key: bool = True) -> Route:
+        return Route(where, endpoint(work, settings=settings, needs_key=needs_key), methods=[method])
+
+    return Starlette(
+        routes=[
+            path("/v1/chat/completions", chat, "POST"),
+            path("/v1/models", models, "GET"),
+            path("/v1/guard", guard, "POST"),
+            path("/v1/route", route, "POST"),
+            path("/v1/schema", native.schema, "GET", needs_key=False),
+            path("/health/live", live, "GET", needs_key=False),
+            path("/health/ready", ready, "GET", needs_key=False),
+        ],
+        exception_handlers={HTTPException: _not_served},
+        lifespan=lifespan,
+    )
+
+
+async def _not_served(request: Request, error: Exception) -> Response:
+    """404 and 405 in OpenAI's error shape, naming what is served."""
+    assert isinstance(error, HTTPException)
+    served = ", ".join(f"{'/'.join(sorted(r.methods - {'HEAD'}))} {r.path}" for r in _routes(request) if r.methods)
+    message = f"{request.method} {request.url.path[:200]} is not served here; there is {served}"
+    code = "not_found" if error.status_code == 404 else "method_not_allowed"
+    body = error_body(message, status=error.status_code, code=code)
+    return JSONResponse(body, error.status_code, headers=error.headers)
+
+
+def _routes(request: Request) -> list[Route]:
+    return [r for r in request.app.routes if isinstance(r, Route)]

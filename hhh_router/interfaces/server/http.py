@@ -1,0 +1,242 @@
+"""What every endpoint shares: reading a body, errors in OpenAI's shape, keys, and noticing that the client left."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import ipaddress
+import json
+import logging
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from typing import Any, NoReturn, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Send
+
+from hhh_router.errors import HHHRouterError, InvalidRequest, SettingsError, UpstreamError, http_status
+from hhh_router.settings import Settings
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+NEVER_RETRY = {"x-should-retry": "false"}
+"""OpenAI's clients repeat every 5xx; this tells them that it cannot help."""
+
+
+class WireError(Exception):
+    """An answer in OpenAI's error shape, for what only a server can find wrong.
+
+    Args:
+        status: HTTP status.
+        message: What was found, where, and what to do.
+        code: Stable name of the error.
+        param: Field of the body that is wrong.
+    """
+
+    def __init__(self, status: int, message: str, *, code: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.code = code
+        self.param = param
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The JSON the client gets."""
+        return error_body(self.message, status=self.status, code=self.code, param=self.param)
+
+
+def error_body(message: str, *, status: int, code: str, param: str | None = None) -> dict[str, Any]:
+    """OpenAI's error shape.
+
+    >>> error_body("too long", status=400, code="context_length_exceeded")["error"]["type"]
+    'invalid_request_error'
+    """
+    types = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+    kind = types.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def failure(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
+    """Status, body and headers for any error; what was not raised on purpose is logged and told in one plain line."""
+    match error:
+        case WireError():
+            return error.status, error.body, {}
+        case UpstreamError() if error.body is not None and http_status(error) == error.status:
+            headers = {"retry-after": error.retry_after} if error.retry_after else {}
+            return error.status, dict(error.body), headers  # the upstream's own words on the caller's mistake
+        case HHHRouterError():
+            status = http_status(error)
+            message = f"{error.message} ({error.hint})" if error.hint else error.message
+            if status >= 500:
+                _log.warning("%s: %s", error.code, error.message)
+            fixed = status in (500, 501)  # a file or an installation has to be fixed first
+            return status, error_body(message, status=status, code=error.code), NEVER_RETRY if fixed else {}
+    _log.error("unexpected error", exc_info=error)
+    message = "something went wrong here; the server's log says what"
+    return 500, error_body(message, status=500, code="internal_error"), {}
+
+
+def failed(error: Exception, headers: Mapping[str, str] | None = None) -> Response:
+    """The reply to a request that failed."""
+    status, body, more = failure(error)
+    return JSONResponse(body, status, {**(headers or {}), **more})
+
+
+async def read_json(request: Request, *, max_bytes: int) -> dict[str, Any]:
+    """The body as a JSON object.
+
+    Raises:
+        WireError: It is too large (413).
+        InvalidRequest: It is no JSON object.
+    """
+    raw = bytearray()
+    declared = request.headers.get("content-length", "0")
+    too_large = declared.isdecimal() and int(declared) > max_bytes
+    if not too_large:
+        async for piece in request.stream():
+            raw += piece
+            if too_large := len(raw) > max_bytes:
+                break
+    if too_large:
+        raise WireError(
+            413,
+            f"the body is larger than {max_bytes:,} bytes; send less, or raise HHH_ROUTER_MAX_BODY_BYTES",
+            code="too_large",
+        )
+    try:
+        body = json.loads(raw, parse_constant=_not_json)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest(f"the body is no JSON: {_where(error)}", hint="send a JSON object in UTF-8") from error
+    if not isinstance(body, dict):
+        raise InvalidRequest("the body is JSON, but no object", hint="send a JSON object")
+    return body
+
+
+def _not_json(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON number")
+
+
+def _where(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"{error.msg} at line {error.lineno} column {error.colno}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"byte {error.start} is not UTF-8"
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
+
+
+def check_key(request: Request, settings: Settings) -> None:
+    """Demand the deployment's key, when it has one.
+
+    Raises:
+        WireError: 401, no key or a wrong one.
+    """
+    if settings.api_key is None:
+        return
+    scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    wanted = settings.api_key.get_secret_value()
+    if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), wanted.encode()):
+        found = "a wrong key" if given else "no key"
+        raise WireError(401, f"{found}; send 'Authorization: Bearer <key>'", code="invalid_api_key")
+
+
+def check_exposure(host: str, settings: Settings) -> None:
+    """Refuse to listen beyond this machine without a key.
+
+    Raises:
+        SettingsError: ``host`` is not loopback and no key is set.
+    """
+    if settings.api_key is None and not _is_loopback(host):
+        raise SettingsError(
+            f"--host {host} is reachable from outside this machine, and no key is set",
+            hint="set HHH_ROUTER_API_KEY, or listen on 127.0.0.1",
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    """
+    >>> _is_loopback("127.0.0.1"), _is_loopback("::1"), _is_loopback("0.0.0.0")
+    (True, True, False)
+    """
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False  # a name can lead anywhere
+
+
+async def until_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
+    """What the work returns; it is cancelled when the client goes away. The request's body has to be read already.
+
+    Raises:
+        ClientDisconnect: The client left first.
+    """
+    task = asyncio.ensure_future(work)
+    watch = asyncio.ensure_future(_left(receive))
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientDisconnect
+        return await task
+    finally:
+        for job in (task, watch):
+            job.cancel()
+        await asyncio.gather(task, watch, return_exceptions=True)
+
+
+async def _left(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class Sender:
+    """Sends a reply piece by piece, and knows whether it has begun."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.begun = False
+
+    async def begin(self, status: int, headers: Mapping[str, str]) -> None:
+        """Send status and headers."""
+        self.begun = True
+        raw = [(k.lower().encode("latin-1"), v.encode("latin-1", "replace")) for k, v in headers.items()]
+        await self._send({"type": "http.response.start", "status": status, "headers": raw})
+
+    async def part(self, data: bytes, *, more: bool = True) -> None:
+        """Send a piece of the body."""
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+
+    async def json(self, body: Mapping[str, Any], headers: Mapping[str, str], *, status: int = 200) -> None:
+        """Send a whole JSON reply."""
+        data = dump(body)
+        await self.begin(status, {"content-type": "application/json", "content-length": str(len(data)), **headers})
+        await self.part(data, more=False)
+
+
+def dump(body: Mapping[str, Any]) -> bytes:
+    """Compact JSON in UTF-8. Half a surrogate pair, which a model can emit, is written as its escape."""
+    try:
+        return json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+    except UnicodeEncodeError:
+        return json.dumps(body, separators=(",", ":")).encode("ascii")
+
+
+def endpoint(
+    work: Callable[[Request], Awaitable[Response]], *, settings: Settings, needs_key: bool = True
+) -> Callable[[Request], Awaitable[Response]]:
+    """Wrap an endpoint: the key is checked first, and every error becomes a reply in OpenAI's shape."""
+
+    async def guarded(request: Request) -> Response:
+        try:
+            if needs_key:
+                check_key(request, settings)
+            return await work(request)
+        except ClientDisconnect:
+            return Response(status_code=499)  # nobody is there to read it
+        except Exception as error:  # a door: whatever broke must not reach the caller as a traceback
+            return failed(error)
+
+    return guarded

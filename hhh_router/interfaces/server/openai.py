@@ -1,0 +1,244 @@
+"""OpenAI's chat completions: their wire in, `ChatRequest`; `ChatEvent` in, their wire out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from hhh_router.errors import InvalidRequest
+from hhh_router.interfaces.parse import parse_messages, parse_stop, parse_weights
+from hhh_router.interfaces.server.models import parse_model
+from hhh_router.pipeline import ChatDelta, ChatFinished
+from hhh_router.trace.block import Metadata
+from hhh_router.types import ChatRequest, Sampling
+
+READ_FIELDS = frozenset(
+    {"messages", "model", "hhh", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature"}
+    | {"top_p", "seed", "stop", "n"}
+)
+"""Fields of the body that are acted on."""
+NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
+    "n": (1,),
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "functions": ([],),
+    "function_call": ("none", "auto"),
+    "logprobs": (False,),
+    "top_logprobs": (0,),
+    "response_format": ({"type": "text"},),
+    "logit_bias": ({},),
+    "presence_penalty": (0, 0.0),
+    "frequency_penalty": (0, 0.0),
+    "modalities": (["text"],),
+    "audio": (),
+    "web_search_options": (),
+    "moderation": (),
+}
+"""Fields that change the answer and are not supported yet, with the values that change nothing. Others are refused."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One chat completion as the client wants it told."""
+
+    request: ChatRequest
+    model: str
+    stream: bool
+    include_usage: bool
+
+
+def parse_chat(
+    body: Mapping[str, Any], *, upstream: bool = False, authorization: str | None = None, request_id: str = ""
+) -> Call:
+    """OpenAI's body as our request.
+
+    Args:
+        body: As the client sent it.
+        upstream: Another model answers: ``model`` and unknown fields are its business and pass through.
+        authorization: The client's header, for an upstream.
+        request_id: Names the request in every trace.
+
+    Raises:
+        InvalidRequest: A field is wrong, or asks for what is not supported yet.
+        WireError: 404, no such model.
+    """
+    ours = _our_fields(body)
+    stream = _boolean(body, "stream")
+    options = body.get("stream_options") or {}
+    if not isinstance(options, Mapping):
+        raise InvalidRequest("stream_options: no object", hint='send an object, such as {"include_usage": true}')
+    messages, unread = parse_messages(body.get("messages", ()), tools_allowed=upstream)
+    call: dict[str, Any] = {}
+    if upstream:
+        if body.get("n") not in (None, 1):
+            raise InvalidRequest(f"n: found {body['n']!r}, not supported yet", hint="ask for one reply at a time")
+        if ours.get("weights") is not None:
+            raise InvalidRequest("hhh.weights: no mixture answers here", hint="leave the weights out behind a proxy")
+        policy = ours.get("policy")
+        call["passthrough"] = {k: v for k, v in body.items() if k != "hhh"}
+        call["authorization"] = authorization
+        unread += tuple(k for k in ("tools", "functions", "response_format") if body.get(k))
+    else:
+        unread += _check_supported(body)
+        choice = parse_model(body.get("model"))
+        policy = _one("policy", choice.policy, ours.get("policy"))
+        call["weights"] = _one("weights", choice.weights, parse_weights(ours.get("weights"), where="hhh.weights"))
+        call["sampling"] = _sampling(body)
+    if policy is not None and not isinstance(policy, str):
+        raise InvalidRequest("hhh.policy: no string", hint="send a policy's name")
+    return Call(
+        request=ChatRequest(messages=messages, policy=policy, request_id=request_id, not_inspected=unread, **call),
+        model=str(body.get("model", "")),
+        stream=stream,
+        include_usage=bool(options.get("include_usage")),
+    )
+
+
+def _our_fields(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    ours = body.get("hhh") or {}
+    if not isinstance(ours, Mapping):
+        raise InvalidRequest("hhh: no object", hint='send an object, such as {"policy": "balanced"}')
+    if unknown := sorted(set(ours) - {"policy", "weights"}):
+        raise InvalidRequest(f"hhh.{unknown[0]}: unknown field", hint="use policy and weights")
+    return ours
+
+
+def _check_supported(body: Mapping[str, Any]) -> tuple[str, ...]:
+    """Refuse what would change the answer and cannot be done; returns what is ignored."""
+    ignored = []
+    for name, value in body.items():
+        if name in NEUTRAL_VALUES:
+            if value is not None and not any(_same(value, neutral) for neutral in NEUTRAL_VALUES[name]):
+                raise InvalidRequest(f"{name}: not supported yet", hint="leave it out")
+        elif name not in READ_FIELDS and value is not None:
+            ignored.append(name[:100])
+    return tuple(ignored)
+
+
+def _same(value: object, neutral: object) -> bool:
+    return type(value) is type(neutral) and value == neutral
+
+
+def _sampling(body: Mapping[str, Any]) -> Sampling:
+    limit = _one("max_tokens", body.get("max_tokens"), body.get("max_completion_tokens"))
+    given = {"max_tokens": limit, **{k: body.get(k) for k in ("temperature", "top_p", "seed")}}
+    return Sampling(stop=parse_stop(body.get("stop")), **{k: v for k, v in given.items() if v is not None})
+
+
+def _boolean(body: Mapping[str, Any], name: str) -> bool:
+    value = body.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise InvalidRequest(f"{name}: found {value!r}", hint="send true or false")
+    return bool(value)
+
+
+def _one(name: str, first: Any, second: Any) -> Any:
+    """What two places say of one thing.
+
+    Raises:
+        InvalidRequest: They differ.
+    """
+    if first is not None and second is not None and first != second:
+        raise InvalidRequest(f"{name}: said twice, differently", hint="say it in one place")
+    return second if first is None else first
+
+
+# -- their wire out ---------------------------------------------------------------------------------------------------
+
+
+def completion(call: Call, done: ChatFinished, raw: Mapping[str, Any] | None, *, created: int) -> dict[str, Any]:
+    """A whole reply; with the upstream's own fields when it answered and its answer was let through."""
+    block = {"hhh": done.metadata.as_json()}
+    if raw is not None and done.refusal is None:
+        return {**raw, **block}
+    return {
+        "id": _id(done.metadata),
+        "object": "chat.completion",
+        "created": created,
+        "model": call.model,
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": done.text, "refusal": done.refusal},
+                "logprobs": None,
+                "finish_reason": done.finish_reason,
+            }
+        ],
+        "usage": _usage(done),
+        **block,
+    }
+
+
+class ChunkWriter:
+    """Turns the events of one chat into OpenAI's chunks. ``hhh`` is in the first chunk and in the last."""
+
+    def __init__(self, call: Call, first: Metadata, *, created: int) -> None:
+        self._call = call
+        self._head = {
+            "id": _id(first),
+            "object": "chat.completion.chunk",
+            "created": created,
+            "model": call.model,
+        }
+        self._first: Metadata | None = first
+        self._withheld: Mapping[str, Any] | None = None  # the upstream's last chunk, until the final block is known
+
+    def delta(self, event: ChatDelta) -> list[dict[str, Any]]:
+        """The chunks for one piece of the reply."""
+        if event.raw is not None:
+            return self._pass(event.raw)
+        fields: dict[str, Any] = {"content": event.text}
+        if event.is_refusal:
+            fields["refusal"] = event.text.strip()
+        return [*self._flush(), *self._open(), self._chunk(fields)]
+
+    def end(self, done: ChatFinished) -> list[dict[str, Any]]:
+        """The chunks that end the reply."""
+        block = {"hhh": done.metadata.as_json()}
+        if self._withheld is not None and done.refusal is None:
+            return [{**self._withheld, **block}]
+        chunks = self._flush()
+        chunks += [*self._open(), self._chunk({}, finish_reason=done.finish_reason, **block)]
+        if self._call.include_usage:
+            chunks.append({**self._head, "choices": [], "usage": _usage(done), **block})
+        return chunks
+
+    def _pass(self, raw: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The upstream's own chunk, one behind, so that the last can carry the final block."""
+        chunks = self._flush()
+        self._head |= {k: raw[k] for k in ("id", "created", "model") if k in raw}
+        if self._first is not None:
+            raw = {**raw, "hhh": self._first.as_json()}
+            self._first = None
+        self._withheld = raw
+        return chunks
+
+    def _flush(self) -> list[dict[str, Any]]:
+        withheld, self._withheld = self._withheld, None
+        return [dict(withheld)] if withheld is not None else []
+
+    def _open(self) -> list[dict[str, Any]]:
+        """The first chunk, which tells the role, once."""
+        if self._first is None:
+            return []
+        block, self._first = self._first.as_json(), None
+        return [self._chunk({"role": "assistant", "content": ""}, hhh=block)]
+
+    def _chunk(self, delta: Mapping[str, Any], *, finish_reason: str | None = None, **more: Any) -> dict[str, Any]:
+        choice = {"index": 0, "delta": dict(delta), "logprobs": None, "finish_reason": finish_reason}
+        usage = {"usage": None} if self._call.include_usage else {}
+        return {**self._head, "choices": [choice], **usage, **more}
+
+
+def _id(metadata: Metadata) -> str:
+    return f"chatcmpl-{metadata.request_id}"
+
+
+def _usage(done: ChatFinished) -> dict[str, int]:
+    usage = done.usage
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
+    }

@@ -1,0 +1,70 @@
+"""Listening: uvicorn around the application."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+
+import uvicorn
+
+from hhh_router.errors import SettingsError
+from hhh_router.interfaces.server.app import create_app
+from hhh_router.interfaces.server.http import check_exposure
+from hhh_router.pipeline import Pipeline
+from hhh_router.settings import Settings
+
+GRACE_S = 10  # replies in flight may end; then they are cut
+BACKLOG = 1024
+
+
+def listen(host: str, port: int, settings: Settings) -> socket.socket:
+    """A bound socket; port 0 takes a free one. Cheap, so do it before the model is loaded.
+
+    Raises:
+        SettingsError: The address cannot be used, or it is reachable from outside and no key is set.
+    """
+    check_exposure(host, settings)
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        return socket.create_server(address, family=family, backlog=BACKLOG)
+    except (OSError, OverflowError) as error:
+        raise SettingsError(
+            f"cannot listen on {host}:{port} ({getattr(error, 'strerror', None) or error})",
+            hint="choose another --host or --port; port 0 takes a free one",
+        ) from error
+
+
+def run(pipeline: Pipeline, listening: socket.socket, *, on_ready: Callable[[str], None] = lambda url: None) -> None:
+    """Serve until SIGINT or SIGTERM; then close the pipeline.
+
+    Args:
+        pipeline: Answers.
+        listening: From `listen`.
+        on_ready: Called with the base URL once requests are taken.
+    """
+    host, port = listening.getsockname()[:2]
+    shown = f"[{host}]" if ":" in host else host
+    make_server(pipeline, on_ready=lambda: on_ready(f"http://{shown}:{port}")).run(sockets=[listening])
+
+
+def make_server(pipeline: Pipeline, *, on_ready: Callable[[], None] = lambda: None) -> uvicorn.Server:
+    """A server that is not running yet; give its ``run`` or ``serve`` a socket from `listen`."""
+    config = uvicorn.Config(
+        create_app(pipeline),
+        log_level="warning",  # one line a request comes from the pipeline's own log
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=GRACE_S,
+    )
+    return _Server(config, on_ready)
+
+
+class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._on_ready = on_ready
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        if self.started:
+            self._on_ready()
