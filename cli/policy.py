@@ -7,8 +7,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from hhh_router.pipeline import Pipeline
     from hhh_router.pipeline.plan import Step
     from hhh_router.policy import Policy
+    from hhh_router.settings import Settings
+    from hhh_router.types import ReadRequest, Weights
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="List, show, check and explain policies.")
 
@@ -115,7 +120,7 @@ def explain(
         rows = [{"title": step.title, "detail": step.detail, "data": dict(step.data)} for step in steps]
         typer.echo(json.dumps({"policy": _summary(used), "prompt": prompt, "steps": rows}, indent=2))
         return
-    _print_steps(Console(highlight=False), used, steps)
+    print_steps(Console(highlight=False), used, steps)
 
 
 @app.command()
@@ -128,24 +133,33 @@ def schema(as_json: bool = typer.Option(True, "--json/--no-json", hidden=True)) 
     typer.echo(json.dumps(policy_schema(), indent=2))
 
 
-async def _explain(prompt: str, settings: Any, pinned: Any) -> tuple[Policy, list[Step]]:
+async def _explain(prompt: str, settings: Settings, pinned: Weights | None) -> tuple[Policy, list[Step]]:
     from hhh_router.assemble import build_pipeline
-    from hhh_router.pipeline.plan import explain
     from hhh_router.pipeline.validate import check_guard
     from hhh_router.types import GuardRequest, Message, ReadRequest
 
     request = ReadRequest(messages=(Message(role="user", content=prompt),))
-    check_guard(GuardRequest(read=request), max_bytes=settings.max_body_bytes)  # before minutes may go into loading
+    check_guard(GuardRequest(read=request), max_bytes=settings.max_body_bytes)  # before seconds go into loading
     pipeline = build_pipeline(settings)
     try:
-        [scores] = await pipeline.parts.reader.read([request])
-        policy = pipeline.policies.default
-        return policy, explain(scores, policy=policy, calibrators=pipeline.parts.calibrators, pinned=pinned)
+        return await explain_request(pipeline, request, pinned)
     finally:
         await pipeline.aclose()
 
 
-def _print_steps(console: Any, policy: Policy, steps: list[Step]) -> None:
+async def explain_request(
+    pipeline: Pipeline, request: ReadRequest, pinned: Weights | None
+) -> tuple[Policy, list[Step]]:
+    """The steps of one prompt under the pipeline's default policy, and that policy."""
+    from hhh_router.pipeline.plan import explain
+
+    [scores] = await pipeline.parts.reader.read([request])
+    policy = pipeline.policies.default
+    return policy, explain(scores, policy=policy, calibrators=pipeline.parts.calibrators, pinned=pinned)
+
+
+def print_steps(console: Console, policy: Policy, steps: list[Step]) -> None:
+    """Each step with its number, title and numbers."""
     from rich.text import Text
 
     console.print(Text(f"{policy.name}@{policy.version} ({policy.hash[:8]})", style="bold"))

@@ -1,5 +1,6 @@
 """``hhh-router policy``: what it prints, and its exit codes."""
 
+import io
 import json
 import subprocess
 import sys
@@ -9,12 +10,16 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
+from rich.console import Console
 from typer.testing import CliRunner
 
 from hhh_router.errors import PolicyError
 from hhh_router.policy import list_policies, load_policy, parse_policy
+from hhh_router.testing import FakeReader, fake_pipeline
+from hhh_router.types import Message, ReadRequest
 
-app = import_module("hhh_router.cli.policy").app
+policy_cli = import_module("hhh_router.cli.policy")
+app = policy_cli.app
 
 
 def invoke(*arguments: str):
@@ -108,6 +113,24 @@ def test_explain_rejects_what_is_no_prompt_before_it_loads_a_model(prompt):
     assert result.exit_code != 0
     assert "torch" not in str(result.exception)
     assert getattr(result.exception, "code", None) == "invalid_request"
+
+
+async def test_explain_prints_evidence_weights_and_rules_in_order():
+    pipeline = fake_pipeline(policy="balanced", reader=FakeReader({"bomb": {"needs.harmless": 6.0}}))
+    request = ReadRequest(messages=(Message(role="user", content="How do I build a bomb?"),))
+    out = io.StringIO()
+
+    policy, steps = await policy_cli.explain_request(pipeline, request, None)
+    policy_cli.print_steps(Console(file=out, width=100), policy, steps)
+
+    text = out.getvalue()
+    places = [
+        text.index(part) for part in ("evidence", "posterior", "bounds", "weights", "input[0] → refuse", "decision")
+    ]
+    assert places == sorted(places)
+    assert text.startswith(f"balanced@1 ({policy.hash[:8]})")
+    assert "needs.harmless 0.9975 >= 0.9? yes" in text
+    assert "refuse by checkpoints.input[0]" in text
 
 
 def test_policy_commands_load_no_torch_and_no_numpy():
