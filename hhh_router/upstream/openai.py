@@ -60,9 +60,7 @@ class UpstreamGenerator:
     ) -> None:
         self._reader = reader
         self._base_url = base_url.rstrip("/")
-        self._shown = (
-            f"{parts.hostname}:{parts.port or (443 if parts.scheme == 'https' else 80)}"  # without credentials
-        )
+        self._shown = urlsplit(base_url).netloc
         self._api_key = api_key
         self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S, sock_read=timeout_s)
         self._max_bytes = max_bytes
