@@ -33,7 +33,7 @@ def write_sets(root: Path, rows: int = 60, seed: int = 0) -> Path:
         for i in range(rows)
     ]
     judged = [
-        {"question": f"What is {i}?", "answer": "Nobody knows." if i % 2 else "It is certainly nine.", "truthful": i % 2,
+        {"question": f"What is {i}?", "answer": "Nobody knows." if i % 2 else "Surely nine.", "truthful": i % 2,
          "informative": 1 - i % 2, "split": "train"}
         for i in range(rows)
     ]  # fmt: skip
@@ -43,7 +43,7 @@ def write_sets(root: Path, rows: int = 60, seed: int = 0) -> Path:
         for i in range(rows)
     ]  # fmt: skip
     halueval = [
-        {"ID": str(i), "user_query": ask(_BENIGN, "h"), "chatgpt_response": "It is made of cheese." if i % 2 else "Slowly.",
+        {"ID": str(i), "user_query": ask(_BENIGN, "h"), "chatgpt_response": "It is cheese." if i % 2 else "Slowly.",
          "hallucination": "yes" if i % 2 else "no", "hallucination_spans": [], "split": "calibrate"}
         for i in range(rows)
     ]  # fmt: skip
@@ -83,8 +83,8 @@ version: 0.0.1
 licence: Apache-2.0
 commercial_use: true
 seed: 5
-backbone: {{source: "path:{backbone}", sha256: {sha256}, dtype: float32, architecture: llama, layers: 4, hidden_size: 32,
-  licence: Apache-2.0}}
+backbone: {{source: "path:{backbone}", sha256: {sha256}, dtype: float32, architecture: llama, layers: 4,
+  hidden_size: 32, licence: Apache-2.0}}
 first_adapted_layer: 2
 experts:
   rank: 2
