@@ -85,7 +85,7 @@ def _checks(settings: Settings, *, deep: bool) -> Iterator[Check]:
     except BundleError as error:
         yield Check(name="bundle", ok=False, needed=True, found=error.message, fix=error.hint)
     else:
-        yield _bundle(bundle)
+        yield _bundle(bundle, settings)
         yield _backbone(bundle, settings, deep=deep)
     yield from _policies(settings)
 
@@ -189,11 +189,13 @@ def _cache(folder: Path) -> Check:
     return Check(name="cache", ok=True, needed=True, found=f"{folder}, {free / 1e9:.1f} GB free")
 
 
-def _bundle(bundle: Bundle) -> Check:
+def _bundle(bundle: Bundle, settings: Settings) -> Check:
+    from hhh_router.assemble import load_calibrators
     from hhh_router.errors import BundleError
 
     try:
         bundle.verify()
+        load_calibrators(bundle, settings)
     except BundleError as error:
         return Check(name="bundle", ok=False, needed=True, found=error.message, fix=error.hint)
     manifest = bundle.manifest
