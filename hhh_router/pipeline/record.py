@@ -113,7 +113,7 @@ class Record:
             calibrators=self._parts.calibrators,
             evidence=evidence,
             weights=plan.weights,
-            mixture=plan.weights.mixture if answered and not plan.decision.action.stops else None,
+            mixture=plan.weights.mixture if answered and not plan.stops else None,
             policy_shift_nats=plan.policy_shift_nats,
             confidence=self._confidence,
             decisions=self._decisions,

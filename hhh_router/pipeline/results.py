@@ -63,7 +63,7 @@ class _Result:
 
     @property
     def action(self) -> Action:
-        """The action that holds for the request; under a policy in shadow mode it never stops."""
+        """The action that holds for the request. Under a policy in shadow mode it is what would have held."""
         return Action(self.metadata.action)
 
     @property
@@ -104,8 +104,15 @@ class _Result:
                 )
             )
 
+    @property
+    def enforced(self) -> bool:
+        """False under a policy in shadow mode: its decisions are recorded and stop nothing."""
+        return self.metadata.policy.mode == "enforce"
+
     def _stopping(self) -> DecisionRecord | None:
         """The decision that stops the reply, if one does."""
+        if not self.enforced:
+            return None
         return next((d for d in self.metadata.decisions if Action(d.action).stops), None)
 
 
@@ -134,7 +141,8 @@ class GuardResult(_Result):
     def _stopping(self) -> DecisionRecord | None:
         """Nobody makes a reply anew here, so one that should be made anew may not pass either."""
         *_, last = self.metadata.decisions
-        return _Result._stopping(self) or (last if last.action == Action.REGENERATE else None)
+        again = self.enforced and last.action == Action.REGENERATE
+        return _Result._stopping(self) or (last if again else None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

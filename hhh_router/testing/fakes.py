@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from pathlib import Path
 
 from hhh_router.calibration import Calibrators
 from hhh_router.pipeline import Pipeline, PolicyStore
@@ -186,7 +187,7 @@ def _words(text: str) -> list[str]:
 
 
 def fake_pipeline(
-    policy: str = "balanced",
+    policy: str | Path = "balanced",
     *,
     reader: Reader | None = None,
     generator: Generator | None = None,
@@ -205,7 +206,7 @@ def fake_pipeline(
         settings: Further fields of `Settings`.
     """
     reader = reader or FakeReader()
-    chosen = Settings.load(policy=policy, **settings)
+    chosen = Settings.load(policy=str(policy), **settings)
     return Pipeline(
         reader=reader,
         generator=generator or FakeGenerator(reader=reader),

@@ -16,17 +16,24 @@ class _Block(BaseModel):
 
 
 class PolicyRef(_Block):
+    """The policy that was applied."""
+
     name: str
     version: int
     hash: str = Field(description="sha256 of the policy as loaded, first 16 hex digits")
+    mode: Literal["enforce", "shadow"] = Field(description="shadow: the decisions are recorded and stopped nothing")
 
 
 class BundleRef(_Block):
+    """The bundle that was read with."""
+
     name: str
     hash: str = Field(description="sha256 of the bundle's manifest, first 16 hex digits")
 
 
 class CalibrationRef(_Block):
+    """What made probabilities of the scores."""
+
     id: str = Field(description="names the calibrators that made these probabilities")
     method: str = Field(description="calibrator of the harmless need in this mode: temperature, platt, beta or none")
     n: int = Field(ge=0, description="calibration rows behind this mode")
@@ -36,6 +43,8 @@ class CalibrationRef(_Block):
 
 
 class DecisionRecord(_Block):
+    """What one checkpoint concluded."""
+
     checkpoint: str
     action: str
     rule: str
@@ -66,9 +75,13 @@ class Metadata(_Block):
     needs: dict[str, float] = Field(description="P(the request needs this behaviour), calibrated")
     posterior: dict[str, float] = Field(description="the router's share per expert, before the policy")
     weights: dict[str, float] = Field(description="what the policy made of it; sums to 1")
-    mixture: str | None = Field(description="weights in sixteenths, hhh@base-helpful-harmless-honest; null where no mixture answered")
+    mixture: str | None = Field(
+        description="weights in sixteenths, hhh@base-helpful-harmless-honest; null where no mixture answered"
+    )
     policy_shift_nats: float = Field(ge=0, description="KL(weights || posterior)")
-    outcomes: dict[str, float] = Field(description="P(the reply is unsafe, untruthful, unhelpful), calibrated; prompt-only until a reply was read")
+    outcomes: dict[str, float] = Field(
+        description="P(the reply is unsafe, untruthful, unhelpful), calibrated; prompt-only until a reply was read"
+    )
     confidence: float = Field(ge=0, le=1, description="calibrated P(every verdict enforced on this request is right)")
     decisions: list[DecisionRecord]
     not_inspected: list[str] = Field(default_factory=list)

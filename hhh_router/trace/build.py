@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from hhh_router.trace.block import BundleRef, CalibrationRef, DecisionRecord, Metadata, PolicyRef, Receipt
 from hhh_router.types import ChatRequest, Decision, Evidence, GuardRequest, Message, Posterior, ReadRequest, Weights
@@ -27,6 +27,11 @@ class PolicyIdentity(Protocol):
     @property
     def version(self) -> int:
         """As in its file."""
+        ...
+
+    @property
+    def mode(self) -> Literal["enforce", "shadow"]:
+        """``shadow`` records decisions and enforces none."""
         ...
 
     @property
@@ -89,7 +94,9 @@ def build_metadata(
     return Metadata(
         request_id=request_id,
         mode=evidence.mode,
-        policy=PolicyRef(name=policy.name, version=policy.version, hash=policy.hash[:SHORT_HASH_DIGITS]),
+        policy=PolicyRef(
+            name=policy.name, version=policy.version, hash=policy.hash[:SHORT_HASH_DIGITS], mode=policy.mode
+        ),
         bundle=BundleRef(name=bundle.name, hash=bundle.hash[:SHORT_HASH_DIGITS]),
         calibration=calibration,
         needs=_rounded("needs", evidence.needs),

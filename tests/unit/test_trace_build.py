@@ -30,7 +30,7 @@ from hhh_router.types import (
     Weights,
 )
 
-POLICY = SimpleNamespace(name="balanced", version=3, hash="0123456789abcdef" * 4)
+POLICY = SimpleNamespace(name="balanced", version=3, hash="0123456789abcdef" * 4, mode="enforce")
 BUNDLE = BundleRef(name="tiny", hash="fedcba9876543210" * 4)
 WEIGHTS = Weights(0.1, 0.2, 0.3, 0.4)
 ASKED = ChatRequest(messages=(Message(role="user", content="Où est Paris?"),), sampling=Sampling(seed=5))

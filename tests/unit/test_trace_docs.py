@@ -84,7 +84,7 @@ def example() -> Metadata:
     limits = [(evidence.outcomes["unsafe"], 0.8)]
     return build_metadata(
         request_id="hhh-0f5c",
-        policy=SimpleNamespace(name="balanced", version=1, hash="3" * 64),
+        policy=SimpleNamespace(name="balanced", version=1, hash="3" * 64, mode="enforce"),
         bundle=BundleRef(name="smollm2-135m", hash="4" * 64),
         backbone_sha256="5" * 64,
         calibrators=calibrators,
