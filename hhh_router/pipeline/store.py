@@ -24,6 +24,7 @@ class PolicyStore:
     def __init__(self, default: str | Path, *, allowed: Sequence[str] | None = None) -> None:
         self._default = load_policy(default)
         self._loaded: dict[str, Policy] = {self._default.name: self._default}
+        self._files: dict[str, Policy] = {}  # added by the process itself; not among the names callers are told
         self._shipped = frozenset(list_policies() if allowed is None else ())
         for source in allowed or ():
             policy = load_policy(source)
@@ -52,6 +53,8 @@ class PolicyStore:
         """
         if name is None:
             return self._default
+        if name in self._files:
+            return self._files[name]
         if name not in self._loaded:
             if name not in self._shipped:
                 raise PolicyNotAllowed(
@@ -67,6 +70,6 @@ class PolicyStore:
             PolicyError: The file is missing or has mistakes.
         """
         key = str(path)
-        if key not in self._loaded:
-            self._loaded[key] = load_policy(path)
+        if key not in self._files:
+            self._files[key] = load_policy(path)
         return key
