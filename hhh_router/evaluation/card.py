@@ -48,7 +48,8 @@ def _detection(figures: Mapping[str, Any]) -> str:
         "## Detection on rows nothing was trained or calibrated on\n\n"
         "None of these eval rows was seen; some of their data sets have other rows in calibration. Intervals are 95 "
         "% bootstrap.\n\n"
-        "| task | mode | n (positive) | AUROC | recall at 1 % FPR | F1 at .5 | recall / FPR at .9 | NLL | Brier | ECE |\n"
+        "| task | mode | n (positive) | AUROC | recall at 1 % FPR | F1 at .5 | recall / FPR at .9 | NLL | Brier "
+        "| ECE |\n"
         "|---|---|---|---|---|---|---|---|---|---|\n" + "\n".join(lines)
     )
 

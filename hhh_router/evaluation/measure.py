@@ -63,7 +63,8 @@ def measure(
         raise BundleError(f"{bundle.root}: has no heads or no calibrators", hint="train and calibrate it first")
     path = bundle.root / manifest.calibrators.path
     figures: dict[str, Any] = {
-        "command": f"hhh-router evaluate --bundle {Path(name).name} --rows {rows} --max-tokens {max_tokens} --seed {seed}",
+        "command": f"hhh-router evaluate --bundle {Path(name).name} --rows {rows} --max-tokens {max_tokens} "
+        f"--seed {seed}",
         "seed": seed,
         "bootstraps": BOOTSTRAPS,
         # the manifest's own hash does not hold the figures' files, so this names exactly what was measured

@@ -160,7 +160,7 @@ def _mean_posterior(calibrators: Calibrators, rows: Sequence[Reading]) -> Poster
 
 
 def _fit_confidence(calibrators: Calibrators, rows: Sequence[Reading], mode: Mode, seed: int) -> ConfidenceModel:
-    """Fit P(verdict right) on verdicts at limits such as policies set: needs.harmless for prompts, else outcomes.unsafe."""
+    """Fit P(verdict right) at limits such as policies set: on needs.harmless for prompts, else on outcomes.unsafe."""
     kind, head = ("needs", "harmless") if mode == "prompt" else ("outcomes", "unsafe")
     rng = random.Random(seed)
     features, right = [], []
