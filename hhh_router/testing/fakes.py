@@ -16,7 +16,7 @@ a `fake_pipeline` (policies, routing, hold-back, metadata) is the real thing.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 
 from hhh_router.calibration import Calibrators
@@ -193,6 +193,7 @@ def fake_pipeline(
     generator: Generator | None = None,
     calibrators: Calibrators | None = None,
     sinks: Sequence[Sink] = (),
+    closers: Sequence[Callable[[], Awaitable[None]]] = (),
     **settings: object,
 ) -> Pipeline:
     """A real pipeline around stand-ins for the model.
@@ -203,6 +204,7 @@ def fake_pipeline(
         generator: Answers chats; by default a `FakeGenerator` on the same reader.
         calibrators: None leaves every number uncalibrated: a logit becomes its plain sigmoid.
         sinks: Where traces go; nowhere by default.
+        closers: Awaited when the pipeline is closed.
         settings: Further fields of `Settings`.
     """
     reader = reader or FakeReader()
@@ -216,4 +218,5 @@ def fake_pipeline(
         backbone_sha256=None,
         sinks=sinks or (NullSink(),),
         settings=chosen,
+        closers=closers,
     )

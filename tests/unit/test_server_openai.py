@@ -1,0 +1,213 @@
+"""OpenAI's wire, without a server."""
+
+import json
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from hhh_router.errors import (
+    ContextTooLong,
+    GeneratorError,
+    InvalidRequest,
+    MissingExtra,
+    Overloaded,
+    PolicyNotAllowed,
+    SettingsError,
+    UpstreamError,
+)
+from hhh_router.interfaces.server.http import WireError, check_exposure, dump, failure
+from hhh_router.interfaces.server.models import MODEL_NAMES, parse_model
+from hhh_router.interfaces.server.openai import parse_chat
+from hhh_router.settings import Settings
+from hhh_router.types import Message, Weights
+
+
+def body(**fields: Any) -> dict[str, Any]:
+    return {"model": "hhh-auto", "messages": [{"role": "user", "content": "Hi"}], **fields}
+
+
+def test_a_plain_body_is_understood() -> None:
+    call = parse_chat(
+        body(
+            max_completion_tokens=9,
+            temperature=0.5,
+            top_p=0.9,
+            seed=3,
+            stop=["\n"],
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+    )
+
+    sampling = call.request.sampling
+    assert call.request.messages == (Message(role="user", content="Hi"),)
+    assert (sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.seed, sampling.stop) == (
+        9,
+        0.5,
+        0.9,
+        3,
+        ("\n",),
+    )
+    assert (call.stream, call.include_usage, call.model) == (True, True, "hhh-auto")
+    assert call.request.not_inspected == ()
+
+
+def test_the_developer_role_is_the_system_role_and_parts_are_joined() -> None:
+    parts = [{"type": "text", "text": "What"}, {"type": "image_url"}, {"type": "text", "text": "is it?"}]
+    call = parse_chat(
+        body(messages=[{"role": "developer", "content": "Be kind"}, {"role": "user", "content": parts, "name": "ada"}])
+    )
+
+    assert call.request.messages == (
+        Message(role="system", content="Be kind"),
+        Message(role="user", content="What\nis it?"),
+    )
+    assert call.request.not_inspected == ("messages[1].content[1]: image_url", "messages[1].name")
+
+
+def test_unknown_harmless_fields_are_accepted_and_listed() -> None:
+    call = parse_chat(body(user="u1", metadata={"a": "b"}, store=True, service_tier="auto", made_up=None, brand_new=1))
+
+    assert call.request.not_inspected == ("user", "metadata", "store", "service_tier", "brand_new")
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tools": [{"type": "function"}]},
+        {"tool_choice": "required"},
+        {"n": 2},
+        {"n": True},
+        {"logprobs": True},
+        {"top_logprobs": 3},
+        {"response_format": {"type": "json_object"}},
+        {"logit_bias": {"5": 1}},
+        {"presence_penalty": 0.5},
+        {"frequency_penalty": -1},
+        {"modalities": ["text", "audio"]},
+        {"audio": {"voice": "x"}},
+        {"moderation": {}},
+        {"web_search_options": {}},
+    ],
+)
+def test_fields_that_would_change_the_answer_are_refused_by_name(fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{next(iter(fields))}: not supported yet"):
+        parse_chat(body(**fields))
+
+
+def test_values_that_change_nothing_are_accepted() -> None:
+    neutral = {"n": 1, "tools": [], "tool_choice": "none", "logprobs": False, "response_format": {"type": "text"}}
+
+    call = parse_chat(body(**neutral, presence_penalty=0, frequency_penalty=0.0, logit_bias={}, audio=None))
+
+    assert call.request.not_inspected == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ({"messages": None}, "messages: found null"),
+        ({"messages": "hi"}, "messages: found a string"),
+        ({"stream": "yes"}, "stream: found 'yes'"),
+        ({"stream_options": 5}, "stream_options: no object"),
+        ({"stop": 5}, "stop: found a number"),
+        ({"max_tokens": 5, "max_completion_tokens": 6}, "max_tokens: said twice"),
+        ({"hhh": []}, None),
+        ({"hhh": "balanced"}, "hhh: no object"),
+        ({"hhh": {"polcy": "x"}}, "hhh.polcy: unknown field"),
+        ({"hhh": {"policy": 5}}, "hhh.policy: no string"),
+        ({"hhh": {"weights": "hhh@1"}}, "hhh.weights: "),
+        ({"model": "hhh-auto:a", "hhh": {"policy": "b"}}, "policy: said twice, differently"),
+        ({"model": "hhh-honest", "hhh": {"weights": {"helpful": 1}}}, "weights: said twice"),
+        ({"model": None}, "model: missing"),
+    ],
+)
+def test_wrong_fields_are_named(fields: dict[str, Any], found: str | None) -> None:
+    if found is None:
+        parse_chat(body(**fields))
+        return
+    with pytest.raises(InvalidRequest, match=found):
+        parse_chat(body(**fields))
+
+
+def test_a_model_name_tells_mixture_and_policy() -> None:
+    assert parse_model("hhh-auto").weights is None
+    assert parse_model("hhh-harmless").weights == Weights(0.0, 0.0, 1.0, 0.0)
+    assert parse_model("hhh@0-8-4-4").weights == Weights(0.0, 0.5, 0.25, 0.25)
+    assert parse_model("hhh-auto:harmless-first").policy == "harmless-first"
+    assert len(MODEL_NAMES) == 4
+
+
+@pytest.mark.parametrize("name", ["gpt-4o", "hhh@1-1-1-1", "hhh-kind", "HHH-auto", "hhh@"])
+def test_an_unknown_model_is_404_and_never_another_mixture(name: str) -> None:
+    with pytest.raises(WireError) as raised:
+        parse_model(name)
+
+    assert (raised.value.status, raised.value.code) == (404, "model_not_found")
+    assert raised.value.body["error"]["param"] == "model"
+
+
+def test_behind_a_proxy_the_body_passes_and_only_our_field_is_taken_out() -> None:
+    sent = body(model="gpt-9", tools=[{"type": "function"}], temperature=9, hhh={"policy": "balanced"}, n=1)
+
+    call = parse_chat(sent, upstream=True, authorization="Bearer sk-secret")
+
+    assert dict(call.request.passthrough) == {k: v for k, v in sent.items() if k != "hhh"}
+    assert call.request.policy == "balanced"
+    assert call.request.authorization == "Bearer sk-secret"
+    assert "sk-secret" not in repr(call)
+    assert "tools" in call.request.not_inspected
+
+
+@pytest.mark.parametrize("fields", [{"n": 2}, {"hhh": {"weights": "hhh@16-0-0-0"}}])
+def test_behind_a_proxy_what_cannot_be_done_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest):
+        parse_chat(body(**fields), upstream=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "kind", "code"),
+    [
+        (InvalidRequest("x", hint="y"), 400, "invalid_request_error", "invalid_request"),
+        (ContextTooLong("x"), 400, "invalid_request_error", "context_length_exceeded"),
+        (PolicyNotAllowed("x"), 403, "permission_error", "policy_not_allowed"),
+        (GeneratorError("x"), 502, "server_error", "generator_error"),
+        (Overloaded("x"), 503, "server_error", "overloaded"),
+        (MissingExtra("model", needed_for="x"), 501, "server_error", "missing_extra"),
+        (UpstreamError("x", status=500, body={"error": {}}), 502, "server_error", "upstream_error"),
+        (UpstreamError("x", status=429), 429, "rate_limit_error", "upstream_error"),
+        (ZeroDivisionError("secret detail"), 500, "server_error", "internal_error"),
+    ],
+)
+def test_every_error_has_openais_shape(error: Exception, status: int, kind: str, code: str) -> None:
+    found, told, _ = failure(error)
+
+    assert found == status
+    assert set(told["error"]) == {"message", "type", "param", "code"}
+    assert (told["error"]["type"], told["error"]["code"]) == (kind, code)
+    assert "secret detail" not in told["error"]["message"]
+
+
+def test_an_upstreams_own_4xx_passes_in_its_own_words() -> None:
+    said = {"error": {"message": "slow down", "type": "tokens", "code": "rate_limit_exceeded"}}
+
+    assert failure(UpstreamError("x", status=429, body=said, retry_after="7")) == (429, said, {"retry-after": "7"})
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.7", "example.org"])
+def test_listening_beyond_loopback_needs_a_key(host: str) -> None:
+    with pytest.raises(SettingsError, match="HHH_ROUTER_API_KEY"):
+        check_exposure(host, Settings.load())
+
+    check_exposure(host, Settings.load(api_key=SecretStr("k")))
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.3.2.1"])
+def test_loopback_needs_no_key(host: str) -> None:
+    check_exposure(host, Settings.load())
+
+
+def test_half_a_surrogate_pair_is_written_as_an_escape() -> None:
+    assert json.loads(dump({"text": "a\ud83d"})) == {"text": "a\ud83d"}
+    assert dump({"text": "ä"}) == '{"text":"ä"}'.encode()
