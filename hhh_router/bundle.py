@@ -121,10 +121,14 @@ class Bundle:
             raw = path.read_bytes()
             manifest = Manifest.model_validate_json(raw)
         except OSError as error:
-            raise BundleError(f"{path}: cannot be read ({error.strerror})", hint="check the folder's permissions") from error
+            raise BundleError(
+                f"{path}: cannot be read ({error.strerror})", hint="check the folder's permissions"
+            ) from error
         except ValidationError as error:
             lines = [f"{path}: {'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()]
-            raise BundleError("\n".join(lines), hint="the manifest is written by training; restore it or train again") from error
+            raise BundleError(
+                "\n".join(lines), hint="the manifest is written by training; restore it or train again"
+            ) from error
         if missing := [d for d in DIMENSIONS if d not in manifest.experts]:
             raise BundleError(f"{path}: experts: no {', '.join(missing)}", hint="a bundle has one expert per dimension")
         if manifest.first_adapted_layer >= manifest.backbone.layers:
