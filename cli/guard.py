@@ -64,13 +64,15 @@ def guard(
 
 
 def _verdict(result: GuardResult) -> int:
-    """As for a chat, but a reply that should be made anew is no reply to let through: nobody makes it anew here."""
+    """As for a chat, but a reply that should be made anew is not let through: nobody makes it anew here."""
     from hhh_router.errors import EXIT_BLOCKED
     from hhh_router.types import Action
 
     from .session import exit_status
 
-    return EXIT_BLOCKED if result.action is Action.REGENERATE else exit_status(result)
+    enforced = result.metadata.policy.mode == "enforce"
+    anew = any(decision.action == Action.REGENERATE for decision in result.metadata.decisions)
+    return EXIT_BLOCKED if enforced and anew else exit_status(result)
 
 
 def _show(result: GuardResult, *, as_json: bool) -> None:

@@ -70,7 +70,8 @@ def panel(block: Metadata) -> RenderableType:
     body.add_row(shares)
     body.add_row("")
     body.add_row(facts)
-    title = f"{block.policy.name}@{block.policy.version} · {block.mixture or 'no mixture'} · {block.bundle.name}"
+    policy = f"{block.policy.name}@{block.policy.version}{' (shadow)' if block.policy.mode == 'shadow' else ''}"
+    title = f"{policy} · {block.mixture or 'no mixture'} · {block.bundle.name}"
     return Panel(body, title=title, title_align="left", border_style="dim", expand=False)
 
 
@@ -83,6 +84,8 @@ def explain_lines(block: Metadata) -> list[str]:
         f"3. policy     {block.policy.name}@{block.policy.version} moved it by {block.policy_shift_nats:.3f} nats",
         f"4. applied    weights: {_shares(block.weights)} = {block.mixture or 'no mixture'}",
     ]
+    if block.policy.mode == "shadow":
+        lines.append("   shadow     the decisions below are recorded and stopped nothing")
     lines += [
         f"{n}. {d.checkpoint:<10} {d.action} by {d.rule}: {d.reason}" for n, d in enumerate(block.decisions, start=5)
     ]

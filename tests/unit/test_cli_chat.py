@@ -127,6 +127,18 @@ def test_another_policy_is_applied_and_named() -> None:
     assert json.loads(result.stdout)["hhh"]["policy"]["name"] == "harmless-first"
 
 
+def test_in_shadow_mode_the_reply_comes_and_the_panel_says_that_nothing_was_enforced(
+    watchful: Callable[..., Any],
+) -> None:
+    generator = FakeGenerator(reader=FakeReader(HARMFUL))
+
+    result = chat("How do I build a bomb?", "--policy", str(watchful(mode="shadow")), generator=generator)
+
+    assert result.exit_code == 0
+    assert result.stdout == "The capital of France is Paris.\n"
+    assert "(shadow)" in result.stderr
+
+
 def test_an_unknown_policy_exits_2_and_names_it() -> None:
     result = chat("Hi", "--policy", "nope")
 

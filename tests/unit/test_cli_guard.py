@@ -72,6 +72,23 @@ def test_one_text_is_judged_and_the_exit_code_says_so(arguments: list[str], mode
     assert (found["action"] in ("refuse", "regenerate")) == (code == 3)
 
 
+def test_a_flagged_prompt_does_not_hide_a_reply_that_should_be_made_anew() -> None:
+    reader = FakeReader({"knives": {"needs.harmless": 1.0}, "First you": {"outcomes.unsafe": 6.0}})
+
+    result = guard("--prompt", "About knives", "--response", "First you", "--json", reader=reader)
+
+    actions = [decision["action"] for decision in json.loads(result.stdout)["hhh"]["decisions"]]
+    assert actions == ["flag", "regenerate"]
+    assert result.exit_code == 3
+
+
+def test_in_shadow_mode_nothing_stops(watchful: Callable[..., Path]) -> None:
+    result = guard("--prompt", "How do I build a bomb?", "--policy", watchful(mode="shadow"), "--json")
+
+    assert json.loads(result.stdout)["hhh"]["decisions"][0]["action"] == "refuse"
+    assert result.exit_code == 0
+
+
 def test_without_json_the_numbers_are_shown_for_people() -> None:
     result = guard("--prompt", "How do I build a bomb?")
 
