@@ -1,0 +1,50 @@
+"""Servers on loopback for the tests of this folder."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+from starlette.types import ASGIApp
+
+from hhh_router.interfaces.server.run import listen, make_server
+from hhh_router.pipeline import Pipeline
+from hhh_router.settings import Settings
+
+
+@contextmanager
+def served(pipeline: Pipeline) -> Iterator[str]:
+    """The base URL of a pipeline's own server."""
+    ready = threading.Event()
+    with _running(make_server(pipeline, on_ready=ready.set), ready) as url:
+        yield url
+
+
+@contextmanager
+def served_app(app: ASGIApp) -> Iterator[str]:
+    """The base URL of any other application, such as a stand-in for an upstream."""
+    ready = threading.Event()
+
+    class Server(uvicorn.Server):
+        async def startup(self, sockets: list | None = None) -> None:
+            await super().startup(sockets)
+            ready.set()
+
+    config = uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1)
+    with _running(Server(config), ready) as url:
+        yield url
+
+
+@contextmanager
+def _running(server: uvicorn.Server, ready: threading.Event) -> Iterator[str]:
+    with listen("127.0.0.1", 0, Settings.load()) as listening:
+        port = listening.getsockname()[1]
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        assert ready.wait(20)
+        try:
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            server.should_exit = True
+            thread.join(20)
+            assert not thread.is_alive()

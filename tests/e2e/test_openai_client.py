@@ -1,0 +1,177 @@
+"""The official OpenAI client against our server on loopback; the model behind it is a stand-in."""
+
+import asyncio
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from hhh_router.errors import GeneratorError
+from hhh_router.testing import FakeGenerator, FakeReader, fake_pipeline
+
+from .loopback import served
+
+pytestmark = pytest.mark.e2e
+
+Policies = Callable[..., Path]
+RULES = {"bomb": {"needs.harmless": 6.0}, "poison": {"outcomes.unsafe": 6.0}}
+HELLO: list[Any] = [{"role": "user", "content": "Hello"}]
+BOMB: list[Any] = [{"role": "user", "content": "how to build a bomb"}]
+
+
+def client_of(url: str, **options: Any) -> openai.OpenAI:
+    return openai.OpenAI(base_url=url, api_key=options.pop("api_key", "unused"), max_retries=0, **options)
+
+
+@pytest.fixture
+def client(watchful: Policies) -> Iterator[openai.OpenAI]:
+    reader = FakeReader(RULES)
+    generator = FakeGenerator(
+        lambda request: "a b c d poison" if request.messages[-1].content == "cut" else "one two three four",
+        reader=reader,
+    )
+    with served(fake_pipeline(watchful(), reader=reader, generator=generator)) as url, client_of(url) as client:
+        yield client
+
+
+def test_a_whole_reply_is_parsed_with_our_block_beside_it(client: openai.OpenAI) -> None:
+    raw = client.chat.completions.with_raw_response.create(model="hhh-auto", messages=HELLO, max_tokens=20)
+
+    reply = raw.parse()
+    block = reply.model_extra["hhh"]
+    assert reply.choices[0].message.content == "one two three four"
+    assert reply.choices[0].finish_reason == "stop"
+    assert reply.usage is not None
+    assert reply.usage.completion_tokens == 4
+    assert sum(block["weights"].values()) == pytest.approx(1.0)
+    assert raw.headers["x-hhh-weights"].startswith("base=")
+    assert raw.headers["x-hhh-policy"] == "watchful@3"
+    assert raw.headers["x-hhh-request-id"] == block["request_id"]
+
+
+def test_a_stream_is_parsed_chunk_by_chunk(client: openai.OpenAI) -> None:
+    stream = client.chat.completions.create(
+        model="hhh-auto", messages=HELLO, stream=True, stream_options={"include_usage": True}
+    )
+
+    chunks = list(stream)
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == "one two three four"
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.prompt_tokens == 1
+    first, last = chunks[0].model_extra["hhh"], chunks[-1].model_extra["hhh"]
+    assert first["needs"]
+    assert first["decisions"][0]["checkpoint"] == "input"
+    assert last["decisions"][-1]["checkpoint"] == "output"
+    assert stream.response.headers["x-hhh-action"] == "allow"
+
+
+def test_a_refusal_is_a_reply_and_no_error(client: openai.OpenAI) -> None:
+    reply = client.chat.completions.create(model="hhh-auto", messages=BOMB)
+
+    assert reply.choices[0].finish_reason == "content_filter"
+    assert reply.choices[0].message.content == reply.choices[0].message.refusal == "Not that."
+
+
+def test_a_stream_is_cut_before_the_poison(client: openai.OpenAI) -> None:
+    chunks = list(
+        client.chat.completions.create(model="hhh-auto", messages=[{"role": "user", "content": "cut"}], stream=True)
+    )
+
+    assert "".join(c.choices[0].delta.content or "" for c in chunks) == "a b c\n\nCut."
+    assert chunks[-1].choices[0].finish_reason == "content_filter"
+
+
+def test_policy_and_weights_travel_in_extra_body_and_model(client: openai.OpenAI) -> None:
+    by_body = client.chat.completions.create(
+        model="hhh-auto", messages=HELLO, extra_body={"hhh": {"policy": "balanced", "weights": {"honest": 1.0}}}
+    )
+    by_name = client.chat.completions.create(model="hhh@0-0-0-16:balanced", messages=HELLO)
+
+    assert by_body.model_extra["hhh"]["policy"]["name"] == "balanced"
+    assert by_body.model_extra["hhh"]["weights"] == by_name.model_extra["hhh"]["weights"]
+
+
+def test_models_are_listed(client: openai.OpenAI) -> None:
+    assert [m.id for m in client.models.list()] == ["hhh-auto", "hhh-helpful", "hhh-harmless", "hhh-honest"]
+
+
+def test_errors_arrive_as_the_clients_own_classes(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.chat.completions.create(model="gpt-4o", messages=HELLO)
+    with pytest.raises(openai.BadRequestError, match="tools: not supported yet"):
+        client.chat.completions.create(model="hhh-auto", messages=HELLO, tools=[{"type": "function"}])  # type: ignore[list-item]
+    with pytest.raises(openai.PermissionDeniedError, match="use one of watchful"):
+        client.chat.completions.create(model="hhh-auto:nope", messages=HELLO)
+
+    assert missing.value.code == "model_not_found"
+
+
+def test_a_broken_stream_raises_in_the_client(watchful: Policies) -> None:
+    broken = FakeGenerator("a b c d e", fail_after=(4, GeneratorError("out of memory")))
+    with served(fake_pipeline(watchful(on_error="open"), generator=broken)) as url, client_of(url) as client:
+        stream = client.chat.completions.create(model="hhh-auto", messages=HELLO, stream=True)
+
+        with pytest.raises(openai.APIError, match="out of memory"):
+            list(stream)
+
+
+def test_a_key_is_checked(watchful: Policies) -> None:
+    with served(fake_pipeline(watchful(), api_key="right")) as url:
+        with client_of(url, api_key="wrong") as client, pytest.raises(openai.AuthenticationError):
+            client.chat.completions.create(model="hhh-auto", messages=HELLO)
+        with client_of(url, api_key="right") as client:
+            assert client.chat.completions.create(model="hhh-auto", messages=HELLO).choices
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_cancels_the_generation(watchful: Policies, stream: bool) -> None:
+    generator = FakeGenerator("word " * 1000, delay_s=0.02)
+    with served(fake_pipeline(watchful(), generator=generator)) as url, client_of(url, timeout=0.4) as client:
+        if stream:
+            reply = client.chat.completions.create(model="hhh-auto", messages=HELLO, stream=True, max_tokens=900)
+            next(reply)
+            reply.close()
+        else:
+            with pytest.raises(openai.APITimeoutError):
+                client.chat.completions.create(model="hhh-auto", messages=HELLO, max_tokens=900)
+
+        assert _soon(lambda: generator.cancelled == 1)
+
+
+def test_a_client_that_leaves_while_text_is_held_back_cancels_too(watchful: Policies) -> None:
+    generator = FakeGenerator("word", delay_s=30)
+    with served(fake_pipeline(watchful(), generator=generator)) as url:
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(
+                f"{url}/chat/completions", json={"model": "hhh-auto", "messages": HELLO, "stream": True}, timeout=0.3
+            )
+
+        assert _soon(lambda: generator.cancelled == 1)
+
+
+async def test_many_clients_at_once_get_their_own_replies(watchful: Policies) -> None:
+    generator = FakeGenerator(lambda request: f"you said {request.messages[-1].content}", delay_s=0.001)
+    with served(fake_pipeline(watchful(), generator=generator)) as url:
+        async with openai.AsyncOpenAI(base_url=url, api_key="unused", max_retries=0) as client:
+
+            async def ask(n: int) -> str | None:
+                reply = await client.chat.completions.create(
+                    model="hhh-auto", messages=[{"role": "user", "content": f"number {n}"}]
+                )
+                return reply.choices[0].message.content
+
+            texts = await asyncio.gather(*(ask(n) for n in range(40)))
+
+    assert texts == [f"you said number {n}" for n in range(40)]
+
+
+def _soon(holds: Callable[[], bool], *, within_s: float = 5.0) -> bool:
+    deadline = time.monotonic() + within_s
+    while not holds() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return holds()
