@@ -193,6 +193,7 @@ def fake_pipeline(
     generator: Generator | None = None,
     calibrators: Calibrators | None = None,
     sinks: Sequence[Sink] = (),
+    answers_elsewhere: bool = False,
     closers: Sequence[Callable[[], Awaitable[None]]] = (),
     **settings: object,
 ) -> Pipeline:
@@ -204,6 +205,7 @@ def fake_pipeline(
         generator: Answers chats; by default a `FakeGenerator` on the same reader.
         calibrators: None leaves every number uncalibrated: a logit becomes its plain sigmoid.
         sinks: Where traces go; nowhere by default.
+        answers_elsewhere: As for a proxy: the generator asks another model, no mixture is applied.
         closers: Awaited when the pipeline is closed.
         settings: Further fields of `Settings`.
     """
@@ -218,5 +220,6 @@ def fake_pipeline(
         backbone_sha256=None,
         sinks=sinks or (NullSink(),),
         settings=chosen,
+        answers_elsewhere=answers_elsewhere,
         closers=closers,
     )
