@@ -153,9 +153,13 @@ def fetch_progress(console: Console, what: str) -> Iterator[Progress]:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as bars:
         task = bars.add_task(what, total=None, visible=False)
+        shown: list[str] = []
 
         def show(stage: str, done: int, total: int | None) -> None:
-            bars.update(task, description=f"{what}: {stage}", completed=done, total=total, visible=True)
+            if stage not in shown[-1:]:  # update() cannot make a known total unknown again; reset() can
+                shown.append(stage)
+                bars.reset(task, total=total, description=f"{what}: {stage}", visible=True)
+            bars.update(task, completed=done, total=total)
 
         yield show
 

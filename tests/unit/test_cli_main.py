@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import typer
@@ -44,9 +45,12 @@ def test_help_and_version_load_nothing_heavy(arguments: list[str]) -> None:
 
 
 def test_help_takes_less_than_300_ms() -> None:
+    command = Path(sys.executable).with_name("hhh-router")
+
     def once() -> float:
         began = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "hhh_router.cli.main", "--help"], capture_output=True, check=True)
+        shown = subprocess.run([command, "--help"], capture_output=True, text=True, check=True).stdout
+        assert "Commands:" in shown
         return time.perf_counter() - began
 
     assert min(once() for _ in range(5)) < 0.3  # the best of five: the machine may be busy with something else
