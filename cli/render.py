@@ -138,7 +138,7 @@ def error_console() -> Console:
 @contextmanager
 def fetch_progress(console: Console, what: str) -> Iterator[Progress]:
     """A progress bar for `fetch_backbone`; without a terminal one line when the work starts."""
-    from rich.progress import BarColumn, DownloadColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
     if not console.is_terminal:
         told: list[str] = []
@@ -150,16 +150,17 @@ def fetch_progress(console: Console, what: str) -> Iterator[Progress]:
 
         yield tell
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True) as bars:
-        task = bars.add_task(what, total=None, visible=False)
-        shown: list[str] = []
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[size]}"))
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as bars:
+        tasks: dict[str, TaskID] = {}
 
         def show(stage: str, done: int, total: int | None) -> None:
-            if stage not in shown[-1:]:  # update() cannot make a known total unknown again; reset() can
-                shown.append(stage)
-                bars.reset(task, total=total, description=f"{what}: {stage}", visible=True)
-            bars.update(task, completed=done, total=total)
+            if stage not in tasks:  # a task of its own: one task cannot go back from a known total to an unknown one
+                for old in tasks.values():
+                    bars.update(old, visible=False)
+                tasks[stage] = bars.add_task(f"{what}: {stage}", total=total, size="")
+            size = f"{done / 1e6:.0f}{f' of {total / 1e6:.0f}' if total else ''} MB" if done > 1 else ""
+            bars.update(tasks[stage], completed=done, total=total, size=size)
 
         yield show
 
