@@ -101,7 +101,8 @@ class _Run:
             async with aclosing(generated):
                 while self._verdict is None and (event := await self._next(generated)) is not None:
                     for delta in self._take(event):
-                        yield ChatDelta(text=delta.text, raw=delta.raw)
+                        if delta.text or delta.raw is not None:  # a token may show its text only with the next one
+                            yield ChatDelta(text=delta.text, raw=delta.raw)
             if self._verdict is None and self._finished is None:
                 raise GeneratorError("the reply broke off: the generator ended without saying so")
         except (ReaderError, GeneratorError) as error:

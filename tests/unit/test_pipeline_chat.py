@@ -424,6 +424,15 @@ async def test_text_free_chunks_wait_for_the_text_before_them_and_then_pass(watc
     ]
 
 
+async def test_tokens_that_show_no_text_yet_make_no_pieces(watchful: Policies) -> None:
+    script = (None, Delta(text=""), Delta(text="é"), window(2, is_final=True), END)
+
+    events = await run(fake_pipeline(watchful(), generator=Scripted(*script)))
+
+    assert [e.text for e in events if isinstance(e, ChatDelta)] == ["é"]
+    assert finished(events).usage.completion_tokens == 2
+
+
 @pytest.mark.parametrize(("on_error", "text"), [("closed", None), ("open", "ab")])
 async def test_an_unread_window_is_for_on_error_to_decide(watchful: Policies, on_error: str, text: str | None) -> None:
     failed = Unread(error=ReaderError("too long"), completion_tokens=1)

@@ -15,6 +15,7 @@ from hhh_router.settings import Settings
 
 GRACE_S = 10  # replies in flight may end; then they are cut
 BACKLOG = 1024
+MAX_PORT = 65_535
 
 
 def listen(host: str, port: int, settings: Settings) -> socket.socket:
@@ -24,12 +25,14 @@ def listen(host: str, port: int, settings: Settings) -> socket.socket:
         SettingsError: The address cannot be used, or it is reachable from outside and no key is set.
     """
     check_exposure(host, settings)
+    if not 0 <= port <= MAX_PORT:  # getaddrinfo would wrap it around
+        raise SettingsError(f"--port {port} is no port", hint=f"use 0 (a free one) to {MAX_PORT}")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         return socket.create_server(address, family=family, backlog=BACKLOG)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise SettingsError(
-            f"cannot listen on {host}:{port} ({getattr(error, 'strerror', None) or error})",
+            f"cannot listen on {host}:{port} ({error.strerror or error})",
             hint="choose another --host or --port; port 0 takes a free one",
         ) from error
 

@@ -1,0 +1,45 @@
+"""``serve`` and ``proxy`` before any model is loaded: what is wrong is named at once, with exit status 2."""
+
+import socket
+import subprocess
+import sys
+
+import pytest
+
+RUN = "from hhh_router.cli.main import run; run()"
+
+
+def hhh_router(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", RUN, *args], capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("args", "found"),
+    [
+        (("serve", "--host", "0.0.0.0", "--port", "0"), "HHH_ROUTER_API_KEY"),
+        (("serve", "--host", "no.such.host.invalid", "--port", "0"), "HHH_ROUTER_API_KEY"),
+        (("serve", "--port", "70000"), "--port 70000 is no port"),
+        (("serve", "--policy", "nope"), "policy 'nope' not found"),
+        (("serve", "--port", "0", "--bundle", "/nowhere/at/all"), "not found"),
+        (("proxy", "--upstream", "ftp://x", "--policy", "balanced"), "no http(s) URL"),
+        (("proxy", "--upstream", "http://me:secret@host/v1", "--policy", "balanced"), "HHH_ROUTER_UPSTREAM_API_KEY"),
+        (("proxy",), "--upstream"),
+    ],
+)
+def test_what_is_wrong_is_named_before_anything_is_loaded(args: tuple[str, ...], found: str) -> None:
+    done = hhh_router(*args)
+
+    assert done.returncode == 2
+    assert found in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "secret" not in done.stderr
+
+
+def test_a_port_that_is_taken_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+
+        done = hhh_router("serve", "--port", str(port))
+
+    assert done.returncode == 2
+    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
