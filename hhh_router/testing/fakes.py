@@ -41,6 +41,8 @@ def make_scores(
 ) -> Scores:
     """Scores with the named heads at the given logits and every other one at `QUIET`.
 
+    A response alone has no needs, as with the real heads.
+
     >>> make_scores({"needs.honest": 2.0}).needs["honest"]
     2.0
 
@@ -53,7 +55,7 @@ def make_scores(
     heads |= logits or {}
     return Scores(
         mode=mode,
-        needs={d: heads[f"needs.{d}"] for d in DIMENSIONS},
+        needs={} if mode == "response" else {d: heads[f"needs.{d}"] for d in DIMENSIONS},
         outcomes={o: heads[f"outcomes.{o}"] for o in OUTCOMES},
         distance=distance,
         tokens=tokens,
@@ -62,10 +64,10 @@ def make_scores(
 
 
 class FakeReader:
-    """Scores texts by what they contain.
+    """Scores texts by what they contain: needs by the prompt alone, outcomes by prompt and response.
 
     Args:
-        rules: Substring → logits added for texts that contain it; or a function from request to scores, which may
+        rules: Substring → logits of texts that contain it; or a function from request to scores, which may
             raise what a real reader may.
     """
 
@@ -84,11 +86,11 @@ class FakeReader:
         """Scores of one text. The later of two rules that name the same head wins."""
         if callable(self._rules):
             return self._rules(request)
-        text = "\n".join([*(m.content for m in request.messages), request.response or ""])
+        prompt = "\n".join(m.content for m in request.messages)
+        text = f"{prompt}\n{request.response or ''}"
         logits: dict[str, float] = {}
         for part, raised in self._rules.items():
-            if part in text:
-                logits |= raised
+            logits |= {head: x for head, x in raised.items() if part in (prompt if head.startswith("needs.") else text)}
         return make_scores(logits, mode=request.mode, tokens=len(text.split()))
 
 

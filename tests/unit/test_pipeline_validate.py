@@ -37,7 +37,10 @@ def test_a_long_conversation_with_tools_is_accepted() -> None:
         (turns(("narrator", "hi")), r"messages\[0\]\.role: found 'narrator'"),
         (turns(("user", "hi"), ("system", "x")), r"messages\[1\]\.role: system after user"),
         (turns(("assistant", "hi"), ("user", "x")), r"messages\[0\]\.role: assistant as the first message"),
-        (turns(("user", "a"), ("assistant", "b"), ("assistant", "c"), ("user", "d")), r"messages\[2\]\.role: assistant"),
+        (
+            turns(("user", "a"), ("assistant", "b"), ("assistant", "c"), ("user", "d")),
+            r"messages\[2\]\.role: assistant",
+        ),
         (turns(("user", "a"), ("tool", "b")), r"messages\[1\]\.role: tool after user"),
         (turns(("user", "a"), ("assistant", "b")), r"the last message is from assistant"),
         (turns(("system", "a")), r"the last message is from system"),
