@@ -65,7 +65,7 @@ def _ask(router: HHHRouter, messages: list[Any], weights: Any, sampling: dict[st
     """Answer once; returns the exit status."""
     import json
 
-    from .render import error_console, panel, say
+    from .render import error_console, show_reply
     from .session import exit_status
 
     if as_json:
@@ -73,11 +73,7 @@ def _ask(router: HHHRouter, messages: list[Any], weights: Any, sampling: dict[st
         typer.echo(json.dumps({"text": result.text, "hhh": result.metadata.as_json()}))
         return exit_status(result)
     with router.chat(messages, weights=weights, stream=True, **sampling) as reply:
-        for piece in reply:
-            say(piece.text)
-    say("\n")
-    error_console().print(panel(reply.result.metadata))
-    return exit_status(reply.result)
+        return exit_status(show_reply(reply, error_console()))
 
 
 def _piped() -> str | None:

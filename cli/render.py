@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
+    from hhh_router.interfaces.sdk import ChatStream
     from hhh_router.model.sources import Progress
+    from hhh_router.pipeline.results import ChatResult
     from hhh_router.trace.block import Metadata
     from hhh_router.types import Weights
 
@@ -126,6 +128,19 @@ def say(text: str) -> None:
 
     typer.echo(text.translate(_VISIBLE) if sys.stdout.isatty() else text, nl=False)
     sys.stdout.flush()
+
+
+def show_reply(reply: ChatStream, console: Console) -> ChatResult:
+    """Write a reply as it is cleared: on a terminal its weights first, then the text, and the panel at its end."""
+    is_first = True
+    for piece in reply:
+        if is_first and console.is_terminal and reply.metadata is not None:
+            console.print(f"{reply.metadata.mixture or 'no mixture'}  {_shares(reply.metadata.weights)}", style="dim")
+        is_first = False
+        say(piece.text)
+    say("\n")
+    console.print(panel(reply.result.metadata))
+    return reply.result
 
 
 def error_console() -> Console:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from hhh_router.errors import HHHRouterError
 
-from .render import error_console, explain_lines, panel, parse_weights, say
+from .render import error_console, explain_lines, parse_weights, show_reply
 from .session import exit_status
 
 if TYPE_CHECKING:
@@ -89,12 +89,8 @@ class Repl:
         with self._router.chat(
             turn, policy=self._policy, weights=self._weights, stream=True, **self._sampling
         ) as reply:
-            for piece in reply:
-                say(piece.text)
-        say("\n")
-        result = reply.result
+            result = show_reply(reply, self._console)
         self._last = result.metadata
-        self._console.print(panel(result.metadata))
         if exit_status(result) == 0:  # a turn that was stopped would weigh on everything asked after it
             self._messages = [*turn, {"role": "assistant", "content": result.text}]
 

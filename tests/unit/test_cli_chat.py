@@ -242,6 +242,14 @@ def test_an_interrupt_at_the_prompt_does_not_leave_and_quit_does() -> None:
     assert len(generator.requests) == 1
 
 
+def test_on_a_terminal_the_weights_come_before_the_text() -> None:
+    shown = io.StringIO()
+    with make_router()(bundle=None, policy=None) as router:
+        Repl(router, read=Script("hi"), console=Console(file=shown, width=100, force_terminal=True)).run()
+
+    assert shown.getvalue().index("hhh@") < shown.getvalue().index("╭")
+
+
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999, 1.0])
 def test_a_bar_keeps_its_width_and_shows_every_share_above_zero(share: float) -> None:
     drawn = bar(share, cells=10)
