@@ -61,6 +61,8 @@ class HeadsSpec(_Part):
 
 
 class CalibratorsSpec(_Part):
+    """The calibrators' file; what it was fitted for stands inside it."""
+
     path: str = "calibrators.json"
     sha256: str
 

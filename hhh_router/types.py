@@ -221,7 +221,7 @@ class Scores:
     outcomes: Mapping[str, float]
     """Logit per outcome head."""
     distance: float
-    """Mahalanobis distance of the reading from the router's training data, per root dimension (about 1 for a typical row)."""
+    """Mahalanobis distance from the router's training data, per root dimension: about 1 for a typical row."""
     tokens: int
     """Tokens read, prompt and response together."""
     layers_run: int = 0

@@ -11,8 +11,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
 from hhh_router.bundle import Bundle
 from hhh_router.calibration import CalibrationFile, Calibrators
 from hhh_router.errors import BundleError
@@ -20,10 +18,7 @@ from hhh_router.evaluation.behaviour import behaviour_figures
 from hhh_router.evaluation.card import card
 from hhh_router.evaluation.detection import BOOTSTRAPS, detection_figures
 from hhh_router.interfaces.sdk import AsyncHHHRouter
-from hhh_router.model.base import load_backbone
-from hhh_router.model.fetch import fetch_backbone
-from hhh_router.model.heads import Heads
-from hhh_router.model.reader import HeadReader
+from hhh_router.model.worker import open_reader
 from hhh_router.policy import list_policies
 from hhh_router.settings import Settings
 
@@ -91,16 +86,11 @@ def _detection(
 ) -> list[dict[str, Any]]:
     manifest = bundle.manifest
     assert manifest.heads is not None
-    torch.set_num_threads(settings.threads)
-    folder = fetch_backbone(manifest.backbone, settings.cache_dir, root=bundle.root)
-    backbone = load_backbone(folder, manifest.backbone, device=settings.device)
-    view = len(manifest.heads.read_layers) * 2 * manifest.backbone.hidden_size
-    heads = Heads.load(bundle.root / manifest.heads.path, view=view).to(settings.device)
-    reader = HeadReader(backbone.stack, heads, manifest.heads.read_layers, manifest.first_adapted_layer)
+    reader, encoder = open_reader(bundle, settings)
     calibrators = Calibrators.load(path, heads_sha256=manifest.heads.sha256, dtype=manifest.backbone.dtype)
     return detection_figures(
         reader,
-        backbone.encoder,
+        encoder,
         calibrators,
         data,
         seed=seed,

@@ -193,8 +193,8 @@ class EmbeddedModel:
         await self.worker.aclose()
 
 
-def load_embedded(bundle: Bundle, settings: Settings) -> EmbeddedModel:
-    """Fetch and load a bundle's backbone, put its experts and heads on it, and start the model's thread.
+def open_reader(bundle: Bundle, settings: Settings) -> tuple[HeadReader, Encoder]:
+    """Fetch and load a bundle's backbone with its heads, on the calling thread and without experts.
 
     Raises:
         BundleError: Anything missing, corrupt or made for another backbone.
@@ -206,23 +206,33 @@ def load_embedded(bundle: Bundle, settings: Settings) -> EmbeddedModel:
     folder = fetch_backbone(manifest.backbone, settings.cache_dir, root=bundle.root)
     backbone = load_backbone(folder, manifest.backbone, device=settings.device)
     stack = backbone.stack
-    gates = install_mixture(stack.model, load_experts(bundle))
     view = len(manifest.heads.read_layers) * 2 * manifest.backbone.hidden_size
     heads = Heads.load(bundle.root / manifest.heads.path, view=view).to(stack.device)
-    reader = HeadReader(stack, heads, manifest.heads.read_layers, manifest.first_adapted_layer)
-    generator = MixtureGenerator(stack, backbone.encoder, reader, gates)
+    return HeadReader(stack, heads, manifest.heads.read_layers, manifest.first_adapted_layer), backbone.encoder
+
+
+def load_embedded(bundle: Bundle, settings: Settings) -> EmbeddedModel:
+    """Open a bundle's reader, put its experts on the backbone too, and start the model's thread.
+
+    Raises:
+        BundleError: Anything missing, corrupt or made for another backbone.
+    """
+    reader, encoder = open_reader(bundle, settings)
+    stack = reader.stack
+    gates = install_mixture(stack.model, load_experts(bundle))
+    generator = MixtureGenerator(stack, encoder, reader, gates)
     worker = Worker()
     return EmbeddedModel(
-        reader=EmbeddedReader(worker, reader, backbone.encoder, settings.guard_batch_tokens),
+        reader=EmbeddedReader(worker, reader, encoder, settings.guard_batch_tokens),
         generator=EmbeddedGenerator(worker, generator),
         worker=worker,
-        encoder=backbone.encoder,
+        encoder=encoder,
         description={
             "layers": stack.depth,
-            "first_adapted_layer": manifest.first_adapted_layer,
-            "read_layers": list(manifest.heads.read_layers),
+            "first_adapted_layer": reader.first_adapted_layer,
+            "read_layers": list(reader.read_layers),
             "dtype": str(stack.text.embed_tokens.weight.dtype).removeprefix("torch."),
-            "context_tokens": backbone.encoder.context_tokens,
+            "context_tokens": encoder.context_tokens,
             "device": str(stack.device),
             "threads": settings.threads,
         },

@@ -93,9 +93,11 @@ class Metadata(_Block):
 
     @property
     def action(self) -> str:
-        """The action that holds for the request: the first that stops it, else a flag, else the last decision's."""
+        """The action that holds: the first that stops, else a last ``regenerate``, else a flag, else the last."""
         actions = [Action(d.action) for d in self.decisions]
-        telling = [a for a in actions if a.stops] + [a for a in actions if a is Action.FLAG] + actions[-1:]
+        last = actions[-1:]
+        telling = [a for a in actions if a.stops] + [a for a in last if a is Action.REGENERATE]
+        telling += [a for a in actions if a is Action.FLAG] + last
         return str(telling[0]) if telling else "allow"
 
     def as_json(self) -> dict[str, Any]:
