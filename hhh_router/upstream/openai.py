@@ -30,6 +30,8 @@ MAX_CONNECTIONS = 256
 READ_FIELDS = ("content", "refusal", "reasoning_content", "reasoning")
 """Text of a reply that is read. Everything else that arrives (tool calls, audio, …) passes, listed as not inspected."""
 _KNOWN_FIELDS = frozenset({"role", *READ_FIELDS})
+_KNOWN_CHOICE = frozenset({"index", "message", "delta", "finish_reason"})
+_KNOWN_BODY = frozenset({"id", "object", "created", "model", "choices", "usage", "system_fingerprint", "service_tier"})
 _FINISH_REASONS: Mapping[str, FinishReason] = {
     "stop": "stop",
     "length": "length",
@@ -263,24 +265,46 @@ class _Reply:
         )
 
     def _look_into(self, chunk: Mapping[str, Any]) -> tuple[str, str]:
-        """The reply's own text, and all text of the chunk that is to be read."""
+        """The reply's own text, and all text of the chunk that is to be read; notes the rest as not inspected.
+
+        Raises:
+            UpstreamError: The chunk is not built as OpenAI's are, so nobody could tell what it says.
+        """
         if isinstance(usage := chunk.get("usage"), Mapping):
             self._usage = usage
+        self._note("", chunk, _KNOWN_BODY)
         content, read = "", ""
-        choices = chunk.get("choices")
-        for i, choice in enumerate(choices if isinstance(choices, Sequence) else ()):
-            if not isinstance(choice, Mapping):
-                continue
+        for i, choice in enumerate(_rows(chunk.get("choices"))):
             self._reason = _FINISH_REASONS.get(str(choice.get("finish_reason")), self._reason)
+            self._note(f"choices[{i}].", choice, _KNOWN_CHOICE)
             for part in ("message", "delta"):
-                fields = choice.get(part)
-                if isinstance(fields, Mapping):
-                    read += "".join(v for f in READ_FIELDS if isinstance(v := fields.get(f), str))
-                    content += _string(fields.get("content"))
-                    self._unread |= dict.fromkeys(
-                        f"choices[{i}].{part}.{f}" for f, v in fields.items() if f not in _KNOWN_FIELDS and v
-                    )
+                [fields] = _rows([choice.get(part) or {}])
+                read += "".join(_spoken(fields.get(f)) for f in READ_FIELDS)
+                content += _spoken(fields.get("content"))
+                self._note(f"choices[{i}].{part}.", fields, _KNOWN_FIELDS)
         return content, read
+
+    def _note(self, where: str, fields: Mapping[str, Any], known: frozenset[str]) -> None:
+        self._unread |= dict.fromkeys(f"{where}{name}" for name, value in fields.items() if value and name not in known)
+
+
+def _rows(value: object) -> Sequence[Mapping[str, Any]]:
+    if value is None:
+        return ()
+    if isinstance(value, list) and all(isinstance(row, dict) for row in value):
+        return value
+    raise UpstreamError("the upstream sent a chunk that is not built as OpenAI's are")
+
+
+def _spoken(value: object) -> str:
+    """What a field says. Some servers send parts in place of text: they are read as the JSON they are.
+
+    >>> _spoken(None), _spoken("Hi"), _spoken([{"type": "text", "text": "Hi"}])
+    ('', 'Hi', '[{"type": "text", "text": "Hi"}]')
+    """
+    if value is None or isinstance(value, str):
+        return value or ""
+    return json.dumps(value, ensure_ascii=False)
 
 
 async def _read(reader: Reader, request: ReadRequest) -> Scores:
@@ -319,10 +343,6 @@ def readable(messages: Sequence[Message]) -> tuple[Message, ...]:
         else:
             turns.append(Message(role=role, content=message.content))
     return tuple(turns)
-
-
-def _string(value: object) -> str:
-    return value if isinstance(value, str) else ""
 
 
 def _count(value: object, otherwise: int) -> int:

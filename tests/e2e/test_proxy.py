@@ -71,6 +71,20 @@ class Upstream:
             return JSONResponse(error, status, headers={"retry-after": "7"})
         if wish == "hang":
             await asyncio.sleep(30)
+        if wish == "odd shape":
+            return JSONResponse({"id": "x", "object": "chat.completion", "choices": "poison"})
+        if wish == "parts":
+            parts = [{"type": "text", "text": "some poison"}]
+            choice = {"index": 0, "message": {"role": "assistant", "content": parts}, "finish_reason": "stop"}
+            return JSONResponse({"id": "x", "object": "chat.completion", "choices": [choice]})
+        if wish == "extras":
+            choice = {"index": 0, "message": {"role": "assistant", "content": "fine", "audio": {"data": "x"}}}
+            choice |= {"finish_reason": "stop", "logprobs": {"content": []}}
+            return JSONResponse({"id": "x", "object": "chat.completion", "choices": [choice], "citations": ["u"]})
+        if wish == "reasoning":
+            message = {"role": "assistant", "content": "fine", "reasoning_content": "thinking of poison"}
+            choice = {"index": 0, "message": message, "finish_reason": "stop"}
+            return JSONResponse({"id": "x", "object": "chat.completion", "choices": [choice]})
         if wish == "garbage":
             return Response("not json", media_type="text/event-stream" if body.get("stream") else "application/json")
         text = "clean start of a long reply, poison and more" if wish == "trouble" else SAID
@@ -267,6 +281,24 @@ def test_tool_calls_pass_and_are_listed_as_not_inspected(client: openai.OpenAI, 
     assert block["not_inspected"] == ["tools", f"choices[0].{part}.tool_calls"]
 
 
+@pytest.mark.parametrize("wish", ["parts", "reasoning"])
+def test_text_in_other_fields_is_read_too(client: openai.OpenAI, wish: str) -> None:
+    reply = client.chat.completions.create(model="m", messages=says(wish))
+
+    assert reply.choices[0].message.content == "Cut."
+
+
+def test_whatever_else_the_upstream_sends_is_listed(client: openai.OpenAI) -> None:
+    reply = client.chat.completions.create(model="m", messages=says("extras"))
+
+    assert reply.choices[0].message.content == "fine"
+    assert reply.model_extra["hhh"]["not_inspected"] == [
+        "citations",
+        "choices[0].logprobs",
+        "choices[0].message.audio",
+    ]
+
+
 def test_conversations_only_an_upstream_understands_pass(client: openai.OpenAI) -> None:
     messages: list[Any] = [
         {"role": "user", "content": "Look it up"},
@@ -296,7 +328,7 @@ def test_the_upstreams_own_4xx_passes_in_its_own_words(client: openai.OpenAI, st
 
 
 @pytest.mark.parametrize("stream", [True, False])
-@pytest.mark.parametrize("wish", ["status 500", "status 503", "status 599", "garbage"])
+@pytest.mark.parametrize("wish", ["status 500", "status 503", "status 599", "garbage", "odd shape"])
 def test_an_upstream_that_fails_is_502(client: openai.OpenAI, wish: str, stream: bool) -> None:
     with pytest.raises(openai.InternalServerError) as raised:
         client.chat.completions.create(model="m", messages=says(wish), stream=stream)
