@@ -17,7 +17,8 @@ if TYPE_CHECKING:
         MissingExtra,
         RequestError,
     )
-    from hhh_router.interfaces.sdk import AsyncHHHRouter, ChatStream, HHHRouter
+    from hhh_router.interfaces.aio import AsyncHHHRouter
+    from hhh_router.interfaces.sdk import ChatStream, HHHRouter
     from hhh_router.pipeline.results import ChatResult, GuardResult, RouteResult
     from hhh_router.settings import Settings
     from hhh_router.trace.block import Metadata
@@ -45,7 +46,8 @@ __all__ = [
 
 _HOMES = {
     "errors": ("BackendError", "Blocked", "ConfigError", "HHHRouterError", "MissingExtra", "RequestError"),
-    "interfaces.sdk": ("AsyncHHHRouter", "ChatStream", "HHHRouter"),
+    "interfaces.aio": ("AsyncHHHRouter",),
+    "interfaces.sdk": ("ChatStream", "HHHRouter"),
     "pipeline.results": ("ChatResult", "GuardResult", "RouteResult"),
     "settings": ("Settings",),
     "trace.block": ("Metadata",),
