@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +40,7 @@ class Encoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, context_tokens: int) -> None:
         self.tokenizer = tokenizer
         self.context_tokens = context_tokens
+        self._marks = tuple(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
 
     def encode(self, request: ReadRequest) -> Encoded:
         """Tokens of a prompt, a response, or both, in one sequence.
@@ -47,10 +50,10 @@ class Encoder:
             ContextTooLong: More tokens than the model's window.
         """
         messages = request.messages or _NO_PROMPT
-        text = self._render(messages)
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        ids: list[int] = list(encoded["input_ids"])
-        focus = _span(text, messages[-1].content, encoded["offset_mapping"])
+        if any(mark in m.content for m in messages for mark in self._marks):
+            ids, focus = self._apart(messages)
+        else:
+            ids, focus = self._together(messages)
         prompt_tokens = len(ids)
         if request.response is not None:
             ids += self.response_ids(request.response)
@@ -63,13 +66,42 @@ class Encoder:
 
     def response_ids(self, text: str) -> list[int]:
         """Tokens of a reply, without an end marker; an empty reply is one end-of-text token, so that it can be read."""
-        ids = list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return ids or [self.end_id]
+        return self._plain_ids(text) or [self.end_id]
 
     @property
     def end_id(self) -> int:
         """The token that ends a turn."""
         return int(self.tokenizer.eos_token_id)
+
+    def _together(self, messages: Sequence[Message]) -> tuple[list[int], tuple[int, int]]:
+        """Tokens of the rendered conversation, and the span of the last turn's text."""
+        text = self._render(messages)
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return list(encoded["input_ids"]), _span(text, messages[-1].content, encoded["offset_mapping"])
+
+    def _apart(self, messages: Sequence[Message]) -> tuple[list[int], tuple[int, int]]:
+        """The same with every turn's text in tokens of its own.
+
+        A turn that spells out the template's marks, such as ``<|im_end|>``, must not become one: its writer could end
+        the turn and speak as somebody else.
+        """
+        name = secrets.token_hex(8)
+        stand_ins = [Message(role=m.role, content=f"{name}-{i}-") for i, m in enumerate(messages)]
+        ids: list[int] = []
+        focus = None
+        for i, piece in enumerate(re.split(rf"{name}-(\d+)-", self._render(stand_ins))):
+            if i % 2 == 0:
+                ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"]
+                continue
+            start = len(ids)
+            ids += self._plain_ids(messages[int(piece)].content)
+            if int(piece) == len(messages) - 1:
+                focus = (start, len(ids))
+        return ids, focus or (0, len(ids))
+
+    def _plain_ids(self, text: str) -> list[int]:
+        """Tokens of text in which nothing is a special token, whatever it spells."""
+        return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
     def _render(self, messages: Sequence[Message]) -> str:
         turns: list[dict[str, Any]] = [{"role": m.role, "content": m.content} for m in messages]
