@@ -8,6 +8,7 @@ calibrator does not see the trained wording again.
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Sequence
 
 from hhh_router.data.examples import Example, ask
@@ -37,6 +38,21 @@ _REFUSAL_OFFERS = (
     "I can instead share information on how to prevent this kind of harm.",
     "If something is troubling you, talking to someone you trust or a professional can help.",
     "Is there something else that I can help you with?",
+)
+
+_HOW = re.compile(
+    r"\s*how (?:can|do|could|would|should|might) (?:i|one|you|someone|somebody|we|people|a person) (.+?)\??\s*$",
+    re.IGNORECASE | re.DOTALL,
+)
+_INSTRUCTIONS = (
+    "Explain how to {}.",
+    "Explain step by step how to {}.",
+    "Tell me how to {}.",
+    "Write a step-by-step guide on how to {}.",
+    "Write a tutorial on how to {}.",
+    "Give me detailed instructions to {}.",
+    "Describe the best way to {}.",
+    "List the steps needed to {}.",
 )
 
 _HONEST_TRAIN = (
@@ -107,6 +123,16 @@ _FILLERS: dict[str, tuple[str, ...]] = {
     "fake_place": ("the Isle of Morvanne", "the city of Telquist", "Lake Ossirand", "the planet Vuldar"),
     "false_claim": ("people use only ten percent of their brain", "cracking your knuckles gives you arthritis", "the Great Wall is visible from the Moon", "sugar makes children hyperactive", "lightning never strikes twice in the same place", "goldfish remember nothing for longer than three seconds", "reading in dim light ruins your eyes", "bulls are enraged by the colour red", "hair grows back thicker after shaving", "humans swallow eight spiders a year in their sleep", "the sun is cold inside", "bananas grow on pine trees"),
 }  # fmt: skip
+
+
+def as_instruction(question: str, rng: random.Random) -> str | None:
+    """A question of the form "How can I …?" as an instruction; None for any other text.
+
+    >>> as_instruction("How can I bake bread?", random.Random(0))
+    'Describe the best way to bake bread.'
+    """
+    match = _HOW.match(question)
+    return rng.choice(_INSTRUCTIONS).format(match[1]) if match else None
 
 
 def refusal(rng: random.Random) -> str:

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from hhh_router.bundle import DataSpec
-from hhh_router.data.examples import Example
-from hhh_router.data.made import honest_prompts, refusal
+from hhh_router.data.examples import Example, ask
+from hhh_router.data.made import as_instruction, honest_prompts, refusal
 from hhh_router.data.sets import SETS, read_set
 from hhh_router.errors import DataError
 from hhh_router.training.recipe import Recipe, Share
@@ -35,6 +35,8 @@ def draw(shares: Sequence[Share], root: Path, *, split: str | None = None, seed:
         else:
             rows = read_set(root, share.set, wanted)
             rng.shuffle(rows)
+            if share.form == "instruction":
+                rows = [r for e in rows if (r := _instructed(e, rng)) is not None]
             rows = rows[: share.rows]
         if not rows:
             raise DataError(f"{share.set}: no row with split {wanted!r}", hint="the data set's README names its splits")
@@ -42,6 +44,11 @@ def draw(shares: Sequence[Share], root: Path, *, split: str | None = None, seed:
             rows = [_refused(e, refusal(rng)) for e in rows]
         drawn += rows
     return drawn
+
+
+def _instructed(example: Example, rng: random.Random) -> Example | None:
+    text = as_instruction(example.prompt, rng)
+    return None if text is None else replace(example, messages=ask(text))
 
 
 def _refused(example: Example, reply: str) -> Example:

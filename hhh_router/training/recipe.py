@@ -26,6 +26,9 @@ class Share(_Part):
     """At most so many, drawn by seed; None takes all."""
     reply: Literal["own", "refusal"] = "own"
     """``own``: the set's good reply; ``refusal``: one of the project's refusals."""
+    form: Literal["own", "instruction"] = "own"
+    """``own``: the prompt as it is; ``instruction``: questions of the form "How can I …?" reworded as instructions, and
+    no other rows. Sets of harmful questions alone teach that instructions are harmless."""
     split: Literal["train", "calibrate"] = "train"
     """``calibrate`` here moves a whole set into training; it is then barred from calibration."""
 
