@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,10 @@ def train_expert(
         layers_to_transform=list(range(recipe.first_adapted_layer, stack.depth)),
         task_type="CAUSAL_LM",
     )
-    model = get_peft_model(stack.model, config)
+    with warnings.catch_warnings():
+        # peft 0.21 asks transformers 5.23 for a deprecated alias; nothing a user could change
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        model = get_peft_model(stack.model, config)
     try:
         parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         for _, parameter in parameters:
