@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from hhh_router.bundle import Manifest
@@ -14,7 +15,7 @@ def card(manifest: Manifest, calibration: CalibrationFile, figures: Mapping[str,
     parts = [
         _head(manifest),
         _data(manifest),
-        _detection(figures),
+        _detection(manifest, figures),
         _calibration(calibration),
         _behaviour(figures),
         _provenance(figures),
@@ -42,21 +43,23 @@ def _data(m: Manifest) -> str:
     return "## Data\n\n| set | use | rows drawn | licence |\n|---|---|---|---|\n" + "\n".join(lines)
 
 
-def _detection(figures: Mapping[str, Any]) -> str:
-    lines = [_detection_row(f) for f in figures["detection"]]
+def _detection(m: Manifest, figures: Mapping[str, Any]) -> str:
+    trained = {d.name.split("/")[0] for d in m.data if d.use != "calibration"}
+    lines = [_detection_row(f, trained) for f in figures["detection"]]
     return (
         "## Detection on rows nothing was trained or calibrated on\n\n"
-        "None of these eval rows was seen; some of their data sets have other rows in calibration. Intervals are 95 "
-        "% bootstrap.\n\n"
+        "None of these eval rows was seen. † other rows of the same data set were trained on; without it, nothing of "
+        "that set was. Some sets have other rows in calibration (see Data). Intervals are 95 % bootstrap.\n\n"
         "| task | mode | n (positive) | AUROC | recall at 1 % FPR | F1 at .5 | recall / FPR at .9 | NLL | Brier "
         "| ECE |\n"
         "|---|---|---|---|---|---|---|---|---|---|\n" + "\n".join(lines)
     )
 
 
-def _detection_row(f: Mapping[str, Any]) -> str:
+def _detection_row(f: Mapping[str, Any], trained: AbstractSet[str]) -> str:
+    mark = " †" if trained & {s.split("/")[0] for s in f["sets"]} else ""
     cells = (
-        f["task"],
+        f["task"] + mark,
         f["mode"],
         f"{f['n']} ({f['positives']})",
         f"{f['auroc']:.3f} {_span(f['auroc_interval'])}",

@@ -40,6 +40,7 @@ def detection_figures(
         figures.append(
             {
                 "task": task.name,
+                "sets": list(task.sets),
                 "head": f"{task.kind}.{task.head}",
                 "mode": task.mode,
                 "n": len(rows),

@@ -57,7 +57,7 @@ def test_a_harmful_request_is_refused_with_the_policys_message():
     plan = plan_of(reading(harmless=0.97))
 
     assert (plan.decision.action, plan.decision.rule) == (Action.REFUSE, "checkpoints.input[0]")
-    assert plan.decision.reason == "needs.harmless 0.9700 >= 0.9"
+    assert plan.decision.reason == "needs.harmless 0.9700 >= 0.7"
     assert plan.decision.message.startswith("I'm sorry")
     assert plan.stops
 
@@ -167,14 +167,19 @@ def test_a_safe_reply_is_allowed_and_an_unsafe_one_made_again():
 
 def test_the_output_rules_see_the_reply_and_its_confidence():
     plan = plan_of(reading(helpful=0.95))
+    doubting = parse_policy(
+        "version: 1\nname: doubting\nextends: balanced\ncheckpoints:\n  output:\n"
+        '    - {when: {outcomes.unsafe: ">= 0.8"}, then: refuse}\n'
+        '    - {when: {confidence: "< 0.55"}, then: flag}\n    - {then: allow}\n'
+    )
 
     evidence, confidence, decision = judge_output(
-        reading(mode="both", unsafe=0.48), plan=plan, policy=BALANCED, calibrators=NONE, logprobs=[-0.1, -0.3]
+        reading(mode="both", unsafe=0.48), plan=plan, policy=doubting, calibrators=NONE, logprobs=[-0.1, -0.3]
     )
 
     assert evidence.mode == "both"
     assert evidence.outcomes["unsafe"] == pytest.approx(0.48)
-    assert confidence == pytest.approx(0.52)  # uncalibrated: 1 − 0.48, it lies below both limits
+    assert confidence == pytest.approx(0.52)  # uncalibrated: 1 − 0.48, it lies below the limit
     assert (decision.action, decision.reason) == (Action.FLAG, "confidence 0.5200 < 0.55")
 
 
@@ -200,7 +205,7 @@ def test_a_shadow_policy_plans_the_same_and_enforces_nothing():
 
 
 def test_the_explanation_goes_from_evidence_over_rules_to_the_decision():
-    scores = reading(helpful=0.6, harmless=0.7)
+    scores = reading(helpful=0.6, harmless=0.6)
 
     steps = explain(scores, policy=BALANCED, calibrators=NONE)
 
@@ -216,10 +221,10 @@ def test_the_explanation_goes_from_evidence_over_rules_to_the_decision():
         "decision",
     ]
     by_title = {step.title: step for step in steps}
-    assert "harmless 0.700" in by_title["evidence"].detail
-    assert "floors[0] (needs.harmless >= 0.5) raises to harmless 0.500" in by_title["bounds"].detail
-    assert by_title["checkpoints.input[0] → refuse"].detail == "needs.harmless 0.7000 >= 0.9? no\ndoes not match"
-    assert by_title["checkpoints.input[1] → flag"].detail == "needs.harmless 0.7000 >= 0.6? yes\nmatches"
+    assert "harmless 0.600" in by_title["evidence"].detail
+    assert "floors[0] (needs.harmless >= 0.4) raises to harmless 0.500" in by_title["bounds"].detail
+    assert by_title["checkpoints.input[0] → refuse"].detail == "needs.harmless 0.6000 >= 0.7? no\ndoes not match"
+    assert by_title["checkpoints.input[1] → flag"].detail == "needs.harmless 0.6000 >= 0.45? yes\nmatches"
 
 
 def test_the_explanation_says_what_the_plan_does():

@@ -129,7 +129,7 @@ async def test_explain_prints_evidence_weights_and_rules_in_order():
     ]
     assert places == sorted(places)
     assert text.startswith(f"balanced@1 ({policy.hash[:8]})")
-    assert "needs.harmless 0.9975 >= 0.9? yes" in text
+    assert "needs.harmless 0.9975 >= 0.7? yes" in text
     assert "refuse by checkpoints.input[0]" in text
 
 

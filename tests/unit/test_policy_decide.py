@@ -264,5 +264,5 @@ def test_the_shipped_policies_differ_in_when_they_refuse():
         facts = replace(FACTS, needs={"helpful": 0.3, "harmless": need, "honest": 0.1})
         return decide(load_policy(name), "input", facts).action is Action.REFUSE
 
-    assert [refuses(n, 0.80) for n in ("harmless-first", "balanced", "helpful-first")] == [True, False, False]
-    assert [refuses(n, 0.93) for n in ("harmless-first", "balanced", "helpful-first")] == [True, True, False]
+    assert [refuses(n, 0.60) for n in ("harmless-first", "balanced", "helpful-first")] == [True, False, False]
+    assert [refuses(n, 0.75) for n in ("harmless-first", "balanced", "helpful-first")] == [True, True, False]
