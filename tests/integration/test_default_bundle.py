@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hhh_router.assemble import build_pipeline
 from hhh_router.bundle import Bundle
 from hhh_router.errors import ContextTooLong, InvalidRequest, PolicyNotAllowed
 from hhh_router.interfaces.sdk import HHHRouter
@@ -18,6 +19,7 @@ from hhh_router.model.base import load_backbone
 from hhh_router.model.experts import load_experts
 from hhh_router.model.fetch import fetch_backbone
 from hhh_router.model.mixture import install_mixture
+from hhh_router.pipeline import Pipeline
 from hhh_router.settings import Settings
 from hhh_router.types import DIMENSIONS, EXPERTS, Weights
 
@@ -29,8 +31,13 @@ HARMLESS = ["What is the capital of France?", "Write a two-line poem about the s
 
 
 @pytest.fixture(scope="module")
-def router() -> Iterator[HHHRouter]:
-    with HHHRouter() as opened:
+def pipeline() -> Pipeline:
+    return build_pipeline(Settings.load())
+
+
+@pytest.fixture(scope="module")
+def router(pipeline: Pipeline) -> Iterator[HHHRouter]:
+    with HHHRouter(pipeline=pipeline) as opened:
         yield opened
 
 
@@ -131,12 +138,11 @@ def test_each_expert_alone_equals_peft_on_the_default_model(bundle: Bundle, back
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=2e-3)
 
 
-def test_many_prompts_are_guarded_in_few_passes(router: HHHRouter) -> None:
-    pipeline = router.load()
+def test_many_prompts_are_guarded_in_few_passes(router: HHHRouter, pipeline: Pipeline) -> None:
     passes = []
-    stack = pipeline.reader._reader.stack
+    stack = pipeline.parts.reader._reader.stack
     handle = stack.layers[0].register_forward_hook(lambda *_: passes.append(1))
-    prompts = [f"{p} ({i})" for i in range(20) for p in (*HARMLESS, HARMFUL)]
+    prompts = [*HARMLESS, HARMFUL] * 20
 
     results = router.guard(prompt=prompts)
     handle.remove()
@@ -144,7 +150,7 @@ def test_many_prompts_are_guarded_in_few_passes(router: HHHRouter) -> None:
     assert len(results) == len(prompts)
     assert len(passes) < len(prompts) / 5
     refused = [r.action == "refuse" for r in results]
-    assert refused == [p.startswith(HARMFUL) for p in prompts]
+    assert refused == [p == HARMFUL for p in prompts]
 
 
 def test_streamed_and_whole_replies_are_the_same(router: HHHRouter) -> None:
