@@ -414,12 +414,10 @@ def _disk_errors(cache: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _disk_full(cache, f"no space left ({error.filename or cache})") from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST):
-            raise BundleError(
-                f"cache folder {cache} cannot be written ({error.strerror}: {error.filename or cache})",
-                hint="set HHH_ROUTER_CACHE_DIR to a folder you may write to",
-            ) from error
-        raise
+        raise BundleError(
+            f"cache folder {cache} cannot be written ({error.strerror or error}: {error.filename or cache})",
+            hint="set HHH_ROUTER_CACHE_DIR to a folder you may write to",
+        ) from error
 
 
 def _disk_full(folder: Path, found: str) -> BundleError:

@@ -344,11 +344,12 @@ def test_pip_on_a_full_disk_is_told_as_a_full_disk(
         fetch_backbone(spec_for(), cache, converter=convert)
 
 
-def test_a_cache_that_cannot_be_written_names_the_setting(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["file/cache", "x" * 300])
+def test_a_cache_that_cannot_be_written_names_the_setting(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("")  # root may write into read-only folders, but not below a file
 
     with pytest.raises(BundleError, match="cannot be written") as caught:
-        fetch_backbone(spec_for(), tmp_path / "file" / "cache", converter=convert)
+        fetch_backbone(spec_for(), tmp_path / place, converter=convert)
 
     assert "HHH_ROUTER_CACHE_DIR" in str(caught.value)
 
