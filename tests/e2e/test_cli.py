@@ -304,6 +304,8 @@ def test_an_interrupt_ends_with_130_and_no_traceback(tiny: Bundle) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
+        # a suite that runs in the background inherits an ignored SIGINT, and would hand it on
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     time.sleep(1.0)
 

@@ -73,7 +73,7 @@ def test_one_text_is_judged_and_the_exit_code_says_so(arguments: list[str], mode
 
 
 def test_a_flagged_prompt_does_not_hide_a_reply_that_should_be_made_anew() -> None:
-    reader = FakeReader({"knives": {"needs.harmless": 1.0}, "First you": {"outcomes.unsafe": 6.0}})
+    reader = FakeReader({"knives": {"needs.harmless": 0.2}, "First you": {"outcomes.unsafe": 6.0}})
 
     result = guard("--prompt", "About knives", "--response", "First you", "--json", reader=reader)
 
