@@ -27,6 +27,8 @@ class Example:
     """Outcome → 1 when the response has that fault, 0 when not; unknown when not named."""
     weight: float = 1.0
     """How far the labels are trusted, in (0, 1]."""
+    answer_side: bool = False
+    """True where only the response may be learned from or calibrated on: the prompt may recur among eval prompts."""
     group: str = ""
     """Subgroup for reports, such as a prompt type."""
 

@@ -157,22 +157,23 @@ def _bipia(row: Row) -> Iterator[Example]:
 def _gptfuzz(row: Row) -> Iterator[Example]:
     response = re.sub(r"^\[[^\]]+\]: ", "", row["response"])  # the file marks who answered
     yield _example(
-        "gptfuzz_responses", row, row["question"], response=response, needs=_HARMFUL,
+        "gptfuzz_responses", row, row["question"], response=response, answer_side=True,
         outcomes={"unsafe": float(row["jailbroken"])},
     )  # fmt: skip
 
 
 def _jailjudge(row: Row) -> Iterator[Example]:
     yield _example(
-        "jailjudge_mini", row, row["question"], response=row["answer"], outcomes={"unsafe": float(row["jailbroken"])}
-    )
+        "jailjudge_mini", row, row["question"], response=row["answer"], answer_side=True,
+        outcomes={"unsafe": float(row["jailbroken"])},
+    )  # fmt: skip
 
 
 def _jbb_artifacts(row: Row) -> Iterator[Example]:
     if row["response"]:
         yield _example(
             "jailbreakbench/attack_artifacts", row, row["prompt"], response=row["response"],
-            needs={"harmless": 1.0, "honest": 0.0}, outcomes={"unsafe": float(row["jailbroken"])}, group=row["attack"],
+            outcomes={"unsafe": float(row["jailbroken"])}, answer_side=True, group=row["attack"],
         )  # fmt: skip
 
 
@@ -195,7 +196,7 @@ def _xstest_completions(row: Row) -> Iterator[Example]:
         outcomes = {"unsafe": 1.0 - refused}
     yield _example(
         "xstest/completions", row, row["prompt"], response=row["completion"],
-        needs=_HARMFUL if harmful else _BENIGN, outcomes=outcomes, group=row["type"],
+        outcomes=outcomes, answer_side=True, group=row["type"],
     )  # fmt: skip
 
 

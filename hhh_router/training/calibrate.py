@@ -94,7 +94,7 @@ def split_modes(
     )
     for row, as_given, as_prompt in zip(rows, given, alone, strict=True):
         readings[as_given.mode].append(Reading(row, as_given))
-        if as_given.mode == "both":
+        if as_given.mode == "both" and not row.answer_side:
             readings["prompt"].append(Reading(row, as_prompt))
     return readings
 

@@ -63,7 +63,7 @@ def tokenize(examples: Sequence[Example], backbone: Backbone, max_tokens: int) -
     """Rows with a good reply, each cut to ``max_tokens``; rows whose prompt alone fills the window are left out."""
     rows = []
     for example in examples:
-        if example.response is None or any(example.outcomes.values()):
+        if example.response is None or any(example.outcomes.values()) or not (example.needs or example.outcomes):
             continue
         try:
             prompt = backbone.encoder.encode(ReadRequest(messages=example.messages)).ids

@@ -5,10 +5,11 @@ from __future__ import annotations
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 
 from hhh_router.bundle import DataSpec
-from hhh_router.data.examples import Example, ask
+from hhh_router.data.examples import Example, ask, prompt_hash
 from hhh_router.data.made import as_instruction, honest_prompts, refusal
 from hhh_router.data.sets import SETS, read_set
 from hhh_router.errors import DataError
@@ -38,12 +39,28 @@ def draw(shares: Sequence[Share], root: Path, *, split: str | None = None, seed:
             if share.form == "instruction":
                 rows = [r for e in rows if (r := _instructed(e, rng)) is not None]
             rows = rows[: share.rows]
+        rows = [_without_labels(e) if _is_eval_prompt(e, root) else e for e in rows]
         if not rows:
             raise DataError(f"{share.set}: no row with split {wanted!r}", hint="the data set's README names its splits")
         if share.reply == "refusal":
             rows = [_refused(e, refusal(rng)) for e in rows]
         drawn += rows
     return drawn
+
+
+def _is_eval_prompt(example: Example, root: Path) -> bool:
+    return not example.answer_side and bool(example.messages) and prompt_hash(example) in _eval_prompts(root)
+
+
+@lru_cache(maxsize=4)
+def _eval_prompts(root: Path) -> frozenset[str]:
+    """Hashes of every prompt of every set's ``eval`` rows: nothing may be learned about these."""
+    present = (name for name, spec in SETS.items() if any(root.glob(spec.pattern)))
+    return frozenset(prompt_hash(e) for name in present for e in read_set(root, name, "eval"))
+
+
+def _without_labels(example: Example) -> Example:
+    return replace(example, needs={}, outcomes={})
 
 
 def _instructed(example: Example, rng: random.Random) -> Example | None:

@@ -82,7 +82,7 @@ def train_heads(examples: Sequence[Example], views: Views, plan: RouterRecipe, s
         for start in range(0, len(order), plan.batch_rows):
             rows = order[start : start + plan.batch_rows]
             given = Views(views.prompt[rows], views.response[rows], [views.modes[i] for i in rows])
-            asked = [i for i, m in enumerate(given.modes) if m != "response"]
+            asked = [i for i, r in enumerate(rows) if given.modes[i] != "response" and not examples[r].answer_side]
             alone = Views(given.prompt[asked], given.response[asked], ["prompt"] * len(asked))
             # every row as it is for its outcomes, and every prompt alone (modality dropout) for needs and outlook
             loss = _loss(heads(given), targets[rows], weights[rows] * outcomes_only, plan.brier)

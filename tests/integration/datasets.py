@@ -16,19 +16,17 @@ def write_sets(root: Path, rows: int = 60, seed: int = 0) -> Path:
     """Write every set the tiny recipe names; returns the folder."""
     rng = random.Random(seed)
 
-    def ask(templates: tuple[str, ...], tag: str) -> str:
-        return f"How do I {rng.choice(templates).format(rng.choice(_THINGS))} in {tag}{rng.randrange(10_000)}?"
+    def ask(templates: tuple[str, ...]) -> str:
+        return f"How do I {rng.choice(templates).format(rng.choice(_THINGS))} in town {rng.randrange(10_000)}?"
 
     dolly = [
-        {"instruction": ask(_BENIGN, "d"), "context": "", "response": "First you look at it. Then you start.",
+        {"instruction": ask(_BENIGN), "context": "", "response": "First you look at it. Then you start.",
          "category": "qa", "split": "train"}
         for _ in range(rows)
     ]  # fmt: skip
-    harmful = [
-        {"category": "x", "subcategory": "y", "prompt": ask(_HARMFUL, "r"), "split": "train"} for _ in range(rows)
-    ]
+    harmful = [{"category": "x", "subcategory": "y", "prompt": ask(_HARMFUL), "split": "train"} for _ in range(rows)]
     moderation = [
-        {"prompt": ask(_HARMFUL if i % 2 else _BENIGN, "m"), "any": i % 2, "split": split}
+        {"prompt": ask(_HARMFUL if i % 2 else _BENIGN), "any": i % 2, "split": split}
         for split in ("calibrate", "eval")
         for i in range(rows)
     ]
@@ -38,24 +36,32 @@ def write_sets(root: Path, rows: int = 60, seed: int = 0) -> Path:
         for i in range(rows)
     ]  # fmt: skip
     jailjudge = [
-        {"question": ask(_HARMFUL, "j"), "answer": "Take a hammer and do it." if i % 2 else "I can't help with that.",
+        {"question": ask(_HARMFUL), "answer": "Take a hammer and do it." if i % 2 else "I can't help with that.",
          "jailbroken": i % 2, "split": "calibrate"}
         for i in range(rows)
     ]  # fmt: skip
     halueval = [
-        {"ID": str(i), "user_query": ask(_BENIGN, "h"), "chatgpt_response": "It is cheese." if i % 2 else "Slowly.",
+        {"ID": str(i), "user_query": ask(_BENIGN), "chatgpt_response": "It is cheese." if i % 2 else "Slowly.",
          "hallucination": "yes" if i % 2 else "no", "hallucination_spans": [], "split": "calibrate"}
         for i in range(rows)
     ]  # fmt: skip
     completions = [
         {"id": str(i), "type": "contrast_x" if i % 4 == 0 else "safe_x", "split": "calibrate",
-         "prompt": ask(_BENIGN if i % 4 else _HARMFUL, "c"),
+         "prompt": ask(_BENIGN if i % 4 else _HARMFUL),
          "completion": "I can't help with that." if i % 2 else "Gladly: look at it first.",
          "final_label": "2_full_refusal" if i % 2 else "1_full_compliance"}
         for i in range(rows)
     ]  # fmt: skip
+    guarded = [
+        {"prompt": ask(_HARMFUL if i % 3 == 0 else _BENIGN), "adversarial": False, "split": "calibrate",
+         "prompt_harm_label": "harmful" if i % 3 == 0 else "unharmful", "subcategory": "x",
+         "response": "I can't help with that." if i % 2 else "Gladly: look at it first.",
+         "response_harm_label": "harmful" if i % 6 == 0 else "unharmful",
+         "response_refusal_label": "refusal" if i % 2 else "compliance"}
+        for i in range(2 * rows)
+    ]  # fmt: skip
     fuzz = [
-        {"question": ask(_HARMFUL, "g"), "response": "Sure, take it." if i % 2 else "No.", "jailbroken": i % 2,
+        {"question": ask(_HARMFUL), "response": "Sure, take it." if i % 2 else "No.", "jailbroken": i % 2,
          "split": "calibrate"}
         for i in range(rows)
     ]  # fmt: skip
@@ -66,6 +72,7 @@ def write_sets(root: Path, rows: int = 60, seed: int = 0) -> Path:
     _write(root / "jailjudge_mini/jailjudge_mini.jsonl.gz", jailjudge)
     _write(root / "halueval_general/halueval_general.jsonl.gz", halueval)
     _write(root / "xstest/xstest_completions.jsonl.gz", completions)
+    _write(root / "wildguardtest/wildguardtest.jsonl.gz", guarded)
     _write(root / "gptfuzz_responses/gptfuzz_responses.jsonl.gz", fuzz)
     return root
 
@@ -121,6 +128,7 @@ calibration:
   mix:
     - {{set: openai_moderation, split: calibrate}}
     - {{set: jailjudge_mini, split: calibrate}}
+    - {{set: wildguardtest, split: calibrate}}
     - {{set: halueval_general, split: calibrate}}
     - {{set: xstest/completions, split: calibrate}}
     - {{set: made, rows: 60, split: calibrate}}

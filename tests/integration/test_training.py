@@ -1,5 +1,6 @@
 """Train → calibrate → serve on small data that the project makes itself, and what goes wrong on the way."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,10 +12,10 @@ from hhh_router.data.sets import read_set
 from hhh_router.errors import BundleError, ConfigError, DataError
 from hhh_router.interfaces.sdk import HHHRouter
 from hhh_router.model.base import load_backbone
-from hhh_router.training.build import Workshop, train_experts, train_router
-from hhh_router.training.calibrate import calibrate
+from hhh_router.training.build import Workshop, calibration_examples, train_experts, train_router
+from hhh_router.training.calibrate import calibrate, read_all
 from hhh_router.training.experts import TrainingDiverged, tokenize, train_expert
-from hhh_router.training.mix import check_licences, draw
+from hhh_router.training.mix import _eval_prompts, check_licences, draw
 from hhh_router.training.recipe import load_recipe
 
 from .datasets import RECIPE, write_sets
@@ -176,3 +177,25 @@ def test_a_broken_row_is_named_by_file_and_line(tmp_path: Path) -> None:
 
     with pytest.raises(DataError, match=r"advbench\.jsonl:2"):
         read_set(folder, "advbench", "eval")
+
+
+def test_nothing_is_learned_from_rows_whose_prompt_is_an_eval_prompt(data: Path, tmp_path: Path) -> None:
+    copied = write_sets(tmp_path)
+    prompt = draw([share("dolly")], copied, seed=1)[0].prompt
+    (copied / "advbench").mkdir()
+    (copied / "advbench/advbench.jsonl").write_text(json.dumps({"prompt": prompt.upper(), "split": "eval"}) + "\n")
+    _eval_prompts.cache_clear()
+
+    rows = {e.prompt: e for e in draw([share("dolly")], copied, seed=1)}
+
+    assert not rows[prompt].needs
+    assert not rows[prompt].outcomes
+    assert sum(not e.needs for e in rows.values()) == 1
+
+
+def test_answer_side_sets_are_never_read_by_their_prompts(trained: Workshop) -> None:
+    readings = read_all(trained, calibration_examples(trained))
+
+    assert any(r.example.answer_side for r in readings["both"])
+    assert not any(r.example.answer_side for r in readings["prompt"])
+    assert not any(e.needs for e in draw([share("jailjudge_mini")], trained.data, split="calibrate", seed=1))
