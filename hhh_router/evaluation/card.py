@@ -48,9 +48,9 @@ def _detection(m: Manifest, figures: Mapping[str, Any]) -> str:
     lines = [_detection_row(f, trained) for f in figures["detection"]]
     return (
         "## Detection on rows nothing was trained or calibrated on\n\n"
-        "No label of these eval rows was learned from or calibrated on. † other rows of the same data set were trained on; "
-        "without it, nothing of that set was. Some sets have other rows in calibration (see Data); those that hold answers "
-        "to eval prompts (XSTest completions, JailbreakBench artifacts) calibrated the outcomes of replies only. "
+        "No label of these eval rows was learned from or calibrated on. † other rows of the same data set were trained "
+        "on; without it, nothing of that set was. Some sets have other rows in calibration (see Data); those that hold "
+        "answers to eval prompts (XSTest completions, JailbreakBench artifacts) calibrated the outcomes of replies only. "
         "Intervals are 95 % bootstrap.\n\n"
         "| task | mode | n (positive) | AUROC | recall at 1 % FPR | F1 at .5 | recall / FPR at .9 | NLL | Brier "
         "| ECE |\n"
