@@ -7,6 +7,7 @@ run goes on to the same result, since batches and their order follow from the se
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -23,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from hhh_router.data.examples import Example
-from hhh_router.errors import ContextTooLong, DataError, HHHRouterError
+from hhh_router.errors import ConfigError, ContextTooLong, DataError, HHHRouterError
 from hhh_router.model.base import Backbone
 from hhh_router.training.recipe import ExpertsRecipe, Recipe
 from hhh_router.types import ReadRequest
@@ -119,7 +120,8 @@ def train_expert(
             parameter.data = parameter.data.to(next(stack.text.parameters()).dtype)
         masters = [p.detach().float().clone().requires_grad_() for _, p in parameters]
         optimiser = torch.optim.AdamW(masters, lr=plan.learning_rate, weight_decay=0.0)
-        done = _resume(folder, masters, optimiser)
+        run = hashlib.sha256(f"{seed}{plan.model_dump_json(exclude={'mixes'})}{rows}".encode()).hexdigest()
+        done = _resume(folder, run, masters, optimiser)
         for step in range(done, len(batches)):
             for (_, p), master in zip(parameters, masters, strict=True):
                 p.data.copy_(master)
@@ -138,7 +140,7 @@ def train_expert(
             nn.utils.clip_grad_norm_(masters, 1.0)
             optimiser.step()
             if (step + 1) % CHECKPOINT_STEPS == 0 or step + 1 == len(batches):
-                _checkpoint(folder, step + 1, masters, optimiser)
+                _checkpoint(folder, run, step + 1, masters, optimiser)
             yield Progress(step=step + 1, steps=len(batches), loss=loss.item(), drift=drift.item(), tokens=tokens)
         for (_, p), master in zip(parameters, masters, strict=True):
             p.data.copy_(master)
@@ -198,21 +200,28 @@ def _schedule(step: int, steps: int, warmup: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * share))
 
 
-def _checkpoint(folder: Path, step: int, masters: Sequence[Tensor], optimiser: torch.optim.Optimizer) -> None:
+def _checkpoint(folder: Path, run: str, step: int, masters: Sequence[Tensor], optimiser: torch.optim.Optimizer) -> None:
     tensors = {f"master.{i}": m.detach() for i, m in enumerate(masters)}
     for i, master in enumerate(masters):
         tensors |= {f"{k}.{i}": optimiser.state[master][k] for k in ("exp_avg", "exp_avg_sq")}
     temporary = folder / "checkpoint.partial"
-    save_file(tensors, temporary, metadata={"step": str(step)})
+    save_file(tensors, temporary, metadata={"step": str(step), "run": run})
     temporary.replace(folder / "checkpoint.safetensors")
 
 
-def _resume(folder: Path, masters: Sequence[Tensor], optimiser: torch.optim.Optimizer) -> int:
+def _resume(folder: Path, run: str, masters: Sequence[Tensor], optimiser: torch.optim.Optimizer) -> int:
+    """Load a checkpoint of the same rows, sizes and seed; the step to go on from, 0 without one."""
     path = folder / "checkpoint.safetensors"
     if not path.is_file():
         return 0
     with safe_open(path, "pt") as file:
-        step = int(file.metadata()["step"])
+        written = file.metadata()
+    if written.get("run") != run:
+        raise ConfigError(
+            f"{path}: a checkpoint of other rows, sizes or another seed",
+            hint="remove the folder to train anew, or use the recipe it was made with",
+        )
+    step = int(written["step"])
     tensors = load_file(path, device=str(masters[0].device))
     with torch.no_grad():
         for i, master in enumerate(masters):

@@ -122,6 +122,16 @@ def test_a_killed_training_goes_on_to_the_same_result(
         assert tensor.equal(whole[name])
 
 
+def test_a_checkpoint_of_another_recipe_is_not_continued(shop: Workshop, tmp_path: Path) -> None:
+    backbone = load_backbone(Path(shop.recipe.backbone.source.removeprefix("path:")), shop.recipe.backbone)
+    rows = tokenize(draw(shop.recipe.experts.mixes["helpful"], shop.data, seed=1), backbone, 200)
+    list(train_expert("helpful", rows, backbone, shop.recipe, tmp_path / "work"))
+    other = shop.recipe.model_copy(update={"experts": shop.recipe.experts.model_copy(update={"drift": 0.5})})
+
+    with pytest.raises(ConfigError, match="checkpoint of other rows"):
+        list(train_expert("helpful", rows, backbone, other, tmp_path / "work"))
+
+
 def test_a_diverging_loss_stops_with_what_to_do(shop: Workshop) -> None:
     backbone = load_backbone(Path(shop.recipe.backbone.source.removeprefix("path:")), shop.recipe.backbone)
     rows = tokenize(draw(shop.recipe.experts.mixes["helpful"], shop.data, seed=1), backbone, 200)
