@@ -172,3 +172,175 @@ def test_the_bootstrap_leaves_out_resamples_with_one_class_but_not_most_of_them(
 def test_data_a_figure_cannot_be_taken_of_is_named(call, complaint):
     with pytest.raises(DataError, match=complaint):
         call()
+
+
+def test_the_area_under_the_roc_points_is_the_auroc(sample):
+    p, y = sample
+
+    x, t = zip(*metrics.roc_points(p, y, points=1000), strict=True)
+
+    assert np.trapezoid(t, x) == pytest.approx(metrics.auroc(p, y))
+
+
+def test_thinned_curves_keep_both_ends_and_little_area(sample):
+    p, y = sample
+
+    roc, pr = metrics.roc_points(p, y, points=12), metrics.pr_points(p, y, points=12)
+    x, t = zip(*roc, strict=True)
+
+    assert len(roc) <= 12
+    assert len(pr) <= 12
+    assert roc[0] == (0, 0)
+    assert roc[-1] == (1, 1)
+    assert pr[-1] == pytest.approx((1, y.mean()))
+    assert np.trapezoid(t, x) == pytest.approx(metrics.auroc(p, y), abs=0.03)
+
+
+def test_precision_and_recall_are_counted_at_a_threshold(sample):
+    p, y = sample
+    limit = 0.7
+    flagged = p >= limit
+
+    points = metrics.pr_points(p, y, points=1000)
+
+    recall = (flagged & (y == 1)).sum() / y.sum()
+    precision = y[flagged].mean()
+    assert any(point == pytest.approx((recall, precision)) for point in points)
+
+
+def test_each_subgroup_is_measured_by_itself_and_small_ones_left_out(sample):
+    p, y = sample
+    names = ["a" if i < 380 else "b" for i in range(400)]
+
+    found = metrics.subgroup_ece(p, y, names)
+
+    assert list(found) == ["a"]
+    assert found["a"] == (380, pytest.approx(metrics.ece(p[:380], y[:380])))
+    with pytest.raises(DataError, match="399 groups for 400 rows"):
+        metrics.subgroup_ece(p, y, names[:-1])
+
+
+def test_reliability_is_the_table_in_plain_numbers(sample):
+    p, y = sample
+    table = metrics.reliability_table(p, y, bins=7)
+
+    assert metrics.reliability(p, y, bins=7) == [(b.probability, b.frequency, b.n) for b in table]
+    assert len(metrics.reliability(p, y)) == 15
+
+
+def test_subgroup_ece_is_the_error_of_each_group_by_itself(sample):
+    p, y = sample
+    groups = ["mail" if i % 4 == 0 else "chat" for i in range(400)]
+    mail = np.arange(400) % 4 == 0
+
+    found = metrics.subgroup_ece(p, y, groups)
+
+    assert list(found) == ["mail", "chat"]  # as they first appear
+    assert found["mail"] == (100, pytest.approx(metrics.ece(p[mail], y[mail], bins=5)))  # 20 rows a bin
+    assert found["chat"] == (300, pytest.approx(metrics.ece(p[~mail], y[~mail])))
+
+
+def test_subgroup_ece_shows_what_the_error_over_all_rows_hides():
+    p = np.full(400, 0.5)
+    y = np.repeat([1, 0], 200)
+
+    found = metrics.subgroup_ece(p, y, ["too low"] * 200 + ["too high"] * 200)
+
+    assert metrics.ece(p, y) == 0
+    assert found == {"too low": (200, 0.5), "too high": (200, 0.5)}
+
+
+def test_a_group_of_fewer_rows_than_asked_for_is_left_out(sample):
+    groups = ["small"] * 39 + ["large"] * 361
+
+    assert list(metrics.subgroup_ece(*sample, groups)) == ["large"]
+    assert list(metrics.subgroup_ece(*sample, groups, least=39)) == ["small", "large"]
+
+
+def test_few_rows_are_cut_into_few_bins_so_that_their_error_is_not_noise():
+    rng = np.random.default_rng(8)
+    p = rng.uniform(0.2, 0.8, (200, 40))  # 200 groups of 40 rows of a perfect forecaster
+    y = rng.random((200, 40)) < p
+    groups = np.repeat(np.arange(200), 40).tolist()
+
+    adapted = np.mean([error for _, error in metrics.subgroup_ece(p.ravel(), y.ravel(), groups).values()])
+    in_fifteen = np.mean([metrics.ece(a, b) for a, b in zip(p, y, strict=True)])
+
+    assert adapted < 0.5 * in_fifteen
+
+
+def test_the_roc_has_a_point_for_every_rule(sample):
+    p, y = sample
+    by_hand = [(0.0, 0.0)]
+    by_hand += [((p[y == 0] >= t).mean(), (p[y == 1] >= t).mean()) for t in sorted({*p}, reverse=True)]
+
+    assert metrics.roc_points(p, y, points=1000) == pytest.approx(np.array(by_hand))
+
+
+def test_the_area_under_the_roc_points_is_auroc(sample):
+    x, y = np.array(metrics.roc_points(*sample, points=1000)).T
+
+    assert np.trapezoid(y, x) == pytest.approx(metrics.auroc(*sample))
+
+
+def test_precision_and_recall_are_those_of_every_rule(sample):
+    p, y = sample
+    by_hand = [((p[y == 1] >= t).mean(), y[p >= t].mean()) for t in sorted({*p}, reverse=True)]
+
+    found = metrics.pr_points(p, y, points=1000)
+
+    assert found == pytest.approx(np.array(by_hand))
+    assert found[-1] == (1.0, y.mean())
+
+
+def test_equal_scores_give_one_step_of_a_curve():
+    assert metrics.roc_points([0.5] * 6, [0, 1] * 3) == [(0.0, 0.0), (1.0, 1.0)]
+    assert metrics.pr_points([0.5] * 6, [0, 1] * 3) == [(1.0, 0.5)]
+
+
+@pytest.mark.parametrize("curve", [metrics.roc_points, metrics.pr_points])
+@pytest.mark.parametrize("points", [2, 5, 30])
+def test_a_thinned_curve_keeps_both_ends_and_points_of_the_whole_in_order(sample, curve, points):
+    whole, thinned = curve(*sample, points=1000), curve(*sample, points=points)
+
+    assert 2 <= len(thinned) <= points
+    assert (thinned[0], thinned[-1]) == (whole[0], whole[-1])
+    places = [whole.index(point) for point in thinned]
+    assert places == sorted(set(places))
+
+
+def test_a_thinned_roc_loses_little_of_its_area(sample):
+    x, y = np.array(metrics.roc_points(*sample, points=30)).T
+
+    assert np.trapezoid(y, x) == pytest.approx(metrics.auroc(*sample), abs=0.01)
+
+
+def test_thinning_spreads_points_along_the_curve_not_over_its_rows():
+    """A steep start with most of the rows, as of a good detector, must not take all the points."""
+    x = np.r_[np.zeros(900), np.linspace(0, 1, 100)]
+    y = np.r_[np.linspace(0, 1, 900), np.ones(100)]
+
+    chosen = metrics.thin(x, y, points=21)
+
+    assert len(chosen) == 21
+    assert (x[chosen] > 0).sum() == pytest.approx(10, abs=1)
+
+
+@pytest.mark.parametrize(
+    ("call", "complaint"),
+    [
+        (lambda: metrics.roc_points([0.1, 0.2], [1, 1]), "all 2 labels are 1"),
+        (lambda: metrics.pr_points([0.1, 0.2], [0, 0]), "all 2 labels are 0"),
+        (lambda: metrics.subgroup_ece([0.1, 0.2], [0, 1], ["a"]), "1 groups for 2 rows"),
+        (lambda: metrics.reliability([0.1, 1.2], [0, 1]), "row 1: probability is 1.2"),
+    ],
+)
+def test_data_a_drawing_cannot_be_made_of_is_named(call, complaint):
+    with pytest.raises(DataError, match=complaint):
+        call()
+
+
+@pytest.mark.parametrize("curve", [metrics.roc_points, metrics.pr_points])
+def test_a_curve_of_one_point_is_an_error(curve):
+    with pytest.raises(ValueError, match="points must be >= 2, found 1"):
+        curve([0.1, 0.9], [0, 1], points=1)
