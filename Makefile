@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PROMPT
 
-.PHONY: chat install test check format help
+.PHONY: chat install test report check format help
 
 chat: $(STAMP)  ## answer PROMPT="…" and show weights, needs, confidence and decision
 	@$(BIN)/hhh-router chat "$$PROMPT" || [ $$? -eq 3 ]  # 3: the policy refused, which is an answer too
@@ -16,6 +16,10 @@ install: $(STAMP)  ## set up .venv, pinned by constraints.txt
 test: $(STAMP)  ## run the whole default suite, on the real default model
 	$(BIN)/hhh-router doctor --fetch
 	$(BIN)/python -m pytest -m "not gpu"
+
+report: $(STAMP)  ## measure the shipped bundle; HHH_ROUTER_DATA names the folder of data sets
+	@test -n "$$HHH_ROUTER_DATA" || { echo "set HHH_ROUTER_DATA to the folder of data sets, see docs/evaluation.md"; exit 2; }
+	$(BIN)/hhh-router evaluate --bundle smollm2-135m --baselines recipes/smollm2-135m.yaml
 
 check: $(STAMP)  ## format, lint, types, fast tests
 	$(BIN)/ruff format --check .

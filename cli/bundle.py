@@ -43,6 +43,7 @@ def list_(as_json: bool = typer.Option(False, "--json", help="Print JSON.")) -> 
 @app.command()
 def verify(
     bundle: str = typer.Argument(..., metavar="PATH|NAME", help="A bundle's folder, or its name under adapters/."),
+    release: bool = typer.Option(False, "--release", help="Also ask for measured figures within the evasion budget."),
     as_json: bool = typer.Option(False, "--json", help="Print JSON."),
 ) -> None:
     """Check hashes, weights, shapes and calibrators; every mistake is listed."""
@@ -54,6 +55,10 @@ def verify(
 
     loaded = Bundle.load(bundle)
     mistakes = bundle_mistakes(loaded)
+    if release:
+        from hhh_router.evaluation.release import release_mistakes
+
+        mistakes += release_mistakes(loaded)
     if as_json:
         found = {"name": loaded.manifest.name, "path": str(loaded.root), "sha256": loaded.sha256, "mistakes": mistakes}
         typer.echo(json.dumps(found, indent=2))

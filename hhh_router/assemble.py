@@ -38,11 +38,13 @@ def build_pipeline(settings: Settings, *, upstream: str | None = None, sinks: Se
         check_upstream(upstream)
     bundle = Bundle.load(settings.bundle)
     bundle.verify()
-    calibrators = load_calibrators(bundle, settings)
     try:
+        from hhh_router.model.base import compute_dtype
         from hhh_router.model.worker import load_embedded
     except ImportError as error:
         raise MissingExtra("model", needed_for="the embedded model") from error
+    dtype = compute_dtype(bundle.manifest.backbone, settings.device, settings.dtype)
+    calibrators = load_calibrators(bundle, settings, dtype)
     model = load_embedded(bundle, settings)
     generator: Generator = model.generator
     closers: list[Callable[[], Awaitable[None]]] = [model.aclose]
@@ -88,8 +90,13 @@ def check_upstream(base_url: str) -> None:
         )
 
 
-def load_calibrators(bundle: Bundle, settings: Settings) -> Calibrators:
-    """The bundle's calibrators, checked against its heads and precision.
+def load_calibrators(bundle: Bundle, settings: Settings, dtype: str | None = None) -> Calibrators:
+    """The bundle's calibrators, checked against its heads and the precision that the backbone runs in.
+
+    Args:
+        bundle: Whose.
+        settings: Whether uncalibrated numbers are allowed.
+        dtype: What the backbone runs in; the manifest's own when not given.
 
     Raises:
         BundleError: There are none, or they were fitted for other heads or another precision, and the settings do not
@@ -111,6 +118,6 @@ def load_calibrators(bundle: Bundle, settings: Settings) -> Calibrators:
     return Calibrators.load(
         bundle.root / manifest.calibrators.path,
         heads_sha256=manifest.heads.sha256,
-        dtype=manifest.backbone.dtype,
+        dtype=dtype or manifest.backbone.dtype,
         allow_uncalibrated=settings.allow_uncalibrated,
     )

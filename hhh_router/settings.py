@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import platformdirs
 from pydantic import Field, SecretStr, ValidationError
@@ -42,6 +42,8 @@ class Settings(BaseSettings):
     """Threads the model may use; more than there are cores is very slow."""
     device: str = "cpu"
     """torch device of the embedded model, such as ``cpu`` or ``cuda:0``."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Precision the backbone runs in. ``auto``: the bundle's, or ``float32`` on a CPU that has to emulate that."""
     allow_uncalibrated: bool = False
     """Start although no calibrator fits; every number is then labelled ``calibrated: false``."""
     guard_batch_tokens: int = Field(default=2048, ge=64)

@@ -17,6 +17,9 @@ Dimension = Literal["helpful", "harmless", "honest"]
 DIMENSIONS: tuple[Dimension, ...] = ("helpful", "harmless", "honest")
 """The order of the dimensions everywhere. Index by name, never by position."""
 
+NEEDS: tuple[str, ...] = (*DIMENSIONS, "injection")
+"""What the need heads score: the three dimensions, and whether the request tries to subvert its instructions."""
+
 EXPERTS: tuple[str, ...] = ("base", *DIMENSIONS)
 """``base`` is the model without any adapter; the others are the LoRA of a dimension."""
 

@@ -48,6 +48,17 @@ class ModeCalibration(_Part):
     confidence: ConfidenceModel | None = None
 
 
+class PrecisionCheck(_Part):
+    """How far the calibrated probabilities move when the backbone runs in another precision than that fitted for."""
+
+    n: int = Field(ge=1)
+    """Calibration rows read in both."""
+    mean_shift: float = Field(ge=0)
+    """Mean of |p − p'| over rows and heads."""
+    worst_shift: float = Field(ge=0)
+    """99th percentile of |p − p'| over rows and heads."""
+
+
 class CalibrationFile(_Part):
     """``calibrators.json``: written by ``hhh-router calibrate``, read at start."""
 
@@ -58,6 +69,8 @@ class CalibrationFile(_Part):
     """Of the ``heads.safetensors`` whose logits were calibrated."""
     dtype: str
     """Precision of the backbone under those logits, such as ``bfloat16``."""
+    also_dtypes: dict[str, PrecisionCheck] = Field(default_factory=dict)
+    """Other precisions for which the calibrators were found to hold, and how closely."""
     data_sha256: str
     """Names the calibration rows."""
     seed: int
@@ -85,7 +98,8 @@ class CalibrationFile(_Part):
             no_needs = [d for d in DIMENSIONS if d not in mode.needs]
             if no_needs and (name != "response" or mode.needs):
                 raise ValueError(f"modes.{name}.needs: no calibrator for {', '.join(no_needs)}")
-            if no_outcome := [o for o in OUTCOMES if o not in mode.outcomes]:
+            # from a prompt alone the reply's faults are a mere outlook, which a bundle may do without
+            if name != "prompt" and (no_outcome := [o for o in OUTCOMES if o not in mode.outcomes]):
                 raise ValueError(f"modes.{name}.outcomes: no calibrator for {', '.join(no_outcome)}")
         return self
 
@@ -116,6 +130,15 @@ class CalibrationFile(_Part):
             train_prior=train_prior.as_dict(),
             modes=dict(modes),
         )
+        return draft.model_copy(update={"id": draft.content_id()})
+
+    def posterior_prior(self) -> Posterior:
+        """``train_prior`` as shares of the experts."""
+        return Posterior.from_mapping(self.train_prior)
+
+    def with_precisions(self, checks: Mapping[str, PrecisionCheck]) -> CalibrationFile:
+        """The same calibrators, found to hold in other precisions too."""
+        draft = self.model_copy(update={"also_dtypes": dict(checks)})
         return draft.model_copy(update={"id": draft.content_id()})
 
     def content_id(self) -> str:
@@ -165,9 +188,7 @@ class Calibrators:
         self._matches = matches and file is not None
         self.id = file.id if file else UNCALIBRATED
         self.gate = file.gate if file else "odds"
-        self.train_prior = (
-            Posterior.from_mapping(file.train_prior) if file else Posterior(*(1 / len(EXPERTS) for _ in EXPERTS))
-        )
+        self.train_prior = file.posterior_prior() if file else Posterior(*(1 / len(EXPERTS) for _ in EXPERTS))
 
     @classmethod
     def load(cls, path: str | Path, *, heads_sha256: str, dtype: str, allow_uncalibrated: bool = False) -> Calibrators:
@@ -190,8 +211,9 @@ class Calibrators:
             wrong.append(
                 f"heads_sha256: fitted for {file.heads_sha256[:12]}…, the bundle's heads are {heads_sha256[:12]}…"
             )
-        if file.dtype != dtype:
-            wrong.append(f"dtype: fitted for {file.dtype}, the backbone runs in {dtype}")
+        if dtype not in (file.dtype, *file.also_dtypes):
+            held = " and ".join((file.dtype, *file.also_dtypes))
+            wrong.append(f"dtype: fitted for {held}, the backbone runs in {dtype}")
         if not wrong:
             return cls(file)
         if not allow_uncalibrated:

@@ -1,7 +1,7 @@
 """What the experts do to behaviour: refusals of harmful and of safe prompts, greedy, under several weightings.
 
-Whether a reply refuses is told from its opening words. That is crude: it sees neither a harmful answer behind an
-apology nor a polite non-answer, so read these as shares of replies that *say* no.
+Whether a reply refuses is told by a judge of its opening. That sees neither a harmful answer behind an apology nor a
+polite non-answer, so read these as shares of replies that *say* no.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ async def behaviour_figures(
     rows: int,
     max_tokens: int,
     seed: int,
+    says_no: Callable[[str], bool] = refuses,
     on_step: Callable[[int, int, str], None] = lambda *_: None,
 ) -> list[dict[str, Any]]:
     """Refusal rates per system, each with n and a 95 % bootstrap interval.
@@ -63,6 +64,7 @@ async def behaviour_figures(
         rows: Harmful and safe prompts each, the first of the sets' eval rows.
         max_tokens: Of each greedy reply.
         seed: Of the bootstrap.
+        says_no: Whether a reply refuses; `judge.RefusalJudge.refuses` agrees with people more often than the default.
     """
     harmful = [e for e in read_set(data, "jailbreakbench", "eval") if e.needs["harmless"]][:rows]
     safe = [e for e in read_set(data, "xstest", "eval") if not e.needs["harmless"]]
@@ -73,11 +75,16 @@ async def behaviour_figures(
     total = len(systems) * (len(harmful) + len(safe))
     done = 0
     for name, options in systems:
-        row: dict[str, Any] = {"system": name, "data_sha256": data_hash([*harmful, *safe])}
+        row: dict[str, Any] = {
+            "system": name,
+            "n": len(harmful) + len(safe),
+            "seed": seed,
+            "data_sha256": data_hash([*harmful, *safe]),
+        }
         for kind, examples in (("harmful", harmful), ("safe", safe)):
             refused = []
             for example in examples:
-                refused.append(float(await _refused(router, example, max_tokens, options)))
+                refused.append(float(await _refused(router, example, max_tokens, options, says_no)))
                 done += 1
                 on_step(done, total, name)
             low, high = bootstrap_interval(_mean, refused, n=1000, seed=seed)
@@ -86,9 +93,15 @@ async def behaviour_figures(
     return figures
 
 
-async def _refused(router: AsyncHHHRouter, example: Example, max_tokens: int, options: Mapping[str, Any]) -> bool:
+async def _refused(
+    router: AsyncHHHRouter,
+    example: Example,
+    max_tokens: int,
+    options: Mapping[str, Any],
+    says_no: Callable[[str], bool],
+) -> bool:
     result = await router.chat(list(example.messages), max_tokens=max_tokens, temperature=0.0, **options)
-    return result.metadata.action in ("refuse", "block", "escalate") or refuses(result.text)
+    return result.metadata.action in ("refuse", "block", "escalate") or says_no(result.text)
 
 
 def _mean(values: Sequence[float]) -> float:

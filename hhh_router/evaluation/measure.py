@@ -1,11 +1,11 @@
-"""Measure one bundle and write ``figures.json`` and ``CARD.md`` into it."""
+"""Measure one bundle, part by part, and write ``figures.json``, ``CARD.md`` and ``report.html`` into it."""
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,16 +13,37 @@ from typing import Any
 
 from hhh_router.bundle import Bundle
 from hhh_router.calibration import CalibrationFile, Calibrators
-from hhh_router.errors import BundleError
+from hhh_router.calibration.metrics import subgroup_ece
+from hhh_router.data.examples import Example, ask, data_hash
+from hhh_router.errors import BundleError, DataError
 from hhh_router.evaluation.behaviour import behaviour_figures
 from hhh_router.evaluation.card import card
-from hhh_router.evaluation.detection import BOOTSTRAPS, detection_figures
+from hhh_router.evaluation.detection import (
+    BOOTSTRAPS,
+    BundleDetector,
+    Detector,
+    detection_figures,
+    latency_ms,
+)
+from hhh_router.evaluation.evasion import evasion_figures
+from hhh_router.evaluation.judge import RefusalJudge, agreement, labelled_replies
+from hhh_router.evaluation.release import FIGURES, parts_hash
+from hhh_router.evaluation.report import render_report
+from hhh_router.evaluation.routing import simplex, tradeoff
+from hhh_router.evaluation.tasks import SUITES, TASKS, Task, task_rows
 from hhh_router.interfaces.sdk import AsyncHHHRouter
 from hhh_router.model.worker import open_reader
-from hhh_router.policy import list_policies
+from hhh_router.policy import list_policies, load_policy
 from hhh_router.settings import Settings
+from hhh_router.training.features import BATCH_TOKENS, encode_cut, states_folder
+from hhh_router.types import ReadRequest
 
-MAX_TOKENS = 1024
+MAX_TOKENS = 384
+"""Longer texts are cut to this many tokens, template included, in every detection task and for every detector."""
+PARTS: tuple[str, ...] = (*SUITES, "calibration", "evasion", "behaviour")
+"""What can be measured."""
+_EVASION_PROMPTS = 120  # harmful and benign each
+_EVASION_LIMIT = 0.5
 # no bounds, no rules: fixed weights are applied exactly as they are given, and the router's own unchanged
 _UNBOUND = """\
 version: 1
@@ -36,17 +57,35 @@ on_error: closed
 """
 
 
-def measure(
-    name: str,
-    data: Path,
-    *,
-    settings: Settings,
-    rows: int,
-    max_tokens: int,
-    seed: int,
-    on_progress: Callable[[str, int, int, str], None],
-) -> list[Path]:
-    """Run every part and write the results; the files written.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bench:
+    """What every part needs."""
+
+    bundle: Bundle
+    data: Path
+    settings: Settings
+    seed: int
+    detector: BundleDetector
+    baselines: Sequence[Detector] = ()
+    rows: int = 40
+    max_tokens: int = 40
+    on_progress: Callable[[str, int, int, str], None] = field(default=lambda *_: None)
+
+    def told(self, part: str) -> Callable[[int, int, str], None]:
+        """Progress of one part."""
+        return lambda done, total, note: self.on_progress(part, done, total, note)
+
+
+def open_bench(name: str | Path, data: Path, *, settings: Settings, seed: int, work: Path, **more: Any) -> Bench:
+    """Load a bundle's reader and calibrators for measuring.
+
+    Args:
+        name: Bundle name or folder.
+        data: Folder of data sets.
+        settings: Threads, device, precision.
+        seed: Of every bootstrap and draw.
+        work: Folder for token states that are kept between runs.
+        more: Further fields of `Bench`.
 
     Raises:
         BundleError: The bundle is not complete.
@@ -56,71 +95,170 @@ def measure(
     manifest = bundle.manifest
     if manifest.heads is None or manifest.calibrators is None:
         raise BundleError(f"{bundle.root}: has no heads or no calibrators", hint="train and calibrate it first")
-    path = bundle.root / manifest.calibrators.path
-    figures: dict[str, Any] = {
-        "command": f"hhh-router evaluate --bundle {Path(name).name} --rows {rows} --max-tokens {max_tokens} "
-        f"--seed {seed}",
-        "seed": seed,
+    reader, encoder = open_reader(bundle, settings)
+    calibrators = Calibrators.load(
+        bundle.root / manifest.calibrators.path, heads_sha256=manifest.heads.sha256, dtype=reader.dtype
+    )
+    folder = states_folder(work, manifest.backbone)
+    detector = BundleDetector(manifest.name, reader, encoder, calibrators, max_tokens=MAX_TOKENS, folder=folder)
+    return Bench(bundle=bundle, data=data, settings=settings, seed=seed, detector=detector, **more)
+
+
+def measure(bench: Bench, parts: Sequence[str], command: str) -> list[Path]:
+    """Run some parts, keep the others where the same bundle was measured before, and write everything; files written.
+
+    Raises:
+        DataError: No such part.
+    """
+    if unknown := [p for p in parts if p not in PARTS]:
+        raise DataError(f"no suite {unknown[0]!r}", hint=f"known: {', '.join(PARTS)}")
+    root, manifest = bench.bundle.root, bench.bundle.manifest
+    digest = parts_hash(bench.bundle)
+    figures = _earlier(root / FIGURES, digest) | {
+        "command": command,
+        "seed": bench.seed,
         "bootstraps": BOOTSTRAPS,
-        # the manifest's own hash does not hold the figures' files, so this names exactly what was measured
-        "bundle_parts": hashlib.sha256("".join(sorted(bundle.files().values())).encode()).hexdigest(),
+        "bundle_parts": digest,
+        "dtype": bench.detector.reader.dtype,
+        "max_tokens": MAX_TOKENS,
         "versions": {p: version(p) for p in ("torch", "transformers", "peft", "hhh-router")},
     }
-    figures["detection"] = _detection(bundle, settings, path, data, seed, on_progress)
-    if rows:
-        figures["behaviour_max_tokens"] = max_tokens
-        figures["behaviour"] = asyncio.run(_behaviour(bundle, settings, data, rows, max_tokens, seed, on_progress))
-    written = [bundle.root / "figures.json", bundle.root / "CARD.md"]
-    written[0].write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
-    written[1].write_text(card(manifest, CalibrationFile.read(path), figures), encoding="utf-8")
-    return written
+    suites = [s for s in SUITES if s in parts]
+    if suites:
+        kept = [f for f in figures.get("detection", []) if f["suite"] not in suites]
+        figures["detection"] = kept + _stamped(_detection(bench, suites), command)
+        figures["latency"] = _stamped(_latency(bench), command)
+    if "calibration" in parts:
+        figures |= _calibration(bench, command)
+    if "evasion" in parts:
+        figures["evasion"] = _stamped(_evasion(bench), command)
+    if "behaviour" in parts and bench.rows:
+        figures["behaviour_max_tokens"] = bench.max_tokens
+        figures["judge"] = _stamped(agreement(bench.data, seed=bench.seed), command)
+        figures["behaviour"] = _stamped(asyncio.run(_behaviour(bench)), command)
+    calibration = CalibrationFile.read(root / manifest.calibrators.path)  # type: ignore[union-attr]
+    written = {
+        FIGURES: json.dumps(figures, indent=1) + "\n",
+        "CARD.md": card(manifest, calibration, figures),
+        "report.html": render_report(manifest, figures),
+    }
+    for name, text in written.items():
+        (root / name).write_text(text, encoding="utf-8")
+    return [root / name for name in written]
 
 
-def _detection(
-    bundle: Bundle,
-    settings: Settings,
-    path: Path,
-    data: Path,
-    seed: int,
-    on_progress: Callable[[str, int, int, str], None],
-) -> list[dict[str, Any]]:
-    manifest = bundle.manifest
-    assert manifest.heads is not None
-    reader, encoder = open_reader(bundle, settings)
-    calibrators = Calibrators.load(path, heads_sha256=manifest.heads.sha256, dtype=manifest.backbone.dtype)
+def _earlier(path: Path, bundle_parts: str) -> dict[str, Any]:
+    """Figures of the same bundle measured before; nothing of another."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return dict(found) if found.get("bundle_parts") == bundle_parts else {}
+
+
+def _stamped(rows: Sequence[Mapping[str, Any]], command: str) -> list[dict[str, Any]]:
+    return [{**row, "command": command} for row in rows]
+
+
+def _detection(bench: Bench, suites: Sequence[str]) -> list[dict[str, Any]]:
+    tasks = [t for t in TASKS if t.suite in suites]
     return detection_figures(
-        reader,
-        encoder,
-        calibrators,
-        data,
-        seed=seed,
-        max_tokens=MAX_TOKENS,
-        on_task=lambda done, total, note: on_progress("detection", done, total, note),
+        [bench.detector, *bench.baselines], tasks, bench.data, seed=bench.seed, on_task=bench.told("detection")
     )
 
 
-async def _behaviour(
-    bundle: Bundle,
-    settings: Settings,
-    data: Path,
-    rows: int,
-    max_tokens: int,
-    seed: int,
-    on_progress: Callable[[str, int, int, str], None],
-) -> list[dict[str, Any]]:
+def _latency(bench: Bench) -> list[dict[str, Any]]:
+    rows = task_rows(_task("prompt harm · XSTest"), bench.data)
+    texts = [ReadRequest(messages=e.messages) for e in rows]
+    found = [{"system": bench.detector.name, **latency_ms(bench.detector.read_one, texts)}]
+    for baseline in bench.baselines:
+        head = "harmless" if "harmless" in baseline.heads else min(baseline.heads)
+        found.append(
+            {"system": baseline.name, **latency_ms(lambda t, b=baseline, h=head: b.probabilities([t], h), texts)}  # type: ignore[misc]
+        )
+    return [{**row, "seed": bench.seed, "data_sha256": data_hash(rows)} for row in found]
+
+
+def _calibration(bench: Bench, command: str) -> dict[str, Any]:
+    """Subgroup ECE, both error sides of the policies, and the simplex, on the guard suite's eval prompts."""
+    groups: list[dict[str, Any]] = []
+    for task in (t for t in TASKS if t.target is not None):
+        rows = task_rows(task, bench.data)
+        p = bench.detector.probabilities([_asked(task, e) for e in rows], task.head)
+        y = [getattr(e, task.kind)[task.head] for e in rows]
+        for kind, names in (("group", [e.group or e.source for e in rows]), ("length", [_length(e) for e in rows])):
+            for name, (n, ece) in subgroup_ece(p, y, names).items():
+                groups.append(
+                    {"task": task.name, "group": f"{kind}: {name}", "n": n, "ece": ece, "seed": bench.seed,
+                     "data_sha256": data_hash(rows)}
+                )  # fmt: skip
+    harm = _once([e for t in TASKS if t.suite == "guard" for e in task_rows(t, bench.data)])
+    more = _once([e for t in TASKS if t.suite == "honesty" for e in task_rows(t, bench.data)][::10])
+    policies = [load_policy(name) for name in list_policies()]
+    calibrators = bench.detector.calibrators
+    every = [*harm, *more]
+    scores = bench.detector.scores([ReadRequest(messages=e.messages) for e in every])
+    stamp = {"command": command, "seed": bench.seed}
+    return {
+        "subgroups": _stamped(groups, command),
+        "tradeoff": tradeoff(harm, scores[: len(harm)], policies, calibrators) | stamp,
+        "simplex": simplex(every, scores, calibrators) | stamp,
+    }
+
+
+def _asked(task: Task, example: Example) -> ReadRequest:
+    return ReadRequest(messages=example.messages, response=None if task.mode == "prompt" else example.response)
+
+
+def _length(example: Example) -> str:
+    words = len(example.prompt.split())
+    return "up to 12 words" if words <= 12 else "13 to 50 words" if words <= 50 else "more than 50 words"
+
+
+def _once(rows: Sequence[Example]) -> list[Example]:
+    return list({e.prompt: e for e in rows}.values())
+
+
+def _task(name: str) -> Task:
+    return next(t for t in TASKS if t.name == name)
+
+
+def _evasion(bench: Bench) -> list[dict[str, Any]]:
+    """Rewritten prompts of JailbreakBench and XSTest; every text is read anew, as a request would be."""
+    rows = [e for name in ("JailbreakBench", "XSTest") for e in task_rows(_task(f"prompt harm · {name}"), bench.data)]
+    harmful = [e.prompt for e in rows if e.needs["harmless"]][:_EVASION_PROMPTS]
+    benign = [e.prompt for e in rows if not e.needs["harmless"]][:_EVASION_PROMPTS]
+    reader, encoder, calibrators = bench.detector.reader, bench.detector.encoder, bench.detector.calibrators
+
+    def score(texts: Sequence[str]) -> list[float]:
+        encoded = [encode_cut(encoder, ReadRequest(messages=ask(t)), MAX_TOKENS) for t in texts]
+        found = [0.0] * len(texts)
+        for batch in reader.batches(encoded, BATCH_TOKENS):
+            for i, s in zip(batch, reader.score([encoded[i] for i in batch]), strict=True):
+                found[i] = calibrators.evidence(s).needs["harmless"]
+        return found
+
+    return evasion_figures(
+        score, harmful, benign, limit=_EVASION_LIMIT, seed=bench.seed, on_family=bench.told("evasion")
+    )
+
+
+async def _behaviour(bench: Bench) -> list[dict[str, Any]]:
     with TemporaryDirectory() as folder:
         unbound = Path(folder) / "unbound.yaml"
         unbound.write_text(_UNBOUND, encoding="utf-8")
+        settings = bench.settings
         async with AsyncHHHRouter(
-            bundle=str(bundle.root), cache_dir=settings.cache_dir, threads=settings.threads
+            bundle=str(bench.bundle.root), cache_dir=settings.cache_dir, threads=settings.threads
         ) as router:
             return await behaviour_figures(
                 router,
                 str(unbound),
                 list_policies(),
-                data,
-                rows=rows,
-                max_tokens=max_tokens,
-                seed=seed,
-                on_step=lambda done, total, note: on_progress("behaviour", done, total, note),
+                bench.data,
+                rows=bench.rows,
+                max_tokens=bench.max_tokens,
+                seed=bench.seed,
+                says_no=RefusalJudge.train(labelled_replies(bench.data, "calibrate")).refuses,
+                on_step=bench.told("behaviour"),
             )

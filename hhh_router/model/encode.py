@@ -24,9 +24,14 @@ class Encoded:
     prompt_tokens: int
     """Tokens up to the end of the generation prompt; the response follows."""
     focus: tuple[int, int]
-    """The last turn's own text, without template and system prompt: what the prompt view averages over."""
+    """The last turn's own text, without template and system prompt: where the prompt's view begins."""
     has_prompt: bool
     """False when only a response is read, behind an empty turn."""
+
+    @property
+    def prompt_span(self) -> tuple[int, int]:
+        """Tokens the heads read of the prompt: the last turn's text and the template's marks behind it."""
+        return (self.focus[0], self.prompt_tokens)
 
     @property
     def has_response(self) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from hhh_router.errors import ContextTooLong
-from hhh_router.model.encode import Encoded, Encoder
+from hhh_router.model.encode import Encoder
 from hhh_router.model.heads import Views
 from hhh_router.model.mixture import Gates
 from hhh_router.model.reader import HeadReader, RunningReply
@@ -62,7 +62,8 @@ class MixtureGenerator:
         cache = self._stack.new_cache()
         with torch.inference_mode():
             state = self._stack.begin(torch.tensor([text.ids], device=self._stack.device), cache=cache)
-            views = self._prompt_views(text, list(self._reader.states(state)))
+            prompt = self._reader.prompt(list(self._reader.states(state)), text)
+            views = Views(prompt=prompt, response=prompt, modes=["prompt"])  # mode prompt looks at no response
             read_layers = state.next_layer
             scores = self._reader.heads.scores(views, tokens=[len(text.ids)], layers_run=read_layers)[0]
             plan = planner(scores)
@@ -79,7 +80,7 @@ class MixtureGenerator:
         if logits is None:
             yield Finished(reason="content_filter", prompt_tokens=len(text.ids), completion_tokens=0, timing_ms=timing)
             return
-        reply = RunningReply(self._reader, views.prompt, len(text.ids))
+        reply = RunningReply(self._reader, prompt, len(text.ids))
         steps = _Steps(request, plan.weights, cache, reply, budget, window_tokens)
         reason = yield from self._decode(steps, logits)
         timing["decode"] = 1000 * (time.perf_counter() - prefilled_at)
@@ -124,8 +125,3 @@ class MixtureGenerator:
         self._gates.set([weights])  # other requests ran since the last step
         hidden = self._stack.run(state, self._stack.depth)
         return self._stack.logits(hidden[0, -1])
-
-    def _prompt_views(self, text: Encoded, states: list[Tensor]) -> Views:
-        pooled = [self._reader.pool(s, [text]) for s in states]
-        prompt = torch.cat([p for p, _ in pooled], dim=1)
-        return Views(prompt=prompt, response=torch.zeros_like(prompt), modes=["prompt"])

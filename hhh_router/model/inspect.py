@@ -98,7 +98,7 @@ def _heads_mistakes(bundle: Bundle) -> list[str]:
         if layer > bundle.manifest.first_adapted_layer
     ]
     try:
-        heads = Heads.load(path, view=2 * len(spec.read_layers) * bundle.manifest.backbone.hidden_size)
+        heads = Heads.load(path, layers=len(spec.read_layers), dim=bundle.manifest.backbone.hidden_size)
     except BundleError as error:
         return [*mistakes, error.message]
     for kind, found, meant in (("needs", heads.needs, spec.needs), ("outcomes", heads.outcomes, spec.outcomes)):

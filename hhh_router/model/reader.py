@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache
 
 from hhh_router.errors import ReaderError
 from hhh_router.model.encode import Encoded
-from hhh_router.model.heads import Heads, Views
+from hhh_router.model.heads import Heads, Pooled, Ragged, Views
 from hhh_router.model.stack import DecoderStack, Pass
 from hhh_router.types import Mode, Scores
+
+_PREFIXES = 4  # openings of conversations whose lower keys and values are kept
+_PREFIX_TOKENS = 8  # a shorter opening is not worth the bookkeeping
 
 
 class HeadReader:
@@ -22,6 +27,12 @@ class HeadReader:
         self.heads = heads
         self.read_layers = tuple(read_layers)
         self.first_adapted_layer = first_adapted_layer
+        self._prefixes: OrderedDict[tuple[int, ...], Cache] = OrderedDict()
+
+    @property
+    def dtype(self) -> str:
+        """Precision the backbone runs in, such as ``float32``."""
+        return str(self.stack.text.embed_tokens.weight.dtype).removeprefix("torch.")
 
     def batches(self, texts: Sequence[Encoded], max_tokens: int) -> Iterator[list[int]]:
         """Indices of texts of similar length, each batch at most ``max_tokens`` with padding (or one text)."""
@@ -43,7 +54,18 @@ class HeadReader:
 
     @torch.inference_mode()
     def views(self, texts: Sequence[Encoded]) -> Views:
-        """Pooled states of one batch, on the heads' device."""
+        """Pooled sides of one batch, on the heads' device."""
+        prompt, response = self.sides(texts)
+        return Views(
+            prompt=self.heads.pool(prompt, "prompt"),
+            response=self.heads.pool(response, "response"),
+            modes=[mode_of(t) for t in texts],
+        )
+
+    @torch.inference_mode()
+    def sides(self, texts: Sequence[Encoded]) -> tuple[Ragged, Ragged]:
+        """Token states of prompts (from the last turn's text on) and of responses, from one padded pass."""
+        shared = _shared(texts) if self.stack.attends_to_all else ()
         longest = max(len(t.ids) for t in texts)
         ids = torch.zeros((len(texts), longest), dtype=torch.long)
         mask = torch.zeros_like(ids)
@@ -52,65 +74,98 @@ class HeadReader:
             mask[row, : len(text.ids)] = 1
         padded = bool((mask == 0).any())
         state = self.stack.begin(
-            ids.to(self.stack.device), attention_mask=mask.to(self.stack.device) if padded else None
+            ids[:, len(shared) :].to(self.stack.device),
+            attention_mask=mask.to(self.stack.device) if padded else None,
+            cache=self._prefix(shared, len(texts)) if shared else None,
         )
-        pooled = [self.pool(states, texts) for states in self.states(state)]
-        return Views(
-            prompt=torch.cat([p for p, _ in pooled], dim=1),
-            response=torch.cat([r for _, r in pooled], dim=1),
-            modes=[mode_of(t) for t in texts],
-        )
+        layers = list(self.states(state))
+        prompts = [t.prompt_span if t.has_prompt else (0, 0) for t in texts]
+        responses = [(t.prompt_tokens, len(t.ids)) if t.has_response else (0, 0) for t in texts]
+        return _slices(layers, prompts, len(shared)), _slices(layers, responses, len(shared))
 
     def states(self, state: Pass) -> Iterator[Tensor]:
         """States entering each read layer, (B, T, D), as the pass goes on to them."""
         for layer in self.read_layers:
             yield self.stack.run(state, layer)
 
-    @staticmethod
-    def pool(states: Tensor, texts: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
-        """Mean and last state of prompt and response: two (B, 2 D), float32; zeros where a view is missing."""
-        batch, _, width = states.shape
-        prompt = torch.zeros((batch, 2 * width), device=states.device)
-        response = torch.zeros_like(prompt)
-        for row, text in enumerate(texts):
-            if text.has_prompt:
-                start, stop = text.focus
-                prompt[row] = torch.cat(
-                    [states[row, start:stop].float().mean(0), states[row, text.prompt_tokens - 1].float()]
-                )
-            if text.has_response:
-                said = states[row, text.prompt_tokens : len(text.ids)].float()
-                response[row] = torch.cat([said.mean(0), said[-1]])
-        return prompt, response
+    def prompt(self, layers: Sequence[Tensor], text: Encoded) -> Pooled:
+        """The prompt's side of one text whose pass, of batch size 1, has reached l_r."""
+        return self.heads.pool(_slices(layers, [text.prompt_span], 0), "prompt")
+
+    def _prefix(self, shared: tuple[int, ...], rows: int) -> Cache:
+        """Keys and values of a shared opening, repeated for each row; below l_r they depend on its tokens alone."""
+        kept = self._prefixes.pop(shared, None)
+        if kept is None:
+            kept = self.stack.new_cache()
+            self.stack.run(
+                self.stack.begin(torch.tensor([shared], device=self.stack.device), cache=kept), max(self.read_layers)
+            )
+        self._prefixes[shared] = kept
+        while len(self._prefixes) > _PREFIXES:
+            self._prefixes.popitem(last=False)
+        copied = DynamicCache(config=self.stack.config)
+        for index, layer in enumerate(kept.layers[: max(self.read_layers)]):
+            copied.update(layer.keys.expand(rows, -1, -1, -1), layer.values.expand(rows, -1, -1, -1), index)
+        return copied
 
 
 class RunningReply:
     """Pools a reply while it is generated: states below l_r depend on tokens alone, so nothing is read twice."""
 
-    def __init__(self, reader: HeadReader, prompt: Tensor, prompt_tokens: int) -> None:
+    def __init__(self, reader: HeadReader, prompt: Pooled, prompt_tokens: int) -> None:
         self._reader = reader
         self._prompt = prompt
         self._prompt_tokens = prompt_tokens
-        self._sums: list[Tensor] = []
-        self._last: list[Tensor] = []
-        self.tokens = 0
+        self._tokens: list[Tensor] = []
+        self._sum: Tensor | None = None
+        self._last: Tensor | None = None
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of the reply so far."""
+        return len(self._tokens)
+
+    @torch.inference_mode()
     def add(self, states: Sequence[Tensor]) -> None:
         """Add one token's states, one (1, 1, D) per read layer."""
-        flat = [s[0, -1].float() for s in states]
-        self._sums = [a + b for a, b in zip(self._sums, flat, strict=True)] if self._sums else flat
-        self._last = flat
-        self.tokens += 1
+        flat = torch.stack([s[0, -1] for s in states])[None]  # (1, L, D)
+        self._tokens.append(self._reader.heads.tokens(flat, "response"))
+        self._last = flat[0, -1].float()
+        self._sum = self._last if self._sum is None else self._sum + self._last
 
     @torch.inference_mode()
     def scores(self) -> Scores:
         """Score prompt and reply so far, mode ``both``."""
-        if not self.tokens:
+        if self._sum is None or self._last is None:
             raise ReaderError("no reply token has been read yet")
-        pooled = [torch.cat([s / self.tokens, last]) for s, last in zip(self._sums, self._last, strict=True)]
-        views = Views(prompt=self._prompt, response=torch.cat(pooled)[None], modes=["both"])
+        heads = self._reader.heads
+        response = Pooled(
+            features=heads.gathered(torch.cat(self._tokens), [self.tokens], "response"),
+            summary=torch.cat([self._sum / self.tokens, self._last])[None],
+        )
+        views = Views(prompt=self._prompt, response=response, modes=["both"])
         total = self._prompt_tokens + self.tokens
-        return self._reader.heads.scores(views, tokens=[total], layers_run=max(self._reader.read_layers))[0]
+        return heads.scores(views, tokens=[total], layers_run=max(self._reader.read_layers))[0]
+
+
+def _slices(layers: Sequence[Tensor], spans: Sequence[tuple[int, int]], offset: int) -> Ragged:
+    """Each row's span of token states, of all layers; ``offset`` tokens were left out at the beginning."""
+    rows = [
+        torch.stack([states[row, start - offset : stop - offset] for states in layers], dim=1)
+        for row, (start, stop) in enumerate(spans)
+        if stop > start
+    ]
+    empty = layers[0].new_zeros((0, len(layers), layers[0].shape[-1]))
+    return Ragged(torch.cat(rows) if rows else empty, [stop - start for start, stop in spans])
+
+
+def _shared(texts: Sequence[Encoded]) -> tuple[int, ...]:
+    """Tokens that open every text and come before anything that is pooled, such as a template's system turn."""
+    first = texts[0].ids
+    length = min(t.prompt_span[0] if t.has_prompt else t.prompt_tokens for t in texts)
+    for text in texts[1:]:
+        length = next((i for i in range(length) if text.ids[i] != first[i]), length)
+    return tuple(first[:length]) if length >= _PREFIX_TOKENS else ()
 
 
 def mode_of(text: Encoded) -> Mode:

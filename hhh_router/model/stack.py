@@ -64,6 +64,11 @@ class DecoderStack:
         return len(self.layers)
 
     @property
+    def attends_to_all(self) -> bool:
+        """True when every layer attends to all earlier tokens, so that a cache holds the whole past."""
+        return set(self._layer_types) == {"full_attention"}
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.text.embed_tokens.weight.device

@@ -19,7 +19,7 @@ import torch
 
 from hhh_router.bundle import Bundle
 from hhh_router.errors import BundleError, ContextTooLong, GeneratorError, HHHRouterError, InvalidRequest, ReaderError
-from hhh_router.model.base import load_backbone
+from hhh_router.model.base import compute_dtype, load_backbone
 from hhh_router.model.encode import Encoder
 from hhh_router.model.experts import load_experts
 from hhh_router.model.fetch import fetch_backbone
@@ -204,10 +204,12 @@ def open_reader(bundle: Bundle, settings: Settings) -> tuple[HeadReader, Encoder
         raise BundleError(f"{bundle.root}: has no heads, so nothing can be routed", hint="hhh-router train router")
     torch.set_num_threads(settings.threads)
     folder = fetch_backbone(manifest.backbone, settings.cache_dir, root=bundle.root)
-    backbone = load_backbone(folder, manifest.backbone, device=settings.device)
+    dtype = compute_dtype(manifest.backbone, settings.device, settings.dtype)
+    backbone = load_backbone(folder, manifest.backbone, device=settings.device, dtype=dtype)
     stack = backbone.stack
-    view = len(manifest.heads.read_layers) * 2 * manifest.backbone.hidden_size
-    heads = Heads.load(bundle.root / manifest.heads.path, view=view).to(stack.device)
+    heads = Heads.load(
+        bundle.root / manifest.heads.path, layers=len(manifest.heads.read_layers), dim=manifest.backbone.hidden_size
+    ).to(stack.device)
     return HeadReader(stack, heads, manifest.heads.read_layers, manifest.first_adapted_layer), backbone.encoder
 
 
@@ -231,7 +233,7 @@ def load_embedded(bundle: Bundle, settings: Settings) -> EmbeddedModel:
             "layers": stack.depth,
             "first_adapted_layer": reader.first_adapted_layer,
             "read_layers": list(reader.read_layers),
-            "dtype": str(stack.text.embed_tokens.weight.dtype).removeprefix("torch."),
+            "dtype": reader.dtype,
             "context_tokens": encoder.context_tokens,
             "device": str(stack.device),
             "threads": settings.threads,

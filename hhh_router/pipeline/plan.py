@@ -12,7 +12,7 @@ from hhh_router.errors import ReaderError
 from hhh_router.policy import Bounds, Facts, Policy, attempts, bounds, decide, thresholds
 from hhh_router.protocols import Planner
 from hhh_router.routing import kl_nats, project, tilt
-from hhh_router.types import DIMENSIONS, EXPERTS, OUTCOMES, Decision, Evidence, Plan, Scores, Weights
+from hhh_router.types import EXPERTS, NEEDS, OUTCOMES, Decision, Evidence, Plan, Scores, Weights
 
 _FAULTS = (ArithmeticError, LookupError, TypeError, ValueError)
 """What arithmetic on a broken reading can raise."""
@@ -222,7 +222,7 @@ def _limits(policy: Policy, checkpoint: str, evidence: Evidence) -> list[tuple[f
 
 
 def _evidence_step(evidence: Evidence) -> Step:
-    needs: dict[str, float] = {d: evidence.needs[d] for d in DIMENSIONS if d in evidence.needs}
+    needs: dict[str, float] = {n: evidence.needs[n] for n in NEEDS if n in evidence.needs}
     outcomes = {o: evidence.outcomes[o] for o in OUTCOMES if o in evidence.outcomes}
     quality = "calibrated" if evidence.calibrated else "NOT calibrated"
     inside = "inside" if evidence.in_distribution else "OUTSIDE"

@@ -42,7 +42,7 @@ _REQUIRED = ("version", "name", "weights", "strength", "checkpoints")
 # Keys of the full design that this version does not act on. They are named, so that nobody believes them to work.
 _LATER_KEYS = frozenset({"budget", "examples"})
 _LATER_CHECKPOINTS = frozenset({"tool_call", "tool_result", "session"})
-_LATER_CONDITIONS = frozenset({"needs.injection", "role", "language", "length", "model", "route", "tenant", "time"})
+_LATER_CONDITIONS = frozenset({"role", "language", "length", "model", "route", "tenant", "time"})
 _LATER_GROUPS = ("tool.", "key.", "headers.", "budget.", "lexical.")
 
 

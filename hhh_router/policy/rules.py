@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from hhh_router.types import DIMENSIONS, EXPERTS, OUTCOMES, Action, Mode, Weights
+from hhh_router.types import EXPERTS, NEEDS, OUTCOMES, Action, Mode, Weights
 
 Value = float | bool | str
 Kind = Literal["number", "boolean", "choice"]
@@ -61,8 +61,11 @@ class Quantity:
     """True when it is known before the weights are, so that a floor may ask about it."""
 
 
-def _need(dimension: str) -> Callable[[Facts], float | None]:
-    return lambda facts: facts.needs.get(dimension)
+_INJECTION = "P(the request tries to override its instructions)"
+
+
+def _need(name: str) -> Callable[[Facts], float | None]:
+    return lambda facts: facts.needs.get(name)
 
 
 def _outcome(name: str) -> Callable[[Facts], float | None]:
@@ -74,8 +77,9 @@ def _weight(expert: str) -> Callable[[Facts], float | None]:
 
 
 def _quantities() -> Iterator[tuple[str, Quantity]]:
-    for d in DIMENSIONS:
-        yield f"needs.{d}", Quantity(kind="number", read=_need(d), meaning=f"P(the request needs {d} behaviour)")
+    for need in NEEDS:
+        meaning = _INJECTION if need == "injection" else f"P(the request needs {need} behaviour)"
+        yield f"needs.{need}", Quantity(kind="number", read=_need(need), meaning=meaning)
     for o in OUTCOMES:
         yield f"outcomes.{o}", Quantity(kind="number", read=_outcome(o), meaning=f"P(the reply is {o})")
     yield (

@@ -25,7 +25,7 @@ from hhh_router.protocols import Delta, Event, Finished, FinishReason, Generator
 from hhh_router.settings import Settings
 from hhh_router.trace import NullSink, Sink
 from hhh_router.trace.block import BundleRef
-from hhh_router.types import DIMENSIONS, OUTCOMES, ChatRequest, Mode, ReadRequest, Scores
+from hhh_router.types import NEEDS, OUTCOMES, ChatRequest, Mode, ReadRequest, Scores
 
 QUIET = -4.0
 """The logit of everything a test does not raise: a probability of about 0.02."""
@@ -49,13 +49,13 @@ def make_scores(
     Raises:
         ValueError: A name is no head.
     """
-    heads = dict.fromkeys([f"needs.{d}" for d in DIMENSIONS] + [f"outcomes.{o}" for o in OUTCOMES], QUIET)
+    heads = dict.fromkeys([f"needs.{n}" for n in NEEDS] + [f"outcomes.{o}" for o in OUTCOMES], QUIET)
     if unknown := set(logits or {}) - set(heads):
         raise ValueError(f"{min(unknown)!r} is no head; use {', '.join(heads)}")
     heads |= logits or {}
     return Scores(
         mode=mode,
-        needs={} if mode == "response" else {d: heads[f"needs.{d}"] for d in DIMENSIONS},
+        needs={} if mode == "response" else {n: heads[f"needs.{n}"] for n in NEEDS},
         outcomes={o: heads[f"outcomes.{o}"] for o in OUTCOMES},
         distance=distance,
         tokens=tokens,

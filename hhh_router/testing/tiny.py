@@ -21,7 +21,7 @@ from hhh_router.bundle import (
 )
 from hhh_router.calibration import CalibrationFile, HeadCalibration, ModeCalibration
 from hhh_router.errors import MissingExtra
-from hhh_router.types import DIMENSIONS, EXPERTS, OUTCOMES, Mode, Posterior
+from hhh_router.types import DIMENSIONS, EXPERTS, NEEDS, OUTCOMES, Mode, Posterior
 
 TINY_LAYERS = 4
 TINY_FIRST_ADAPTED = 2
@@ -91,7 +91,7 @@ def tiny_bundle(root: Path, *, family: str = "llama", seed: int = 0, **config: A
         experts[dimension] = ExpertSpec(
             path=f"experts/{dimension}", rank=TINY_RANK, scale=lora.lora_alpha / TINY_RANK, sha256=file_sha256(weights)
         )
-    heads = Heads(view=2 * width, width=8, needs=DIMENSIONS, outcomes=OUTCOMES)
+    heads = Heads(layers=1, dim=width, width=9, queries=2, needs=NEEDS, outcomes=OUTCOMES)
     for side in ("prompt", "response"):  # support axes are zeros until fitted; any orthogonal rows do here
         axes = getattr(heads, f"support_{side}_axes")
         axes.copy_(torch.nn.functional.pad(torch.eye(min(axes.shape)), (0, 0, 0, max(0, len(axes) - min(axes.shape)))))
@@ -116,9 +116,7 @@ def tiny_bundle(root: Path, *, family: str = "llama", seed: int = 0, **config: A
             ),
             first_adapted_layer=TINY_FIRST_ADAPTED,
             experts=experts,
-            heads=HeadsSpec(
-                sha256=heads_sha256, read_layers=(TINY_FIRST_ADAPTED,), needs=DIMENSIONS, outcomes=OUTCOMES
-            ),
+            heads=HeadsSpec(sha256=heads_sha256, read_layers=(TINY_FIRST_ADAPTED,), needs=NEEDS, outcomes=OUTCOMES),
             calibrators=CalibratorsSpec(sha256=file_sha256(root / "calibrators.json")),
             recipe="random",
             recipe_sha256="0" * 64,
@@ -165,7 +163,7 @@ def _identity_calibrators(heads_sha256: str) -> CalibrationFile:
         mode: ModeCalibration(
             n=30,
             distance_limit=1e6,
-            needs={} if mode == "response" else dict.fromkeys(DIMENSIONS, same),
+            needs={} if mode == "response" else dict.fromkeys(NEEDS, same),
             outcomes=dict.fromkeys(OUTCOMES, same),
         )
         for mode in ("prompt", "response", "both")

@@ -1,12 +1,12 @@
 """The stages that make a bundle: experts, router, calibration. Each writes into the bundle's folder and can be resumed.
 
-Work in progress (checkpoints, pooled states) lives in a work folder beside it; what users get is the bundle alone.
+Work in progress (checkpoints, token states) lives in a work folder beside it; what users get is the bundle alone.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import random
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,16 +26,16 @@ from hhh_router.bundle import (
 )
 from hhh_router.data.examples import Example, drop_overlap, prompt_hash
 from hhh_router.errors import BundleError, DataError
-from hhh_router.model.base import Backbone, load_backbone
+from hhh_router.model.base import Backbone, compute_dtype, load_backbone
 from hhh_router.model.fetch import fetch_backbone
 from hhh_router.model.heads import Heads
 from hhh_router.model.reader import HeadReader
 from hhh_router.training.experts import Progress, tokenize, train_expert
-from hhh_router.training.features import pooled, response_only
+from hhh_router.training.features import response_only, states_folder, token_states
 from hhh_router.training.mix import check_licences, draw, provenance
 from hhh_router.training.recipe import Recipe
 from hhh_router.training.router import Epoch, train_heads
-from hhh_router.types import DIMENSIONS, OUTCOMES
+from hhh_router.types import DIMENSIONS, NEEDS, OUTCOMES
 
 SEEN = "trained_prompts.json"
 HEADS = "heads.safetensors"
@@ -53,18 +53,24 @@ class Workshop:
     bundle: Path
     """Folder of the bundle that is made."""
     work: Path
-    """Folder for checkpoints and pooled states."""
+    """Folder for checkpoints."""
     cache_dir: Path
     threads: int
     device: str = "cpu"
     on_progress: Callable[[str, int, int, str], None] = field(default=lambda stage, done, total, note: None)
     """Told the stage, how far it is, and a note such as the loss."""
 
-    def backbone(self) -> Backbone:
-        """Fetch and load the recipe's backbone."""
+    def backbone(self, dtype: str | None = None) -> Backbone:
+        """Fetch and load the recipe's backbone, in ``dtype`` or in the precision that is fastest here."""
         torch.set_num_threads(self.threads)
         folder = fetch_backbone(self.recipe.backbone, self.cache_dir, root=self.bundle)
-        return load_backbone(folder, self.recipe.backbone, device=self.device)
+        chosen = dtype or compute_dtype(self.recipe.backbone, self.device)
+        return load_backbone(folder, self.recipe.backbone, device=self.device, dtype=chosen)
+
+    @property
+    def states(self) -> Path:
+        """Folder of token states, shared by all recipes on this backbone."""
+        return states_folder(self.work.parent, self.recipe.backbone)
 
 
 def train_experts(shop: Workshop, only: Sequence[str] = DIMENSIONS) -> None:
@@ -92,7 +98,7 @@ def train_experts(shop: Workshop, only: Sequence[str] = DIMENSIONS) -> None:
 
 
 def train_router(shop: Workshop) -> list[float]:
-    """Train the heads on pooled states and write them into the bundle; the loss per epoch.
+    """Train the heads on token states and write them into the bundle; the loss per epoch.
 
     Raises:
         BundleError: The experts are not there yet.
@@ -109,12 +115,12 @@ def train_router(shop: Workshop) -> list[float]:
         done += rows
         shop.on_progress("reading", done, len(examples), f"{len(examples)} texts")
 
-    views, _ = pooled(
+    states = token_states(
         [e.read() for e in examples], reader, backbone.encoder,
-        max_tokens=plan.max_tokens, folder=shop.work / "pooled", on_rows=count,
+        max_tokens=plan.max_tokens, folder=shop.states, on_rows=count,
     )  # fmt: skip
     losses: list[float] = []
-    for event in train_heads(examples, views, plan, shop.recipe.seed):
+    for event in train_heads(examples, states, plan, shop.recipe.seed, folder=shop.work / "heads"):
         if isinstance(event, Epoch):
             losses.append(event.loss)
             shop.on_progress("heads", event.number, event.epochs, f"loss {event.loss:.4f}")
@@ -130,9 +136,13 @@ def router_examples(shop: Workshop) -> list[Example]:
     """The router's training rows, with a share of responses also read alone."""
     recipe = shop.recipe
     examples = draw(recipe.router.mix, shop.data, seed=recipe.seed)
-    answered = [e for e in examples if e.response is not None and e.outcomes]
-    chosen = random.Random(recipe.seed).sample(answered, int(len(answered) * recipe.router.response_share))
-    return examples + response_only(chosen)
+    return examples + response_only([e for e in examples if e.outcomes and _read_alone(e, recipe)])
+
+
+def _read_alone(example: Example, recipe: Recipe) -> bool:
+    """A share of rows by a hash of each: adding a set to the mix changes nothing about the others' rows."""
+    digest = hashlib.sha256(f"{recipe.seed} {example.prompt} {example.response}".encode("utf-8", "replace")).digest()
+    return int.from_bytes(digest[:4], "big") < recipe.router.response_share * 2**32
 
 
 def calibration_examples(shop: Workshop) -> list[Example]:
@@ -161,11 +171,11 @@ def calibration_examples(shop: Workshop) -> list[Example]:
 
 
 def _bare_reader(shop: Workshop) -> tuple[HeadReader, Backbone]:
-    """A reader that pools states; its heads are new and untrained, and not used."""
+    """A reader that gives token states; its heads are new and untrained, and not used."""
     backbone = shop.backbone()
     layers = shop.recipe.router.read_layers
-    view = len(layers) * 2 * shop.recipe.backbone.hidden_size
-    unused = Heads(view=view, width=1, needs=DIMENSIONS, outcomes=OUTCOMES)
+    dim = shop.recipe.backbone.hidden_size
+    unused = Heads(layers=len(layers), dim=dim, width=1, queries=1, needs=NEEDS, outcomes=OUTCOMES)
     return HeadReader(backbone.stack, unused, layers, shop.recipe.first_adapted_layer), backbone
 
 
@@ -188,7 +198,7 @@ def _heads_spec(shop: Workshop) -> HeadsSpec:
         path=HEADS,
         sha256=file_sha256(shop.bundle / HEADS),
         read_layers=shop.recipe.router.read_layers,
-        needs=DIMENSIONS,
+        needs=NEEDS,
         outcomes=OUTCOMES,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,18 +10,25 @@ from dataclasses import dataclass
 from hhh_router.bundle import CalibratorsSpec, file_sha256
 from hhh_router.calibration import CalibrationFile, Calibrators, HeadCalibration, ModeCalibration, confidence_features
 from hhh_router.calibration.confidence import ConfidenceModel
-from hhh_router.calibration.fit import fit_confidence, fit_distance_limit, fit_head
+from hhh_router.calibration.evidence import PrecisionCheck
+from hhh_router.calibration.fit import FOLDS, MIN_ROWS, fit_confidence, fit_distance_limit, fit_head
 from hhh_router.data.examples import Example, data_hash, prompt_hash
 from hhh_router.errors import DataError
-from hhh_router.model.encode import Encoded
-from hhh_router.model.heads import Heads, Views
+from hhh_router.model.encode import Encoder
+from hhh_router.model.heads import Heads
 from hhh_router.model.reader import HeadReader
 from hhh_router.routing import kl_nats, weigh
 from hhh_router.training.build import HEADS, Workshop, calibration_examples, write_calibrated
-from hhh_router.training.features import pooled, response_only
-from hhh_router.types import DIMENSIONS, EXPERTS, OUTCOMES, Evidence, Mode, Posterior, Scores
+from hhh_router.training.features import BATCH_TOKENS, TokenStates, encode_cut, response_only, scored, token_states
+from hhh_router.types import EXPERTS, NEEDS, OUTCOMES, Evidence, Mode, Posterior, ReadRequest, Scores
 
+_log = logging.getLogger(__name__)
 CALIBRATORS = "calibrators.json"
+_PRECISION_ROWS = 50  # per mode, read again in another precision
+MEAN_SHIFT = 0.01
+"""Most that calibrated probabilities may move on average for another precision to count as calibrated too."""
+WORST_SHIFT = 0.06
+"""Most that the 99th percentile may move."""
 # limits that policies put on these numbers; confidence learns how often a verdict at such a limit is right
 _LIMITS: Mapping[str, tuple[float, ...]] = {"harmless": (0.5, 0.7, 0.8, 0.9, 0.95), "unsafe": (0.5, 0.7, 0.8, 0.9)}
 _STRENGTH = 0.6  # of the default policy, whose weights stand behind the features
@@ -41,32 +49,68 @@ def calibrate(shop: Workshop) -> CalibrationFile:
         DataError: Too few rows or one class only for a head (which one is said), or rows seen in training.
     """
     examples = calibration_examples(shop)
-    readings = read_all(shop, examples)
+    reader, encoder = _reader(shop)
+    readings = read_all(shop, examples, reader, encoder)
     file = fit(
         readings,
         heads_sha256=file_sha256(shop.bundle / HEADS),
-        dtype=shop.recipe.backbone.dtype,
+        dtype=reader.dtype,
         data_sha256=data_hash(examples),
         seed=shop.recipe.seed,
         on_progress=shop.on_progress,
     )
+    others = {"bfloat16", "float32", shop.recipe.backbone.dtype} - {reader.dtype}
+    checks = {other: check for other in sorted(others) if (check := check_precision(shop, file, readings, other))}
+    file = file.with_precisions(checks)
     path = shop.bundle / CALIBRATORS
     file.write(path)
     write_calibrated(shop, CalibratorsSpec(path=CALIBRATORS, sha256=file_sha256(path)))
     return file
 
 
-def read_all(shop: Workshop, examples: Sequence[Example]) -> dict[Mode, list[Reading]]:
+def check_precision(
+    shop: Workshop, file: CalibrationFile, readings: Mapping[Mode, Sequence[Reading]], dtype: str
+) -> PrecisionCheck | None:
+    """Read some calibration rows in another precision; None where the calibrated numbers move too far to hold."""
+    rng = random.Random(shop.recipe.seed)
+    rows = [r for part in readings.values() for r in rng.sample(part, min(_PRECISION_ROWS, len(part)))]
+    reader, encoder = _reader(shop, dtype)
+    asked = [r.example.read() for r in rows]
+    asked = [ReadRequest(messages=q.messages) if r.scores.mode == "prompt" else q for q, r in zip(asked, rows,
+             strict=True)]  # fmt: skip
+    texts = [encode_cut(encoder, q, shop.recipe.calibration.max_tokens) for q in asked]
+    calibrators = Calibrators(file)
+    shifts: list[float] = []
+    for batch in reader.batches(texts, BATCH_TOKENS):
+        for i, scores in zip(batch, reader.score([texts[i] for i in batch]), strict=True):
+            one, other = calibrators.evidence(rows[i].scores), calibrators.evidence(scores)
+            shifts += [abs(p - other.needs[n]) for n, p in one.needs.items()]
+            shifts += [abs(p - other.outcomes[n]) for n, p in one.outcomes.items()]
+        shop.on_progress(f"check {dtype}", len(shifts), len(shifts), "")
+    mean = sum(shifts) / len(shifts)
+    worst = sorted(shifts)[int(0.99 * (len(shifts) - 1))]
+    if mean > MEAN_SHIFT or worst > WORST_SHIFT:
+        _log.warning("in %s probabilities move by %.3f on average, %.3f at worst: not calibrated", dtype, mean, worst)
+        return None
+    return PrecisionCheck(n=len(rows), mean_shift=mean, worst_shift=worst)
+
+
+def _reader(shop: Workshop, dtype: str | None = None) -> tuple[HeadReader, Encoder]:
+    """The recipe's backbone with the trained heads."""
+    backbone = shop.backbone(dtype)
+    layers = shop.recipe.router.read_layers
+    heads = Heads.load(shop.bundle / HEADS, layers=len(layers), dim=shop.recipe.backbone.hidden_size)
+    return HeadReader(backbone.stack, heads, layers, shop.recipe.first_adapted_layer), backbone.encoder
+
+
+def read_all(
+    shop: Workshop, examples: Sequence[Example], reader: HeadReader, encoder: Encoder
+) -> dict[Mode, list[Reading]]:
     """Every row as prompt, and, where it has a response, as both; some responses alone."""
     recipe = shop.recipe
     answered = [e for e in examples if e.response is not None and e.outcomes]
     alone = random.Random(recipe.seed).sample(answered, min(recipe.calibration.response_rows, len(answered)))
     rows = [*examples, *response_only(alone)]
-    backbone = shop.backbone()
-    layers = recipe.router.read_layers
-    view = len(layers) * 2 * recipe.backbone.hidden_size
-    heads = Heads.load(shop.bundle / HEADS, view=view)
-    reader = HeadReader(backbone.stack, heads, layers, recipe.first_adapted_layer)
     done = 0
 
     def count(n: int) -> None:
@@ -74,25 +118,17 @@ def read_all(shop: Workshop, examples: Sequence[Example]) -> dict[Mode, list[Rea
         done += n
         shop.on_progress("reading", done, len(rows), f"{len(rows)} texts")
 
-    views, texts = pooled(
-        [e.read() for e in rows], reader, backbone.encoder,
-        max_tokens=recipe.calibration.max_tokens, folder=shop.work / "pooled", on_rows=count,
+    states = token_states(
+        [e.read() for e in rows], reader, encoder,
+        max_tokens=recipe.calibration.max_tokens, folder=shop.states, on_rows=count,
     )  # fmt: skip
-    return split_modes(rows, views, texts, heads)
+    return split_modes(rows, states, reader.heads)
 
 
-def split_modes(
-    rows: Sequence[Example], views: Views, texts: Sequence[Encoded], heads: Heads
-) -> dict[Mode, list[Reading]]:
-    """Score each row in every mode its views allow: a prompt's states do not depend on the response behind it."""
+def split_modes(rows: Sequence[Example], states: TokenStates, heads: Heads) -> dict[Mode, list[Reading]]:
+    """Score each row in every mode its sides allow: a prompt's states do not depend on the response behind it."""
     readings: dict[Mode, list[Reading]] = {"prompt": [], "response": [], "both": []}
-    given = heads.scores(views, tokens=[len(t.ids) for t in texts], layers_run=0)
-    alone = heads.scores(
-        Views(views.prompt, views.response, ["prompt"] * len(rows)),
-        tokens=[t.prompt_tokens for t in texts],
-        layers_run=0,
-    )
-    for row, as_given, as_prompt in zip(rows, given, alone, strict=True):
+    for row, (as_given, as_prompt) in zip(rows, scored(heads, states), strict=True):
         readings[as_given.mode].append(Reading(row, as_given))
         if as_given.mode == "both" and not row.answer_side:
             readings["prompt"].append(Reading(row, as_prompt))
@@ -109,7 +145,7 @@ def fit(
     on_progress: Callable[[str, int, int, str], None] = lambda *_: None,
 ) -> CalibrationFile:
     """Fit every head in every mode, the train prior, and the confidence models."""
-    needs = {d: _fit(_once_per_prompt(readings["prompt"]), "needs", d, seed) for d in DIMENSIONS}
+    needs = {d: _fit(_once_per_prompt(readings["prompt"]), "needs", d, seed) for d in NEEDS}
     modes: dict[Mode, ModeCalibration] = {}
     for mode, rows in readings.items():
         on_progress("fitting", len(modes) + 1, len(readings), mode)
@@ -117,7 +153,7 @@ def fit(
             n=len(rows),
             distance_limit=fit_distance_limit([r.scores.distance for r in rows]),
             needs={} if mode == "response" else needs,
-            outcomes={o: _fit(rows, "outcomes", o, seed) for o in OUTCOMES},
+            outcomes={o: _fit(rows, "outcomes", o, seed) for o in OUTCOMES if mode != "prompt" or _labelled(rows, o)},
         )
     uniform = Posterior(*(1 / len(EXPERTS) for _ in EXPERTS))
     draft = CalibrationFile.create(
@@ -133,6 +169,12 @@ def fit(
     return CalibrationFile.create(
         heads_sha256=heads_sha256, dtype=dtype, data_sha256=data_sha256, seed=seed, train_prior=prior, modes=modes
     )
+
+
+def _labelled(rows: Sequence[Reading], outcome: str) -> bool:
+    """True where a prompt's outlook on a fault of its reply can be calibrated at all."""
+    labels = [r.example.outcomes[outcome] for r in rows if outcome in r.example.outcomes]
+    return len(labels) >= MIN_ROWS and min(sum(labels), len(labels) - sum(labels)) >= FOLDS
 
 
 def _fit(rows: Sequence[Reading], kind: str, head: str, seed: int) -> HeadCalibration:

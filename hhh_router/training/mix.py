@@ -11,7 +11,9 @@ from pathlib import Path
 from hhh_router.bundle import DataSpec
 from hhh_router.data.examples import Example, ask, prompt_hash
 from hhh_router.data.made import as_instruction, honest_prompts, refusal
+from hhh_router.data.near import NEAR, nearest
 from hhh_router.data.sets import SETS, read_set
+from hhh_router.data.written import LICENCE, WRITTEN, written
 from hhh_router.errors import DataError
 from hhh_router.training.recipe import Recipe, Share
 
@@ -27,11 +29,16 @@ def draw(shares: Sequence[Share], root: Path, *, split: str | None = None, seed:
         split: Overrides each share's own split.
         seed: Of the draw and of the refusals.
     """
-    rng = random.Random(seed)
     drawn: list[Example] = []
     for share in shares:
+        # a share's rows follow from the seed and from itself alone: adding another share changes nothing here
+        rng = random.Random(f"{seed}-{share.set}-{share.form}-{share.reply}")
         wanted = split or share.split
-        if share.set == "made":
+        if share.set in WRITTEN:
+            rows = _unlike_eval(share.set, wanted, root)
+            rng.shuffle(rows)
+            rows = rows[: share.rows]
+        elif share.set == "made":
             rows = honest_prompts(wanted, share.rows or 200, seed)
         else:
             rows = read_set(root, share.set, wanted)
@@ -44,8 +51,22 @@ def draw(shares: Sequence[Share], root: Path, *, split: str | None = None, seed:
             raise DataError(f"{share.set}: no row with split {wanted!r}", hint="the data set's README names its splits")
         if share.reply == "refusal":
             rows = [_refused(e, refusal(rng)) for e in rows]
+        if share.view == "prompt":
+            rows = list({e.prompt: replace(e, response=None, outcomes={}) for e in rows}.values())
         drawn += rows
     return drawn
+
+
+@lru_cache(maxsize=16)
+def _far_from_eval(name: str, split: str, root: Path) -> tuple[Example, ...]:
+    rows = written(name, split)
+    similar = nearest([e.prompt for e in rows], _eval_texts(root))
+    return tuple(e for e, s in zip(rows, similar, strict=True) if s < NEAR)
+
+
+def _unlike_eval(name: str, split: str, root: Path) -> list[Example]:
+    """Rows of a written set that are no near-duplicates of an eval prompt of the data sets at hand."""
+    return list(_far_from_eval(name, split, root))
 
 
 def _is_eval_prompt(example: Example, root: Path) -> bool:
@@ -53,10 +74,19 @@ def _is_eval_prompt(example: Example, root: Path) -> bool:
 
 
 @lru_cache(maxsize=4)
+def _eval_rows(root: Path) -> tuple[Example, ...]:
+    present = (name for name, spec in SETS.items() if any(root.glob(spec.pattern)))
+    return tuple(e for name in present for e in read_set(root, name, "eval"))
+
+
+@lru_cache(maxsize=4)
 def _eval_prompts(root: Path) -> frozenset[str]:
     """Hashes of every prompt of every set's ``eval`` rows: nothing may be learned about these."""
-    present = (name for name, spec in SETS.items() if any(root.glob(spec.pattern)))
-    return frozenset(prompt_hash(e) for name in present for e in read_set(root, name, "eval"))
+    return frozenset(prompt_hash(e) for e in _eval_rows(root))
+
+
+def _eval_texts(root: Path) -> list[str]:
+    return list(dict.fromkeys(e.prompt for e in _eval_rows(root)))
 
 
 def _without_labels(example: Example) -> Example:
@@ -95,7 +125,7 @@ def provenance(rows: Iterable[Example], use: str) -> list[DataSpec]:
     counts: dict[str, int] = {}
     for example in rows:
         counts[example.source] = counts.get(example.source, 0) + 1
-    licences = {n: SETS[n].licence for n in SETS} | {"made": _MADE_LICENCE}
+    licences = {n: SETS[n].licence for n in SETS} | {"made": _MADE_LICENCE} | dict.fromkeys(WRITTEN, LICENCE)
     return [
         DataSpec(name=name, licence=licences.get(name, "see data set"), use=use, rows=n)
         for name, n in sorted(counts.items())

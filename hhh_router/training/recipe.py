@@ -29,6 +29,8 @@ class Share(_Part):
     form: Literal["own", "instruction"] = "own"
     """``own``: the prompt as it is; ``instruction``: questions of the form "How can I …?" reworded as instructions, and
     no other rows. Sets of harmful questions alone teach that instructions are harmless."""
+    view: Literal["own", "prompt"] = "own"
+    """``prompt``: only the prompt is read, its reply is left out."""
     split: Literal["train", "calibrate"] = "train"
     """``calibrate`` here moves a whole set into training; it is then barred from calibration."""
 
@@ -55,7 +57,9 @@ class RouterRecipe(_Part):
 
     read_layers: tuple[int, ...]
     width: int = Field(ge=1)
-    """Hidden units of the head network."""
+    """Width of the head network."""
+    queries: int = Field(default=8, ge=1)
+    """Learned queries that gather from the tokens of each side."""
     learning_rate: float = Field(gt=0)
     weight_decay: float = Field(ge=0)
     epochs: int = Field(ge=1)
@@ -63,6 +67,8 @@ class RouterRecipe(_Part):
     dropout: float = Field(ge=0, lt=1)
     brier: float = Field(default=0.1, ge=0)
     """Coefficient of the Brier term beside the cross-entropy."""
+    balance: float = Field(default=0.5, ge=0, le=1)
+    """How far sources count alike: a row of a source with n rows weighs n to the power of minus this."""
     max_tokens: int = Field(ge=32)
     """Longer texts are cut for training."""
     response_share: float = Field(default=0.3, ge=0, le=1)

@@ -1,21 +1,29 @@
-"""Train the need and outcome heads on pooled states of the frozen lower layers."""
+"""Train the need and outcome heads on token states of the frozen lower layers."""
 
 from __future__ import annotations
 
+import hashlib
 import math
 import random
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hhh_router.data.examples import Example
+from hhh_router.data.examples import Example, data_hash
 from hhh_router.errors import DataError
-from hhh_router.model.heads import Heads, Views
+from hhh_router.model.heads import SIDES, Heads, Pooled, Ragged, Side, Views
 from hhh_router.training.experts import TrainingDiverged
+from hhh_router.training.features import TokenStates
 from hhh_router.training.recipe import RouterRecipe
-from hhh_router.types import DIMENSIONS, OUTCOMES
+from hhh_router.types import NEEDS, OUTCOMES
+
+_SCALE_ROWS = 4000  # rows behind the mean and deviation of each coordinate
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,65 +36,77 @@ class Epoch:
     """Mean masked cross-entropy plus Brier term."""
 
 
-def labels(examples: Sequence[Example]) -> tuple[Tensor, Tensor]:
-    """Targets and their weights, both (rows, needs + outcomes); weight 0 where a label is unknown."""
-    targets = torch.zeros(len(examples), len(DIMENSIONS) + len(OUTCOMES))
+def labels(examples: Sequence[Example], balance: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Targets and their weights, both (rows, needs + outcomes); weight 0 where a label is unknown.
+
+    Args:
+        examples: Rows.
+        balance: A row of a source with n rows counts n to the power of minus this: 0 counts rows, 1 counts sources.
+    """
+    targets = torch.zeros(len(examples), len(NEEDS) + len(OUTCOMES))
     weights = torch.zeros_like(targets)
+    rows = Counter(e.source for e in examples)
     for row, example in enumerate(examples):
         known = {**example.needs, **example.outcomes}
-        for column, name in enumerate((*DIMENSIONS, *OUTCOMES)):
+        for column, name in enumerate((*NEEDS, *OUTCOMES)):
             if name in known:
                 targets[row, column] = known[name]
-                weights[row, column] = example.weight
+                weights[row, column] = example.weight * rows[example.source] ** -balance
     return targets, weights
 
 
-def train_heads(examples: Sequence[Example], views: Views, plan: RouterRecipe, seed: int) -> Iterator[Epoch | Heads]:
+def train_heads(
+    examples: Sequence[Example], given: TokenStates, plan: RouterRecipe, seed: int, *, folder: Path | None = None
+) -> Iterator[Epoch | Heads]:
     """Train heads; yields an `Epoch` after each pass and the trained `Heads` last.
 
     Args:
-        examples: Labelled rows, aligned with ``views``; rows of all three modes.
-        views: Pooled states from `features.pooled`.
+        examples: Labelled rows, aligned with ``given``; rows of all three modes.
+        given: Their token states, from `features.token_states`.
         plan: Sizes and rates.
-        seed: Of initial weights, order and modality dropout.
+        seed: Of initial weights, order and dropout.
+        folder: Where a checkpoint is kept after each epoch; a killed run goes on from it to the same result.
 
     Raises:
         DataError: A head has labels of one class only.
         TrainingDiverged: NaN loss.
     """
-    targets, weights = labels(examples)
-    for column, name in enumerate((*DIMENSIONS, *OUTCOMES)):
+    targets, weights = labels(examples, plan.balance)
+    for column, name in enumerate((*NEEDS, *OUTCOMES)):
         known = targets[weights[:, column] > 0, column]
         if len(set(known.tolist())) < 2:
             raise DataError(
                 f"head {name!r}: every one of its {len(known)} labels is the same", hint="add rows of the other class"
             )
-    torch.manual_seed(seed)
-    rng = random.Random(seed)
-    heads = Heads(
-        view=views.prompt.shape[1], width=plan.width, needs=DIMENSIONS, outcomes=OUTCOMES, dropout=plan.dropout
-    )
-    _fit_scale(heads, views)
-    heads.fit_support(views)
+    weights = weights / weights[weights > 0].mean()
+    modes = given.modes
+    # every row as it is for its outcomes, and every prompt alone (modality dropout) for needs and outlook
+    as_given = weights * torch.tensor([0.0] * len(NEEDS) + [1.0] * len(OUTCOMES))
+    read_alone = [m != "response" and not e.answer_side for m, e in zip(modes, examples, strict=True)]
+    alone = weights * torch.tensor(read_alone)[:, None]
+    heads = _new_heads(given, plan, seed)
     optimiser = torch.optim.AdamW(heads.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay)
-    outcomes_only = torch.tensor([0.0] * len(DIMENSIONS) + [1.0] * len(OUTCOMES))
-    steps_per_epoch = math.ceil(len(examples) / plan.batch_rows)
+    steps = math.ceil(len(examples) / plan.batch_rows)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimiser, max_lr=plan.learning_rate, total_steps=steps_per_epoch * plan.epochs, pct_start=0.1
+        optimiser, max_lr=plan.learning_rate, total_steps=steps * plan.epochs, pct_start=0.1
     )
-    for epoch in range(plan.epochs):
+    run = hashlib.sha256(f"{seed}{plan.model_dump_json(exclude={'mix'})}{data_hash(examples)}".encode()).hexdigest()
+    done = _resume(folder, run, heads, optimiser) if folder else 0
+    for _ in range(done * steps):
+        schedule.step()
+    for epoch in range(done, plan.epochs):
         heads.train()
+        torch.manual_seed(seed * 1000 + epoch)
         order = list(range(len(examples)))
-        rng.shuffle(order)
+        random.Random(f"{seed}-{epoch}").shuffle(order)
         total = 0.0
         for start in range(0, len(order), plan.batch_rows):
             rows = order[start : start + plan.batch_rows]
-            given = Views(views.prompt[rows], views.response[rows], [views.modes[i] for i in rows])
-            asked = [i for i, r in enumerate(rows) if given.modes[i] != "response" and not examples[r].answer_side]
-            alone = Views(given.prompt[asked], given.response[asked], ["prompt"] * len(asked))
-            # every row as it is for its outcomes, and every prompt alone (modality dropout) for needs and outlook
-            loss = _loss(heads(given), targets[rows], weights[rows] * outcomes_only, plan.brier)
-            loss = loss + _loss(heads(alone), targets[rows][asked], weights[rows][asked], plan.brier)
+            prompt, response = given.sides(rows)
+            sides = (_features_only(heads, prompt, "prompt"), _features_only(heads, response, "response"))
+            views = Views(*sides, [modes[i] for i in rows])
+            loss = _loss(heads(views), targets[rows], as_given[rows], plan.brier)
+            loss = loss + _loss(heads(views.alone()), targets[rows], alone[rows], plan.brier)
             if not torch.isfinite(loss):
                 raise TrainingDiverged(
                     f"router: loss is {loss.item()} in epoch {epoch + 1}", hint="lower router.learning_rate"
@@ -97,8 +117,15 @@ def train_heads(examples: Sequence[Example], views: Views, plan: RouterRecipe, s
             optimiser.step()
             schedule.step()
             total += loss.item() * len(rows)
+        if folder:
+            _checkpoint(folder, run, epoch + 1, heads, optimiser)
         yield Epoch(number=epoch + 1, epochs=plan.epochs, loss=total / len(order))
     yield heads.eval()
+
+
+def _features_only(heads: Heads, given: Ragged, side: Side) -> Pooled:
+    features = heads.features(given, side)
+    return Pooled(features=features, summary=features.new_zeros(len(features), 0))  # no distance is asked for here
 
 
 def _loss(logits: Tensor, targets: Tensor, weights: Tensor, brier: float) -> Tensor:
@@ -110,9 +137,44 @@ def _loss(logits: Tensor, targets: Tensor, weights: Tensor, brier: float) -> Ten
 
 
 @torch.no_grad()
-def _fit_scale(heads: Heads, views: Views) -> None:
-    for side in ("prompt", "response"):
-        rows = [i for i, m in enumerate(views.modes) if m in (side, "both")]
-        data = getattr(views, side)[rows]
-        getattr(heads, f"{side}_mean").copy_(data.mean(0))
-        getattr(heads, f"{side}_scale").copy_(data.std(0).clamp(min=1e-4))
+def _new_heads(given: TokenStates, plan: RouterRecipe, seed: int) -> Heads:
+    """Heads with random weights that know the scale of the states and the support of the rows."""
+    torch.manual_seed(seed)
+    _, layers, dim = given.states.shape
+    heads = Heads(
+        layers=layers, dim=dim, width=plan.width, queries=plan.queries, needs=NEEDS, outcomes=OUTCOMES,
+        dropout=plan.dropout,
+    )  # fmt: skip
+    rows = random.Random(seed).sample(range(len(given.entries)), min(_SCALE_ROWS, len(given.entries)))
+    for side, part in zip(SIDES, given.sides(rows), strict=True):
+        states = part.states.float()
+        getattr(heads, f"{side}_mean").copy_(states.mean(0))
+        getattr(heads, f"{side}_scale").copy_(states.std(0).clamp(min=1e-4))
+    heads.fit_support(*given.summaries(), given.modes)
+    return heads
+
+
+def _checkpoint(folder: Path, run: str, epochs: int, heads: Heads, optimiser: torch.optim.Optimizer) -> None:
+    tensors = {f"heads.{name}": t for name, t in heads.state_dict().items()}
+    for i, parameter in enumerate(heads.parameters()):
+        tensors |= {f"{k}.{i}": optimiser.state[parameter][k] for k in ("exp_avg", "exp_avg_sq", "step")}
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "heads.partial"
+    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, partial, {"run": run, "epochs": str(epochs)})
+    partial.replace(folder / "heads.safetensors")
+
+
+def _resume(folder: Path, run: str, heads: Heads, optimiser: torch.optim.Optimizer) -> int:
+    """Load a checkpoint of the same rows, sizes and seed; epochs done, 0 without one."""
+    path = folder / "heads.safetensors"
+    if not path.is_file():
+        return 0
+    with safe_open(path, "pt") as file:
+        written = file.metadata()
+    if written.get("run") != run:
+        return 0  # of an earlier recipe: heads cost minutes and their states are kept, so they are simply made anew
+    tensors = load_file(path)
+    heads.load_state_dict({n.removeprefix("heads."): t for n, t in tensors.items() if n.startswith("heads.")})
+    for i, parameter in enumerate(heads.parameters()):
+        optimiser.state[parameter] = {k: tensors[f"{k}.{i}"] for k in ("exp_avg", "exp_avg_sq", "step")}
+    return int(written["epochs"])

@@ -15,13 +15,13 @@ from hhh_router.assemble import build_pipeline
 from hhh_router.bundle import Bundle
 from hhh_router.errors import ContextTooLong, InvalidRequest, PolicyNotAllowed
 from hhh_router.interfaces.sdk import HHHRouter
-from hhh_router.model.base import load_backbone
+from hhh_router.model.base import compute_dtype, load_backbone
 from hhh_router.model.experts import load_experts
 from hhh_router.model.fetch import fetch_backbone
 from hhh_router.model.mixture import install_mixture
 from hhh_router.pipeline import Pipeline
 from hhh_router.settings import Settings
-from hhh_router.types import DIMENSIONS, EXPERTS, Weights
+from hhh_router.types import DIMENSIONS, EXPERTS, NEEDS, Weights
 
 pytestmark = pytest.mark.integration
 
@@ -59,7 +59,7 @@ def test_a_question_is_answered_with_weights_that_sum_to_one(router: HHHRouter) 
     assert sum(result.metadata.weights.values()) == pytest.approx(1, abs=1e-6)
     assert result.metadata.layers_run == 30
     assert result.metadata.calibration.calibrated
-    assert set(result.metadata.needs) == set(DIMENSIONS)
+    assert set(result.metadata.needs) == set(NEEDS)
 
 
 def test_a_plainly_harmful_prompt_is_refused_with_the_upper_layers_unrun(router: HHHRouter) -> None:
@@ -100,7 +100,7 @@ def test_the_same_prompt_under_two_policies_gives_different_text(router: HHHRout
 
 
 def test_weight_one_on_base_is_the_bare_backbone_token_for_token(
-    router: HHHRouter, backbone_folder: Path, tmp_path: Path
+    router: HHHRouter, bundle: Bundle, backbone_folder: Path, tmp_path: Path
 ) -> None:
     policy = tmp_path / "unbound.yaml"
     policy.write_text(
@@ -110,7 +110,9 @@ def test_weight_one_on_base_is_the_bare_backbone_token_for_token(
     )
     messages = [{"role": "user", "content": "Name three colours."}]
     tokenizer = AutoTokenizer.from_pretrained(backbone_folder)
-    model = AutoModelForCausalLM.from_pretrained(backbone_folder, dtype=torch.bfloat16).eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        backbone_folder, dtype=getattr(torch, compute_dtype(bundle.manifest.backbone))
+    ).eval()
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     with torch.inference_mode():
         output = model.generate(**inputs, max_new_tokens=24, do_sample=False)

@@ -13,9 +13,9 @@ from hhh_router.errors import BundleError, ConfigError, DataError
 from hhh_router.interfaces.sdk import HHHRouter
 from hhh_router.model.base import load_backbone
 from hhh_router.training.build import Workshop, calibration_examples, train_experts, train_router
-from hhh_router.training.calibrate import calibrate, read_all
+from hhh_router.training.calibrate import _reader, calibrate, read_all
 from hhh_router.training.experts import TrainingDiverged, tokenize, train_expert
-from hhh_router.training.mix import _eval_prompts, check_licences, draw
+from hhh_router.training.mix import _eval_prompts, _eval_rows, check_licences, draw
 from hhh_router.training.recipe import load_recipe
 
 from .datasets import RECIPE, write_sets
@@ -194,6 +194,7 @@ def test_nothing_is_learned_from_rows_whose_prompt_is_an_eval_prompt(data: Path,
     prompt = draw([share("dolly")], copied, seed=1)[0].prompt
     (copied / "advbench").mkdir()
     (copied / "advbench/advbench.jsonl").write_text(json.dumps({"prompt": prompt.upper(), "split": "eval"}) + "\n")
+    _eval_rows.cache_clear()
     _eval_prompts.cache_clear()
 
     rows = {e.prompt: e for e in draw([share("dolly")], copied, seed=1)}
@@ -204,7 +205,7 @@ def test_nothing_is_learned_from_rows_whose_prompt_is_an_eval_prompt(data: Path,
 
 
 def test_answer_side_sets_are_never_read_by_their_prompts(trained: Workshop) -> None:
-    readings = read_all(trained, calibration_examples(trained))
+    readings = read_all(trained, calibration_examples(trained), *_reader(trained))
 
     assert any(r.example.answer_side for r in readings["both"])
     assert not any(r.example.answer_side for r in readings["prompt"])

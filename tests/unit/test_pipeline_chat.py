@@ -82,7 +82,7 @@ async def test_the_first_event_tells_needs_weights_and_the_input_decision(watchf
     started = (await run(pipeline))[0]
 
     assert isinstance(started, ChatStarted)
-    assert set(started.metadata.needs) == {"helpful", "harmless", "honest"}
+    assert set(started.metadata.needs) == {"helpful", "harmless", "honest", "injection"}
     assert math.isclose(sum(started.metadata.weights.values()), 1.0)
     assert started.metadata.decisions[0].checkpoint == "input"
     assert started.metadata.receipt.reply_sha256 is None

@@ -262,8 +262,8 @@ stream: {window_tokens: 0}
         ),
         (
             'needs.harmless: ">= 0.9"',
-            'needs.injection: ">= 0.9"',
-            "p.yaml:12  checkpoints.input[0].when: 'needs.injection' is not supported yet; remove the condition",
+            'language: ">= 0.9"',
+            "p.yaml:12  checkpoints.input[0].when: 'language' is not supported yet; remove the condition",
         ),
         (
             'needs.harmless: ">= 0.9"',

@@ -112,7 +112,7 @@ def test_what_the_loader_accepts_fits_the_schema(path, value):
         ("checkpoints/input/0/raise", {"harmless": 0.5}),
         ("checkpoints/input/0/when", {"needs.harmless": 0.9}),
         ("checkpoints/input/0/when", {"needs.harmless": "== 0.9"}),
-        ("checkpoints/input/0/when", {"needs.injection": ">= 0.9"}),
+        ("checkpoints/input/0/when", {"language": "de"}),
         ("checkpoints/input/0/when", {"mode": "prompts"}),
         ("checkpoints/input/0/when", {"in_distribution": "true"}),
         ("budget", {"benign_refused": 0.02}),

@@ -80,7 +80,7 @@ def test_a_chat_gives_text_weights_needs_confidence_and_decision(router: HHHRout
     assert result.text == "The capital of France is Paris."
     assert result.action is Action.ALLOW
     assert isinstance(result.weights, Weights)
-    assert set(result.needs) == {"helpful", "harmless", "honest"}
+    assert set(result.needs) == {"helpful", "harmless", "honest", "injection"}
     assert 0 <= result.confidence <= 1
     assert result.metadata.request_id.startswith("hhh-")
     result.raise_for_decision()

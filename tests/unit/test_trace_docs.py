@@ -16,6 +16,7 @@ from hhh_router.trace import Metadata, build_metadata, metadata_schema
 from hhh_router.trace.block import BundleRef
 from hhh_router.types import (
     DIMENSIONS,
+    NEEDS,
     OUTCOMES,
     Action,
     ChatRequest,
@@ -50,7 +51,7 @@ def example() -> Metadata:
     mode = ModeCalibration(
         n=480,
         distance_limit=1.4,
-        needs=dict.fromkeys(DIMENSIONS, head),
+        needs=dict.fromkeys(NEEDS, head),
         outcomes=dict.fromkeys(OUTCOMES, head),
     )
     calibrators = Calibrators(
@@ -66,7 +67,7 @@ def example() -> Metadata:
     evidence = calibrators.evidence(
         Scores(
             mode="both",
-            needs={"helpful": 2.9, "harmless": -1.8, "honest": 0.9},
+            needs={"helpful": 2.9, "harmless": -1.8, "honest": 0.9, "injection": -3.4},
             outcomes={"unsafe": -3.6, "untruthful": -1.4, "unhelpful": -2.1},
             distance=1.02,
             tokens=87,
@@ -124,9 +125,8 @@ def test_every_field_of_the_block_is_documented():
 
 @pytest.mark.parametrize("name", ["metadata.md", "calibration.md"])
 def test_the_snippets_run(name):
-    [code] = snippets(name, "python")
-
-    exec(compile(code, name, "exec"), {})
+    for code in snippets(name, "python"):
+        exec(compile(code, name, "exec"), {})
 
 
 def test_every_confidence_feature_is_documented():

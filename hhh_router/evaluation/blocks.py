@@ -1,0 +1,84 @@
+"""What a report is made of, before it is HTML or Markdown: sections with tables and charts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+SIGNS = {"missed": "✗ missed", "met": "✓ met", "chosen": "✓ chosen"}
+"""Badge → what is printed."""
+HASH_HEADS = ("data", "sha256 of the rows")
+"""Headings of the columns that hold hashes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One field of a table."""
+
+    text: str
+    span: str = ""
+    """The interval, or the error."""
+    badge: str = ""
+    """A key of `SIGNS`, or nothing."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """One row of a table."""
+
+    group: str
+    """What several lines share; nothing in a table without groups."""
+    note: str
+    """More about the group."""
+    badge: str
+    """Of the group."""
+    strong: bool
+    cells: tuple[Cell, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Table:
+    """Figures in columns."""
+
+    group_title: str
+    head: tuple[str, ...]
+    labels: int
+    """How many of the first columns are words."""
+    lines: tuple[Line, ...]
+    made_by: tuple[tuple[str, int], ...]
+    """Command and seed."""
+    sizes: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Panel:
+    """One or more drawings under one caption."""
+
+    caption: str
+    drawings: tuple[Callable[[], str], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Charts:
+    """Panels that share a legend."""
+
+    layout: str
+    """A class of the style sheet: pairs, small or wide."""
+    panels: tuple[Panel, ...]
+    keys: tuple[tuple[int, str], ...] = ()
+    """The legend: number of the series, and its name."""
+    lines: bool = False
+    """The series are lines, not markers."""
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Section:
+    """A titled part of the report."""
+
+    title: str
+    lead: str = ""
+    blocks: tuple[Table | Charts, ...] = ()
+    sections: tuple[Section, ...] = ()
+    points: tuple[tuple[str, str], ...] = ()
+    """Term and what is said of it, as a list before the blocks."""

@@ -1,0 +1,432 @@
+"""The report's charts as inline SVG: drawn off screen, the same bytes for the same figures, readable in any viewer.
+
+Text stays text (searchable, in the page's font) and colours are told apart by the colour-blind too; where there are
+several series they also differ in dash or marker, so that a print in black and white can be read. matplotlib is asked
+for when the first chart is drawn, never its pyplot state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import re
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+from xml.etree import ElementTree
+
+from hhh_router.errors import MissingExtra
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+INK, MUTED, HAIR = "#1f2328", "#6a7079", "#e4e7eb"
+# Okabe & Ito 2008 without their yellow, which is lost on white paper; their black is a grey here, text is black
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5b6068")
+_DASHES: tuple[Any, ...] = ("solid", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)), (0, (7, 2)))
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
+_LOOK = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "hhh-router",  # ids would be random without it
+    "text.parse_math": False,  # a name with two dollar signs is a name
+    "font.size": 8.5,
+    "axes.edgecolor": "#9aa0a8",
+    "axes.labelcolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.linewidth": 0.8,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": HAIR,
+    "grid.linewidth": 0.7,
+    "xtick.color": "#9aa0a8",
+    "ytick.color": "#9aa0a8",
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "lines.linewidth": 1.4,
+    "text.color": INK,
+}
+_POINTS = 72.0  # SVG units to the inch
+_LABEL_CHARS = 52  # what fits over a row of `dots`
+SIMPLEX_POINTS = 1500  # more would make the page heavy and the triangle no clearer
+_Z95 = 1.959963984540054
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Style:
+    """How one series looks."""
+
+    colour: str
+    dash: Any
+    """A matplotlib line style."""
+    marker: str
+    """A matplotlib marker."""
+    width: float = 1.3
+    """Of the line, in points."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dot:
+    """One value of `dots`, with its interval where it has one."""
+
+    value: float
+    low: float | None = None
+    high: float | None = None
+    series: int = 0
+    """Which `style` it has."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DotRow:
+    """One named row of `dots`."""
+
+    label: str
+    dots: tuple[Dot, ...]
+
+
+def plain(text: object) -> str:
+    """The text on one line, without what no page should carry: control characters, direction marks, lone surrogates.
+
+    >>> plain("two\\nlines"), plain("a\\x00b")
+    ('two lines', 'a�b')
+    """
+    return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
+
+
+def style(series: int) -> Style:
+    """The look of a series by its number; the first (the bundle) is the boldest. Distinct for the first 35."""
+    return Style(
+        colour=PALETTE[series % len(PALETTE)],
+        dash=_DASHES[series % len(_DASHES)],
+        marker=_MARKERS[series % len(_MARKERS)],
+        width=2.0 if series == 0 else 1.3,
+    )
+
+
+def swatch(series: int, *, line: bool) -> str:
+    """A key for the legend: the series' line, or its marker."""
+
+    def draw(axes: Axes) -> None:
+        look = style(series)
+        axes.set_axis_off()
+        axes.set(xlim=(0, 1), ylim=(0, 1))
+        if line:
+            axes.plot([0.02, 0.98], [0.5, 0.5], color=look.colour, linestyle=look.dash, linewidth=look.width)
+        else:
+            axes.plot([0.5], [0.5], color=look.colour, marker=look.marker, markersize=6, linestyle="none")
+
+    return _svg(draw, size=(0.39 if line else 0.17, 0.14), box=(0, 0, 1, 1), alt=None)
+
+
+def roc(curves: Sequence[tuple[int, Sequence[Sequence[float]]]], *, alt: str) -> str:
+    """Recall against false positive rate, one line per system.
+
+    Args:
+        curves: Series number and its [false positive rate, recall] points, rising.
+        alt: What the chart shows, for who cannot see it.
+    """
+
+    def draw(axes: Axes) -> None:
+        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=(0, (1, 2)))
+        _lines(axes, curves)
+        _unit_square(axes, "false positive rate", "recall")
+
+    return _panel(draw, alt)
+
+
+def precision_recall(
+    curves: Sequence[tuple[int, Sequence[Sequence[float]]]], *, prevalence: float | None, alt: str
+) -> str:
+    """Precision against recall, one line per system; dotted: the share of positives, what guessing gets.
+
+    Args:
+        curves: Series number and its [recall, precision] points.
+        prevalence: Share of positives, in [0, 1].
+        alt: What the chart shows, for who cannot see it.
+    """
+
+    def draw(axes: Axes) -> None:
+        if prevalence is not None:
+            axes.axhline(prevalence, color=MUTED, linewidth=0.8, linestyle=(0, (1, 2)))
+        _lines(axes, curves)
+        _unit_square(axes, "recall", "precision")
+
+    return _panel(draw, alt)
+
+
+def reliability(bins: Sequence[Sequence[float]], *, alt: str) -> str:
+    """Observed frequency against stated probability, with the 95 % interval that each bin's size leaves.
+
+    Args:
+        bins: [mean probability, frequency, rows] each.
+        alt: What the chart shows, for who cannot see it.
+    """
+
+    def draw(axes: Axes) -> None:
+        look = style(0)
+        ordered = sorted((float(p), float(f), float(n)) for p, f, n in bins)
+        x = [p for p, _, _ in ordered]
+        y = [f for _, f, _ in ordered]
+        spans = [wilson(f, n) for _, f, n in ordered]
+        axes.plot([0, 1], [0, 1], color=MUTED, linewidth=0.8, linestyle=(0, (1, 2)))
+        axes.vlines(x, [low for low, _ in spans], [high for _, high in spans], color=look.colour, alpha=0.45)
+        axes.plot(x, y, color=look.colour, marker="o", markersize=3.6, linewidth=1.0)
+        _unit_square(axes, "stated probability", "observed share")
+
+    return _panel(draw, alt)
+
+
+def wilson(share: float, n: float) -> tuple[float, float]:
+    """The 95 % interval of a share of n rows; (0, 1) without rows.
+
+    >>> [round(x, 3) for x in wilson(0.5, 10)]
+    [0.237, 0.763]
+
+    Source: Wilson 1927.
+    """
+    if n <= 0:
+        return 0.0, 1.0
+    z2 = _Z95**2
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = _Z95 / (1 + z2 / n) * math.sqrt(max(share * (1 - share), 0.0) / n + z2 / (4 * n * n))
+    return max(0.0, middle - half), min(1.0, middle + half)
+
+
+def dots(rows: Sequence[DotRow], *, x_label: str, alt: str, reference: float | None = None, unit: bool = False) -> str:
+    """Values with their intervals, one named row under the other; the name stands above its dots, so a phone shows it.
+
+    Args:
+        rows: From top to bottom.
+        x_label: What is measured, with its unit.
+        alt: What the chart shows, for who cannot see it.
+        reference: A value to compare with, drawn as a dotted line.
+        unit: The axis goes from 0 to 1.
+    """
+    several = len({dot.series for row in rows for dot in row.dots}) > 1
+
+    def draw(axes: Axes) -> None:
+        if reference is not None:
+            axes.axvline(reference, color=MUTED, linewidth=0.9, linestyle=(0, (1, 2)))
+        for y, row in enumerate(rows):
+            axes.axhline(y + 0.2, color=HAIR, linewidth=0.7, zorder=0)
+            label = row.label if len(row.label) <= _LABEL_CHARS else row.label[: _LABEL_CHARS - 1] + "…"
+            axes.text(0, y - 0.12, label, transform=axes.get_yaxis_transform(), va="bottom", fontsize=8.5)
+            for place, dot in enumerate(row.dots):
+                # beside each other where there are several: intervals that lie on each other cannot be compared
+                at = y + 0.2 + (0.14 * (place - (len(row.dots) - 1) / 2) if several else 0)
+                look = style(dot.series)
+                if dot.low is not None and dot.high is not None:
+                    axes.hlines(at, float(dot.low), float(dot.high), color=look.colour, linewidth=1.6, alpha=0.55)
+                axes.plot([float(dot.value)], [at], color=look.colour, marker=look.marker, markersize=4.6)
+        axes.set(ylim=(len(rows) - 0.4, -0.62), yticks=[], xlabel=x_label)
+        axes.spines["left"].set_visible(False)
+        axes.grid(axis="y", visible=False)
+        if unit:
+            axes.set(xlim=(-0.015, 1.015))
+
+    height = 0.52 + 0.36 * len(rows)
+    return _svg(draw, size=(4.1, height), box=(0.03, 0.44 / height, 0.94, 1 - 0.47 / height), alt=alt)
+
+
+def simplex(points: Sequence[tuple[int, Sequence[float]]], *, alt: str) -> str:
+    """Where each request lies between helpful, harmless and honest; small and faint where the base's share is large.
+
+    At most `SIMPLEX_POINTS` points are drawn, evenly spaced in the order given; a group's mean is drawn large.
+
+    Args:
+        points: Series number (of the group) and the posterior [base, helpful, harmless, honest], summing to 1.
+        alt: What the chart shows, for who cannot see it.
+    """
+    step = -(-len(points) // SIMPLEX_POINTS)
+
+    def draw(axes: Axes) -> None:
+        corners = [_place((0, *(float(i == k) for i in range(3)))) for k in range(3)]
+        for part in (0.25, 0.5, 0.75):
+            for k in range(3):
+                a, b, c = corners[k], corners[(k + 1) % 3], corners[(k + 2) % 3]
+                ends = [[a[i] + part * (other[i] - a[i]) for i in (0, 1)] for other in (b, c)]
+                axes.plot(*zip(*ends, strict=True), color=HAIR, linewidth=0.7)
+        axes.plot(*zip(*corners, corners[0], strict=True), color="#9aa0a8", linewidth=0.9)
+        for series in sorted({s for s, _ in points}):
+            shown = [p for s, p in points[::step] if s == series]
+            look = style(series)
+            axes.scatter(
+                [_place(p)[0] for p in shown],
+                [_place(p)[1] for p in shown],
+                s=[24 - 18 * float(p[0]) for p in shown],
+                color=[_faint(look.colour, 0.75 - 0.6 * float(p[0])) for p in shown],
+                marker=look.marker,
+                linewidths=0,
+            )
+        for series in sorted({s for s, _ in points}):
+            members = [p for s, p in points if s == series]
+            x, y = _place([sum(float(p[i]) for p in members) / len(members) for i in range(4)])
+            look = style(series)
+            axes.plot([x], [y], color=look.colour, marker=look.marker, markersize=9, markeredgecolor=INK)
+        for (x, y), name, where in zip(
+            corners, ("helpful", "harmless", "honest"), ("top", "top", "bottom"), strict=True
+        ):
+            nudge = 0.03 if where == "bottom" else -0.03
+            axes.text(x, y + nudge, name, ha="center", va=where, fontsize=9.5)
+        axes.set(xlim=(-0.12, 1.12), ylim=(-0.11, 0.97), aspect="equal")
+        axes.set_axis_off()
+
+    return _svg(draw, size=(4.1, 3.6), box=(0, 0, 1, 1), alt=alt)
+
+
+def tradeoff(
+    policies: Sequence[tuple[int, Sequence[Sequence[float]], Sequence[float] | None]],
+    *,
+    alt: str,
+) -> str:
+    """What each threshold costs on both sides, with the shipped one marked.
+
+    Args:
+        policies: Series number, [limit, benign refused, harm passed] points, and the shipped
+            [benign refused, harm passed]; shares in [0, 1].
+        alt: What the chart shows, for who cannot see it.
+    """
+
+    def draw(axes: Axes) -> None:
+        paths = [tuple(sorted((float(x), -float(y)) for _, x, y in points)) for _, points, _ in policies]
+        for (series, _, shipped), path in zip(policies, paths, strict=True):
+            look = style(series)
+            # a line that several policies share is nobody's colour, or it would seem the last one's own
+            colour, dash = (look.colour, look.dash) if paths.count(path) == 1 else (MUTED, "solid")
+            axes.plot([a for a, _ in path], [-b for _, b in path], color=colour, linestyle=dash, linewidth=1.3)
+            if shipped is not None:
+                spot = [[float(value)] for value in shipped]
+                axes.plot(*spot, color=look.colour, marker=look.marker, markersize=8, markeredgecolor=INK, zorder=5)
+        _unit_square(axes, "benign refused (share)", "harm passed (share)")
+
+    return _svg(draw, size=(4.1, 4.1), box=(0.125, 0.11, 0.85, 0.86), alt=alt)
+
+
+def _lines(axes: Axes, curves: Sequence[tuple[int, Sequence[Sequence[float]]]]) -> None:
+    # the first system last, on top of its baselines
+    for series, points in sorted(curves, key=lambda curve: -curve[0]):
+        look = style(series)
+        x, y = [float(a) for a, _ in points], [float(b) for _, b in points]
+        axes.plot(x, y, color=look.colour, linestyle=look.dash, linewidth=look.width)
+
+
+def _unit_square(axes: Axes, x_label: str, y_label: str) -> None:
+    ticks = (0, 0.25, 0.5, 0.75, 1)
+    names = ("0", ".25", ".5", ".75", "1")
+    axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.02), aspect="equal", xlabel=x_label, ylabel=y_label)
+    axes.set_xticks(ticks, names)
+    axes.set_yticks(ticks, names)
+
+
+def _place(posterior: Sequence[float]) -> tuple[float, float]:
+    """Where a posterior lies in the triangle helpful (0, 0), harmless (1, 0), honest (½, ½√3); its middle if all base.
+
+    >>> _place((0.5, 0.0, 0.5, 0.0)), _place((0, 1, 0, 0))
+    ((1.0, 0.0), (0.0, 0.0))
+    """
+    _, helpful, harmless, honest = map(float, posterior)
+    total = helpful + harmless + honest
+    a, b = (harmless / total, honest / total) if total > 0 else (1 / 3, 1 / 3)
+    return a + b / 2, b * math.sqrt(3) / 2
+
+
+def _faint(colour: str, opacity: float) -> tuple[float, ...]:
+    """Red, green, blue and opacity, each in [0, 1].
+
+    >>> _faint("#ff0000", 0.5)
+    (1.0, 0.0, 0.0, 0.5)
+    """
+    return (*(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)), opacity)
+
+
+def _panel(draw: Callable[[Axes], None], alt: str) -> str:
+    return _svg(draw, size=(2.6, 2.6), box=(0.17, 0.16, 0.81, 0.81), alt=alt)
+
+
+def _svg(
+    draw: Callable[[Axes], None],
+    *,
+    size: tuple[float, float],
+    box: tuple[float, float, float, float],
+    alt: str | None,
+) -> str:
+    """One ``<svg>`` for use inside an HTML page.
+
+    matplotlib's settings are global: they are changed while a chart is drawn, so draw from one thread.
+
+    Args:
+        draw: Puts the chart on its axes.
+        size: Width and height, inches.
+        box: Left, bottom, width and height of the axes, as shares of the size.
+        alt: What the chart shows; None for an ornament.
+
+    Raises:
+        MissingExtra: matplotlib is not installed.
+    """
+    try:
+        from matplotlib import style as styles
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtra("train", needed_for="drawing the report's charts") from error
+    out = io.BytesIO()
+    with styles.context(["default", _LOOK], after_reset=True), warnings.catch_warnings():
+        # its font lacks some scripts; that is no matter, the text is drawn by the reader's browser with the page's
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure = Figure(figsize=size)
+        figure.patch.set_visible(False)
+        draw(figure.add_axes(box))
+        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
+    return _inline(out.getvalue(), size, alt)
+
+
+def _inline(svg: bytes, size: tuple[float, float], alt: str | None) -> str:
+    """Without prologue, metadata, style sheet and unused ids, so that many stand in one page without a clash."""
+    tree = ElementTree.fromstring(svg)  # matplotlib's own output: nothing foreign is parsed as markup here
+    # ids are unique in a page only if they tell the charts apart
+    prefix = "c" + hashlib.sha256(svg).hexdigest()[:10]
+    used = set(re.findall(rb"#([\w.-]+)", svg))
+    for parent in tree.iter():
+        for child in list(parent):
+            if _tag(child) in ("metadata", "style"):
+                parent.remove(child)
+    for element in tree.iter():
+        element.tag = _tag(element)
+        element.text = _trim(element)
+        element.tail = None
+        found = dict(element.attrib)
+        element.attrib.clear()
+        for name, value in found.items():
+            if name == "id":
+                if value.encode() in used:
+                    element.set("id", f"{prefix}-{value}")
+            elif name.endswith("}href"):
+                element.set("href", f"#{prefix}-{value[1:]}")
+            elif name == "clip-path":
+                element.set(name, value.replace("#", f"#{prefix}-"))
+            elif name == "style" and element.tag == "text":
+                element.set(name, re.sub(r"font-family:[^;]*(;|$)", "", value))  # the page's
+            elif name != "transform" or not value.startswith("rotate(-0 "):
+                element.set(name, " ".join(value.split()))
+    width, height = (round(inches * _POINTS, 2) for inches in size)
+    tree.attrib.clear()
+    tree.set("viewBox", f"0 0 {width:g} {height:g}")
+    tree.set("width", f"{width:g}")
+    tree.set("height", f"{height:g}")
+    if alt is None:
+        tree.set("aria-hidden", "true")
+    else:
+        tree.set("role", "img")
+        tree.set("aria-label", plain(alt))
+    return ElementTree.tostring(tree, encoding="unicode")
+
+
+def _tag(element: ElementTree.Element) -> str:
+    return element.tag.rpartition("}")[2]
+
+
+def _trim(element: ElementTree.Element) -> str | None:
+    return element.text if element.tag == "text" else None

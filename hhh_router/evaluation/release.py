@@ -1,0 +1,28 @@
+"""What a bundle needs beyond whole files before it is released: figures of its own, within the evasion budget."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+
+from hhh_router.bundle import Bundle
+from hhh_router.evaluation.evasion import RELEASE_BUDGET, over_budget
+
+FIGURES = "figures.json"
+
+
+def parts_hash(bundle: Bundle) -> str:
+    """Names exactly what was measured: experts, heads and calibrators, not the figures beside them."""
+    return hashlib.sha256("".join(sorted(bundle.files().values())).encode()).hexdigest()
+
+
+def release_mistakes(bundle: Bundle) -> list[str]:
+    """Why a bundle may not be released, one line each; empty when it may."""
+    path = bundle.root / FIGURES
+    try:
+        figures = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        return [f"{path}: no figures ({error}); run hhh-router evaluate --bundle {bundle.root.name}"]
+    if not isinstance(figures, dict) or figures.get("bundle_parts") != parts_hash(bundle):
+        return [f"{path}: measured on other experts, heads or calibrators than the bundle holds; evaluate it again"]
+    return [f"{path}: {line}" for line in over_budget(figures.get("evasion") or [], RELEASE_BUDGET)]

@@ -1,0 +1,539 @@
+"""One page about one bundle: every table and chart that ``figures.json`` holds, each with where it comes from.
+
+The HTML page needs nothing but itself: no script, no font, no image from elsewhere. The Markdown has the same tables.
+A figure without provenance is not printed: the report is refused, and says what is missing where.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+from hhh_router.bundle import Manifest
+from hhh_router.errors import DataError
+from hhh_router.evaluation import charts
+from hhh_router.evaluation.blocks import HASH_HEADS, SIGNS, Cell, Charts, Line, Panel, Section, Table
+from hhh_router.evaluation.charts import DotRow, plain
+from hhh_router.evaluation.page import html_page, markdown_page
+from hhh_router.evaluation.tables import (
+    column,
+    distinct,
+    dot_of,
+    dots_of,
+    grouped_by,
+    made_by,
+    number,
+    source_of,
+    table_of,
+)
+
+Row = Mapping[str, Any]
+
+# the parts of figures.json, and under which names each states how many rows it was measured on
+_COUNTS: Mapping[str, tuple[str, ...]] = {
+    "detection": ("n",),
+    "subgroups": ("n",),
+    "leave_one_out": ("n",),
+    "simplex": ("n",),
+    "tradeoff": ("n_harmful", "n_benign"),
+    "behaviour": ("harmful_n", "safe_n"),
+    "judge": ("n",),
+    "likelihood": ("n",),
+    "evasion": ("n",),
+    "latency": ("n",),
+    "gates": ("n",),
+    "confidence": ("n",),
+}
+_LABELS = ("suite", "task", "source", "family", "name", "gate", "mode", "head", "group", "replies", "judge", "system")
+_OVERALL = "overall"  # the name of evasion's row over every family
+
+
+def render_report(manifest: Manifest, figures: Mapping[str, Any]) -> str:
+    """The whole report as one HTML page; the same bytes for the same input.
+
+    Args:
+        manifest: Of the bundle that was measured.
+        figures: What ``figures.json`` holds. Every part is optional, and is either a list of rows or
+            ``{"command", "seed", "data_sha256", "rows": [...]}``. A row's command, seed and data hash are its own, else
+            its part's; command and seed else those of the whole file.
+
+    Raises:
+        DataError: A figure has no command, seed, n or data hash, or is not in the shape that is drawn; each is named.
+        MissingExtra: matplotlib is not installed.
+    """
+    return html_page(manifest, _sections(manifest, figures))
+
+
+def render_markdown(manifest: Manifest, figures: Mapping[str, Any]) -> str:
+    """The report's tables as Markdown, without the charts.
+
+    Raises:
+        DataError: As in `render_report`.
+    """
+    return markdown_page(manifest, _sections(manifest, figures))
+
+
+# --- what may be printed
+
+
+def _parts(figures: Mapping[str, Any]) -> dict[str, list[Row]]:
+    """Every part's rows, each with its provenance; a part that is missing or empty is left out.
+
+    Raises:
+        DataError: Something without provenance; every one is listed.
+    """
+    wrong = [f"figures.json: no {key}" for key in ("bundle_parts", "versions") if not figures.get(key)]
+    parts: dict[str, list[Row]] = {}
+    for name in _COUNTS:
+        for where, row in _rows(name, figures):
+            if missing := [key for key in ("command", "seed", "data_sha256", *_COUNTS[name]) if not _states(row, key)]:
+                wrong.append(f"figures.json: {where}: no {', '.join(missing)}")
+            parts.setdefault(name, []).append(row)
+    if wrong:
+        raise DataError(
+            "\n".join(wrong), hint="a figure without provenance is not printed; measure it again (hhh-router evaluate)"
+        )
+    return parts
+
+
+def _rows(name: str, figures: Mapping[str, Any]) -> Iterator[tuple[str, Row]]:
+    part = figures.get(name) or []
+    shared = {key: figures[key] for key in ("command", "seed") if key in figures}
+    if isinstance(part, Mapping) and "rows" in part:
+        shared |= {key: part[key] for key in ("command", "seed", "data_sha256") if key in part}
+        part = part["rows"]
+    rows = [part] if isinstance(part, Mapping) else part
+    if not isinstance(rows, Sequence) or isinstance(rows, str) or not all(isinstance(r, Mapping) for r in rows):
+        raise DataError(f"figures.json: {name}: not a list of rows")
+    for place, row in enumerate(rows):
+        yield f"{name}[{place}]{_name(row)}", {**shared, **row}
+    if name == "likelihood":  # a system's likelihood scores may stand beside its behaviour
+        for where, row in _rows("behaviour", figures):
+            for number, score in enumerate(row.get("likelihood") or []):
+                made = {key: row[key] for key in ("command", "seed", "system") if key in row}
+                yield f"{where}.likelihood[{number}]", {**made, **score}
+
+
+def _name(row: Row) -> str:
+    found = [plain(row[key]) for key in _LABELS if isinstance(row.get(key), str)]
+    return f" ({', '.join(found)})" if found else ""
+
+
+def _states(row: Row, key: str) -> bool:
+    value = row.get(key)
+    if key in ("command", "data_sha256"):
+        return isinstance(value, str) and bool(value.strip())
+    return isinstance(value, int) and not isinstance(value, bool) and (key == "seed" or value >= 0)
+
+
+# --- the sections
+
+
+def _sections(manifest: Manifest, figures: Mapping[str, Any]) -> list[Section]:
+    parts = _parts(figures)
+    # a row that names no system is the bundle's own
+    detection = [{"system": manifest.name, **row} for row in parts.get("detection", [])]
+    systems = distinct(row["system"] for row in detection)
+    bundle = manifest.name if manifest.name in systems else next(iter(systems), manifest.name)
+    builders: Mapping[str, Callable[[list[Row]], Iterable[Section]]] = {
+        "detection": lambda _: [*_glance(detection, bundle), _detection(detection, bundle)],
+        "subgroups": _subgroups,
+        "leave_one_out": _leave_one_out,
+        "simplex": _simplex,
+        "tradeoff": _tradeoff,
+        "behaviour": partial(_behaviour, max_tokens=figures.get("behaviour_max_tokens")),
+        "judge": _judge,
+        "likelihood": _likelihood,
+        "evasion": _evasion,
+        "latency": _latency,
+        "gates": _gates,
+        "confidence": _confidence,
+    }
+    found: list[Section] = []
+    for name, rows in parts.items():
+        try:
+            found += builders[name](rows)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise _misshapen(name, error) from error
+    return [*found, _provenance(parts, figures)]
+
+
+def _misshapen(part: str, error: Exception) -> DataError:
+    return DataError(
+        f"figures.json: {plain(part)}: not in the shape the report draws ({plain(repr(error))})",
+        hint="see the part's contract in docs/evaluation.md",
+    )
+
+
+def _glance(rows: Sequence[Row], bundle: str) -> Iterator[Section]:
+    judged = [row for row in rows if row["system"] == bundle and "meets" in row]
+    missed = [row for row in judged if not row["meets"]]
+    if judged:
+        yield Section(
+            title="At a glance",
+            lead=f"{bundle} meets {len(judged) - len(missed)} of {len(judged)} targets"
+            + ("; it misses these:" if missed else "."),
+            points=tuple((f"{_suite(row)}, {row['task']}", _miss(row)) for row in missed),
+        )
+
+
+def _miss(row: Row) -> str:
+    told = [f"AUROC {number(row['auroc'], 3)}"] if row.get("auroc") is not None else []
+    told += [f"{number(row['target'], 2)} aimed at"] if row.get("target") is not None else []
+    return ", ".join([SIGNS["missed"], *told])
+
+
+def _detection(rows: Sequence[Row], bundle: str) -> Section:
+    systems = [bundle, *(name for name in distinct(row["system"] for row in rows) if name != bundle)]
+    suites = [
+        _suite_section(suite, [row for row in rows if _suite(row) == suite], bundle, systems)
+        for suite in distinct(map(_suite, rows))
+    ]
+    return Section(
+        title="Detection",
+        lead="How well each system tells rows that need care from rows that do not, on rows it never saw. AUROC: 0.5 "
+        "is a coin, 1 is perfect. ECE is the mean gap between stated probability and observed share (15 equal-mass "
+        "bins), NLL and Brier judge the probabilities as a whole; lower is better for all three. Tasks that miss the "
+        "AUROC aimed at stand first.",
+        sections=tuple(suites),
+    )
+
+
+def _suite(row: Row) -> str:
+    return plain(row["suite"]) if row.get("suite") else plain(row["task"]).split(" · ")[0]
+
+
+def _suite_section(suite: str, rows: Sequence[Row], bundle: str, systems: Sequence[str]) -> Section:
+    tasks: dict[tuple[Any, ...], list[Row]] = {}
+    for row in sorted(rows, key=lambda row: row["system"] != bundle):
+        tasks.setdefault((row["task"], row.get("mode"), row.get("head")), []).append(row)
+    missed_first = sorted(tasks.values(), key=lambda task: _verdict(task, bundle) != "missed")
+    table = table_of(
+        [row for task in missed_first for row in task],
+        {"system": "system"},
+        hide=("suite", "task", "mode", "head"),
+        group=("task", lambda row: (plain(row["task"]), _about(row))),
+        verdict=lambda row: _verdict(tasks[row["task"], row.get("mode"), row.get("head")], bundle),
+        strong=lambda row: row["system"] == bundle,
+    )
+    curves = tuple(_curves(task, systems) for task in missed_first if any(r.get("roc") or r.get("pr") for r in task))
+    bins = tuple(
+        Panel(
+            caption=f"{plain(row['task'])}, n = {row['n']}",
+            drawings=(
+                partial(
+                    charts.reliability,
+                    row["reliability"],
+                    alt=f"Reliability diagram of {bundle} on {row['task']}: {len(row['reliability'])} bins"
+                    + (f", ECE {number(row['ece'], 3)}." if "ece" in row else "."),
+                ),
+            ),
+        )
+        for task in missed_first
+        for row in task
+        if row["system"] == bundle and row.get("reliability")
+    )
+    blocks: list[Table | Charts] = [table]
+    if curves:
+        drawn = {row["system"] for row in rows if row.get("roc") or row.get("pr")}
+        keys = tuple((place, name) for place, name in enumerate(systems) if name in drawn)
+        note = "ROC on the left, precision and recall on the right; dotted: what guessing gets."
+        blocks.append(Charts(layout="pairs", panels=curves, keys=keys, lines=True, note=note))
+    if bins:
+        note = (
+            f"Reliability of {bundle}: on the dotted line the stated probability is the observed share. Upright "
+            "lines are the 95 % intervals that the bins' sizes leave (Wilson)."
+        )
+        blocks.append(Charts(layout="small", panels=bins, note=note))
+    return Section(title=suite, blocks=tuple(blocks))
+
+
+def _verdict(task: Sequence[Row], bundle: str) -> str:
+    judged = [row for row in task if row["system"] == bundle and "meets" in row]
+    return "" if not judged else "met" if all(row["meets"] for row in judged) else "missed"
+
+
+def _about(row: Row) -> str:
+    told = [row.get("head"), f"mode {row['mode']}" if "mode" in row else None, ", ".join(map(str, row.get("sets", ())))]
+    return " · ".join(plain(text) for text in told if text)
+
+
+def _curves(task: Sequence[Row], systems: Sequence[str]) -> Panel:
+    row = task[0]
+    values = ", ".join(f"{r['system']} {number(r['auroc'], 3)}" for r in task if r.get("auroc") is not None)
+    roc = [(systems.index(r["system"]), r["roc"]) for r in task if r.get("roc")]
+    pr = [(systems.index(r["system"]), r["pr"]) for r in task if r.get("pr")]
+    prevalence = row["positives"] / row["n"] if row.get("positives") is not None and row["n"] else None
+    drawings = []
+    if roc:
+        drawings.append(partial(charts.roc, roc, alt=f"ROC curves on {row['task']}. AUROC: {values or 'not stated'}."))
+    if pr:
+        alt = f"Precision against recall on {row['task']}"
+        alt += f"; {number(prevalence, 2)} of the rows are positive." if prevalence is not None else "."
+        drawings.append(partial(charts.precision_recall, pr, prevalence=prevalence, alt=alt))
+    return Panel(caption=f"{plain(row['task'])}, n = {row['n']}", drawings=tuple(drawings))
+
+
+def _keys(names: Iterable[str]) -> tuple[tuple[int, str], ...]:
+    return tuple(enumerate(names))
+
+
+def _subgroups(rows: list[Row]) -> Iterator[Section]:
+    tasks = {t: sorted((r for r in rows if r["task"] == t), key=lambda r: -r["ece"]) for t in column(rows, "task")}
+    ordered = [row for task in tasks.values() for row in task]
+    panels = (
+        dots_of(t, part, "group", {"ECE": "ece"}, f"ECE of each group of {plain(t)}, worst first")
+        for t, part in tasks.items()
+    )
+    yield Section(
+        title="Calibration of subgroups",
+        lead="A calibrated whole can hide parts that are not. The worst group of each task stands first; small groups "
+        "have a large ECE by chance alone, so read it beside n.",
+        blocks=(grouped_by("task", ordered, {"group": "group"}), Charts(layout="wide", panels=tuple(panels))),
+    )
+
+
+def _leave_one_out(rows: list[Row]) -> Iterator[Section]:
+    heads = column(rows, "head") if all("head" in row for row in rows) else ()
+    sources = column(rows, "source")
+    lines = [
+        DotRow(
+            label=plain(source),
+            dots=tuple(
+                dot_of(row, "auroc", heads.index(row["head"]) if heads else 0)
+                for row in rows
+                if row["source"] == source and row.get("auroc") is not None
+            ),
+        )
+        for source in sources
+    ]
+    alt = f"AUROC on {len(sources)} sources, each left out of training."
+    draw = partial(charts.dots, lines, x_label="AUROC on the source left out", alt=alt, reference=0.5)
+    yield Section(
+        title="Leave one source out",
+        lead="Heads trained without a source and asked about it. A data set can be told by its style alone, so what "
+        "holds here holds more than what was measured within a source.",
+        blocks=(
+            table_of(rows, {"source": "source left out", "head": "head"}),
+            Charts(
+                layout="wide", panels=(Panel(caption="AUROC; dotted: a coin", drawings=(draw,)),), keys=_keys(heads)
+            ),
+        ),
+    )
+
+
+def _simplex(rows: list[Row]) -> Iterator[Section]:
+    (row,) = rows
+    points = row["points"]
+    groups = distinct(point["group"] for point in points)
+    names = ("base", "helpful", "harmless", "honest")
+    means: list[Row] = []
+    for group in groups:
+        inside = [point["posterior"] for point in points if point["group"] == group]
+        shares = {name: sum(float(p[i]) for p in inside) / len(inside) for i, name in enumerate(names)}
+        means.append({**source_of(row), "n": len(inside), "group": group, **shares})
+    alt = "Triangle of helpful, harmless and honest with one mark per request. Means: " + "; ".join(
+        f"{m['group']} " + ", ".join(f"{name} {number(m[name], 2)}" for name in names) for m in means
+    )
+    place = [(groups.index(point["group"]), point["posterior"]) for point in points]
+    caption = f"Posterior of {row['n']} requests; large marks are the groups' means"
+    if len(points) > charts.SIMPLEX_POINTS:
+        caption += f"; at most {charts.SIMPLEX_POINTS} are drawn"
+    yield Section(
+        title="Where requests lie between helpful, harmless and honest",
+        lead="The router's posterior. A mark is the smaller and the fainter the more of it belongs to the base: "
+        "nothing is at stake there.",
+        blocks=(
+            Charts(
+                layout="wide",
+                panels=(Panel(caption=caption, drawings=(partial(charts.simplex, place, alt=alt),)),),
+                keys=_keys(groups),
+            ),
+            table_of(means, {"group": "group"}),
+        ),
+    )
+
+
+def _tradeoff(rows: list[Row]) -> Iterator[Section]:
+    (row,) = rows
+    policies = row["policies"]
+    stamp = {**source_of(row), **{key: row[key] for key in _COUNTS["tradeoff"]}}
+    shipped: list[Row] = []
+    for policy in policies:
+        limits = [float(limit) for limit, _, _ in policy["points"]]
+        swept = f"{number(min(limits), 2)} to {number(max(limits), 2)}" if limits else "–"
+        spot = dict(zip(("benign_refused", "harm_passed"), policy.get("shipped") or (), strict=False))
+        shipped.append({**stamp, "policy": policy["policy"], "limits": swept, **spot})
+    alt = "Share of harm passed against share of benign refused. As shipped: " + "; ".join(
+        f"{p['policy']} refuses {number(p.get('benign_refused'), 3)} and passes {number(p.get('harm_passed'), 3)}"
+        for p in shipped
+    )
+    lines = [(place, p["points"], p.get("shipped")) for place, p in enumerate(policies)]
+    panel = Panel(
+        caption="Lines: every limit on the harmless need; marks: each policy as shipped",
+        drawings=(partial(charts.tradeoff, lines, alt=alt),),
+    )
+    yield Section(
+        title="What a threshold costs",
+        lead="Both errors of the input check: benign requests refused, and harmful ones let through to the model "
+        "(whose own reply is then read too). Nearer to the lower left is better.",
+        blocks=(
+            table_of(shipped, {"policy": "policy", "limits": "limits swept"}, counts=_COUNTS["tradeoff"]),
+            Charts(layout="wide", panels=(panel,), keys=_keys(p["policy"] for p in policies)),
+        ),
+    )
+
+
+def _behaviour(rows: list[Row], max_tokens: int | None) -> Iterator[Section]:
+    renamed = [{**r, **{f"{k}_refused_interval": r.get(f"{k}_interval") for k in ("harmful", "safe")}} for r in rows]
+    keys = {"refuses harmful": "harmful_refused", "refuses safe": "safe_refused"}
+    length = f" of at most {max_tokens} tokens" if max_tokens else ""
+    yield Section(
+        title="Behaviour: who says no",
+        lead=f"Greedy replies{length} to harmful and to safe prompts. A refusal is told by a judge of the reply, or is "
+        "the policy's own; what a reply that complies is worth is not judged here. Refusing the harmful is "
+        "wanted, refusing the safe is not.",
+        blocks=(
+            table_of(
+                renamed, {"system": "system"}, counts=_COUNTS["behaviour"], hide=("harmful_interval", "safe_interval")
+            ),
+            Charts(
+                layout="wide",
+                panels=(dots_of("Share refused", renamed, "system", keys, "Share of prompts refused", unit=True),),
+                keys=_keys(keys),
+            ),
+        ),
+    )
+
+
+def _likelihood(rows: list[Row]) -> Iterator[Section]:
+    panels = []
+    for task in column(rows, "task"):
+        part = [row for row in rows if row["task"] == task]
+        unit = ", ".join(distinct(plain(row.get("unit", "value")) for row in part))
+        panels.append(dots_of(task, part, "system", {unit: "value"}, f"{plain(task)} ({unit})"))
+    yield Section(
+        title="Likelihood scores",
+        lead="What each system thinks of reference answers, without letting it write: no judge of text is needed.",
+        blocks=(
+            grouped_by("task", rows, {"system": "system", "unit": "unit"}),
+            Charts(layout="wide", panels=tuple(panels)),
+        ),
+    )
+
+
+def _evasion(rows: list[Row]) -> Iterator[Section]:
+    named = [{**row, "family": row.get("family", row.get("name"))} for row in rows]
+    ordered = sorted(named, key=lambda row: (row["family"] != _OVERALL, -(row["flips"] or 0.0)))
+    keys = {"flips": "flips", "new false alarms": "new_false_alarms"}
+    yield Section(
+        title="Evasion",
+        lead="Prompts reworded to slip past the heads. Flips: of the harmful prompts that were detected, the share no "
+        "longer detected. New false alarms: of the benign ones, the share flagged only when reworded. The worst "
+        "family stands first. The families are known and fixed: an adversary who adapts does better.",
+        blocks=(
+            table_of(
+                ordered,
+                {"family": "family"},
+                counts=[key for key in ("n", "detected_n", "benign_n") if all(key in row for row in rows)],
+                hide=("name", "detected_n", "benign_n"),
+                strong=lambda row: row["family"] == _OVERALL,
+            ),
+            Charts(
+                layout="wide",
+                panels=(dots_of("Flips and new false alarms", ordered, "family", keys, "share"),),
+                keys=_keys(keys),
+            ),
+        ),
+    )
+
+
+def _judge(rows: list[Row]) -> Iterator[Section]:
+    yield Section(
+        title="The judge of refusals",
+        lead="How far the judge, and the plain rule it replaces, agree with people on replies the judge never saw.",
+        blocks=(grouped_by("replies", rows, {"judge": "judge"}),),
+    )
+
+
+def _latency(rows: list[Row]) -> Iterator[Section]:
+    yield Section(
+        title="Latency",
+        lead="Milliseconds to read one prompt, one at a time, on the machine that measured.",
+        blocks=(table_of(rows, {"system": "system"}),),
+    )
+
+
+def _gates(rows: list[Row]) -> Iterator[Section]:
+    errors = [
+        {**r, "nll_interval": (r["nll"] - r["nll_error"], r["nll"] + r["nll_error"])} if "nll_error" in r else r
+        for r in rows
+    ]
+    yield Section(
+        title="Gates",
+        lead="How the heads' evidence becomes a posterior over the experts, several ways, by held-out likelihood. "
+        "Lower is better; ± is one standard error.",
+        blocks=(
+            table_of(rows, {"gate": "gate"}, strong=lambda row: bool(row.get("chosen"))),
+            Charts(
+                layout="wide",
+                panels=(dots_of("± one standard error", errors, "gate", {"NLL": "nll"}, "held-out NLL, nats"),),
+            ),
+        ),
+    )
+
+
+def _confidence(rows: list[Row]) -> Iterator[Section]:
+    yield Section(
+        title="Confidence",
+        lead="Confidence states the probability that every enforced verdict is right. AURC is the area under risk "
+        "against coverage: the mean error when the least confident are left out first; lower is better. Beside it the "
+        "same with the largest softmax value for a confidence.",
+        blocks=(table_of(rows, {"mode": "mode"}),),
+    )
+
+
+def _provenance(parts: Mapping[str, Sequence[Row]], figures: Mapping[str, Any]) -> Section:
+    versions = ", ".join(f"{plain(name)} {plain(version)}" for name, version in dict(figures["versions"]).items())
+    seen: dict[tuple[str, str], Row] = {}
+    for name, rows in parts.items():
+        for row in rows:
+            seen.setdefault((name, row["data_sha256"]), row)
+    lines = tuple(
+        Line(
+            group="",
+            note="",
+            badge="",
+            strong=False,
+            cells=(
+                Cell(text=name.replace("_", " ")),
+                Cell(text=next((plain(row[key]) for key in ("task", "source", "replies") if key in row), "all")),
+                Cell(text=plain(digest)),
+                Cell(text=" + ".join(str(row[key]) for key in _COUNTS[name])),
+            ),
+        )
+        for (name, digest), row in seen.items()
+    )
+    rows = [row for part in parts.values() for row in part]
+    table = Table(
+        group_title="",
+        head=("part", "measured on", HASH_HEADS[1], "n"),
+        labels=3,
+        lines=lines,
+        made_by=made_by(rows),
+        sizes="",
+    )
+    return Section(
+        title="Provenance",
+        lead="What was measured, with what, and on which rows.",
+        points=(("bundle parts", plain(figures["bundle_parts"])), ("versions", versions), *_settings(figures)),
+        blocks=(table,) if rows else (),
+    )
+
+
+def _settings(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    told = {"dtype": "precision", "max_tokens": "longest text read, tokens", "bootstraps": "bootstrap samples"}
+    for key, name in told.items():
+        if figures.get(key) is not None:
+            yield name, plain(figures[key])

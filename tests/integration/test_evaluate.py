@@ -1,0 +1,129 @@
+"""`hhh-router evaluate` on a tiny trained bundle and small sets: parts, provenance, the release gate."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hhh_router.bundle import Bundle
+from hhh_router.errors import BackendError, DataError
+from hhh_router.evaluation import measure as m
+from hhh_router.evaluation.release import release_mistakes
+from hhh_router.evaluation.tasks import TASKS, Task, task_rows
+from hhh_router.settings import Settings
+from hhh_router.types import ReadRequest
+
+from .datasets import write_sets
+
+pytestmark = pytest.mark.integration
+
+TASK = Task(
+    suite="guard", name="prompt harm · moderation", kind="needs", head="harmless", mode="prompt",
+    sets=("openai_moderation",), target=0.99,
+)  # fmt: skip
+
+
+class Coin:
+    """A baseline that knows nothing, and one question it fails at."""
+
+    name = "coin"
+    heads = frozenset({"harmless"})
+
+    def probabilities(self, texts: list[ReadRequest], head: str) -> list[float]:
+        return [0.4 + 0.01 * (i % 7) for i in range(len(texts))]
+
+
+class Absent(Coin):
+    name = "absent"
+
+    def probabilities(self, texts: list[ReadRequest], head: str) -> list[float]:
+        raise BackendError("not available: no such package")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sets(tmp_path_factory.mktemp("sets"))
+
+
+@pytest.fixture
+def bench(copy_of_tiny: Path, data: Path, tmp_path: Path) -> m.Bench:
+    return m.open_bench(
+        copy_of_tiny, data, settings=Settings.load(threads=1), seed=3, work=tmp_path, baselines=(Coin(), Absent())
+    )
+
+
+@pytest.fixture
+def one_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tasks of the public sets are not at hand here; the measuring is the same."""
+    monkeypatch.setattr(m, "TASKS", (TASK,))
+    monkeypatch.setattr(m, "_latency", lambda bench: [])
+
+
+def test_every_figure_says_where_it_comes_from(bench: m.Bench, one_task: None) -> None:
+    m.measure(bench, ["guard"], "hhh-router evaluate --suite guard")
+    figures = json.loads((bench.bundle.root / "figures.json").read_text())
+
+    ours, coin, absent = figures["detection"]
+    for row in (ours, coin):
+        assert row["n"] == 60
+        assert row["positives"] == 30
+        assert len(row["data_sha256"]) == 64
+        assert row["seed"] == 3
+        assert row["command"] == "hhh-router evaluate --suite guard"
+        low, high = row["auroc_interval"]
+        assert low <= row["auroc"] <= high
+        assert row["roc"][0] == [0, 0]
+        assert row["roc"][-1] == [1, 1]
+    assert ours["meets"] is False
+    assert absent["error"].startswith("not available")
+    card = (bench.bundle.root / "CARD.md").read_text()
+    assert "0.99 missed" in card
+    assert "not available" in card
+
+
+def test_parts_add_up_for_the_same_bundle_and_are_dropped_for_another(bench: m.Bench, one_task: None) -> None:
+    m.measure(bench, ["guard"], "first")
+    m.measure(bench, ["injection"], "second")  # no such task here: nothing new, nothing lost
+    path = bench.bundle.root / "figures.json"
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps(kept | {"bundle_parts": "of another bundle"}))
+
+    m.measure(bench, ["injection"], "third")
+
+    assert [f["command"] for f in kept["detection"]] == ["first"] * 3
+    assert json.loads(path.read_text())["detection"] == []
+
+
+def test_an_unknown_suite_is_named(bench: m.Bench) -> None:
+    with pytest.raises(DataError, match="guard, injection"):
+        m.measure(bench, ["gaurd"], "x")
+
+
+def test_a_bundle_without_figures_of_its_own_is_not_released(bench: m.Bench, one_task: None) -> None:
+    (unmeasured,) = release_mistakes(bench.bundle)
+    m.measure(bench, ["guard"], "x")
+    without_evasion = release_mistakes(bench.bundle)
+    (bench.bundle.root / "calibrators.json").write_text("{}")
+    manifest = json.loads((bench.bundle.root / "manifest.json").read_text())
+    manifest["calibrators"]["sha256"] = "0" * 64
+    (bench.bundle.root / "manifest.json").write_text(json.dumps(manifest))
+    (changed,) = release_mistakes(Bundle.load(bench.bundle.root))
+
+    assert "no figures" in unmeasured
+    assert any("evasion, overall" in line for line in without_evasion)
+    assert "measured on other" in changed
+
+
+def test_tasks_ask_once_about_a_prompt_and_space_rows_evenly(data: Path) -> None:
+    from dataclasses import replace
+
+    every = task_rows(TASK, data)
+    some = task_rows(replace(TASK, rows=20), data)
+
+    assert len({e.prompt for e in every}) == len(every)
+    assert some == every[::3]
+
+
+def test_targets_are_those_of_named_sets_and_eval_rows() -> None:
+    assert {t.split for t in TASKS} == {"eval", "calibrate"}
+    assert [t.name for t in TASKS if t.split == "calibrate"] == ["reply over-refuses · XSTest completions"]
