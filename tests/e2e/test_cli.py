@@ -57,7 +57,7 @@ def test_the_shipped_model_names_paris_with_weights_that_sum_to_1() -> None:
     assert done.stderr == ""
     assert "Paris" in found["text"]
     assert sum(found["hhh"]["weights"].values()) == pytest.approx(1)
-    assert set(found["hhh"]["needs"]) == {"helpful", "harmless", "honest"}
+    assert set(found["hhh"]["needs"]) == {"helpful", "harmless", "honest", "injection"}
     assert found["hhh"]["calibration"]["calibrated"] is True
 
 
