@@ -213,22 +213,22 @@ def dots(rows: Sequence[DotRow], *, x_label: str, alt: str, reference: float | N
             axes.axvline(reference, color=MUTED, linewidth=0.9, linestyle=(0, (1, 2)))
         for y, row in enumerate(rows):
             axes.axhline(y + 0.2, color=HAIR, linewidth=0.7, zorder=0)
-            label = row.label if len(row.label) <= _LABEL_CHARS else row.label[: _LABEL_CHARS - 1] + "…"
-            axes.text(0, y - 0.12, label, transform=axes.get_yaxis_transform(), va="bottom", fontsize=8.5)
+            paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
+            axes.text(0, y - 0.12, _short(row.label), transform=axes.get_yaxis_transform(), va="bottom", bbox=paper)
             for place, dot in enumerate(row.dots):
                 # beside each other where there are several: intervals that lie on each other cannot be compared
-                at = y + 0.2 + (0.14 * (place - (len(row.dots) - 1) / 2) if several else 0)
+                at = y + 0.2 + (0.22 * (place - (len(row.dots) - 1) / 2) if several else 0)
                 look = style(dot.series)
                 if dot.low is not None and dot.high is not None:
                     axes.hlines(at, float(dot.low), float(dot.high), color=look.colour, linewidth=1.6, alpha=0.55)
                 axes.plot([float(dot.value)], [at], color=look.colour, marker=look.marker, markersize=4.6)
-        axes.set(ylim=(len(rows) - 0.4, -0.62), yticks=[], xlabel=x_label)
+        axes.set(ylim=(len(rows) - 0.4, -0.62), yticks=[], xlabel=_short(x_label))
         axes.spines["left"].set_visible(False)
         axes.grid(axis="y", visible=False)
         if unit:
             axes.set(xlim=(-0.015, 1.015))
 
-    height = 0.52 + 0.36 * len(rows)
+    height = 0.52 + 0.4 * len(rows)
     return _svg(draw, size=(4.1, height), box=(0.03, 0.44 / height, 0.94, 1 - 0.47 / height), alt=alt)
 
 
@@ -293,14 +293,15 @@ def tradeoff(
 
     def draw(axes: Axes) -> None:
         paths = [tuple(sorted((float(x), -float(y)) for _, x, y in points)) for _, points, _ in policies]
-        for (series, _, shipped), path in zip(policies, paths, strict=True):
+        for place, ((series, _, shipped), path) in enumerate(zip(policies, paths, strict=True)):
             look = style(series)
             # a line that several policies share is nobody's colour, or it would seem the last one's own
             colour, dash = (look.colour, look.dash) if paths.count(path) == 1 else (MUTED, "solid")
             axes.plot([a for a, _ in path], [-b for _, b in path], color=colour, linestyle=dash, linewidth=1.3)
             if shipped is not None:
                 spot = [[float(value)] for value in shipped]
-                axes.plot(*spot, color=look.colour, marker=look.marker, markersize=8, markeredgecolor=INK, zorder=5)
+                size = max(6, 11 - 1.5 * place)  # the next one lies on it and must not hide it
+                axes.plot(*spot, color=look.colour, marker=look.marker, markersize=size, markeredgecolor=INK, zorder=5)
         _unit_square(axes, "benign refused (share)", "harm passed (share)")
 
     return _svg(draw, size=(4.1, 4.1), box=(0.125, 0.11, 0.85, 0.86), alt=alt)
@@ -332,6 +333,10 @@ def _place(posterior: Sequence[float]) -> tuple[float, float]:
     total = helpful + harmless + honest
     a, b = (harmless / total, honest / total) if total > 0 else (1 / 3, 1 / 3)
     return a + b / 2, b * math.sqrt(3) / 2
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= _LABEL_CHARS else label[: _LABEL_CHARS - 1] + "…"
 
 
 def _faint(colour: str, opacity: float) -> tuple[float, ...]:

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 from html import escape
 
 from hhh_router.bundle import Manifest
+from hhh_router.errors import DataError
 from hhh_router.evaluation import charts
-from hhh_router.evaluation.blocks import HASH_HEADS, SIGNS, Cell, Charts, Line, Section, Table
+from hhh_router.evaluation.blocks import HASH_HEADS, SIGNS, Cell, Charts, Line, Panel, Section, Table
 from hhh_router.evaluation.charts import plain
 
 # a second lock behind the escaping: were markup ever to slip through, a browser would neither run nor fetch anything
@@ -40,10 +41,11 @@ table { border-collapse: collapse; font-size: .84rem; line-height: 1.35; font-va
 th, td { padding: .32rem .6rem; text-align: right; vertical-align: top; border-bottom: 1px solid #e4e7eb;
   font-weight: 400; white-space: nowrap; background: #fff; }
 thead th { vertical-align: bottom; font-weight: 600; white-space: normal; border-bottom: 2px solid #9aa0a8; }
-.word { text-align: left; white-space: normal; min-width: 7rem; overflow-wrap: anywhere; }
+.word { text-align: left; white-space: normal; min-width: 7rem; max-width: 24rem; overflow-wrap: break-word; }
 .hash { font: .78rem ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; color: #59616b;
-  text-align: left; overflow-wrap: anywhere; }
-.hash.word { min-width: 13rem; }
+  text-align: left; }
+.hash.word { min-width: 13rem; overflow-wrap: anywhere; }
+thead .hash { font: inherit; font-weight: 600; color: inherit; } .word .span { white-space: normal; }
 tbody th:first-child { position: sticky; left: 0; }
 tr.group th { text-align: left; background: #f3f5f7; font-weight: 600; white-space: normal; padding-top: .5rem; }
 tr.group span.about { display: block; font-weight: 400; color: #59616b; font-size: .92em; }
@@ -55,11 +57,12 @@ td .missed, td .met { display: block; font-size: .92em; }
 ul.points { padding-left: 1.2rem; margin: .5rem 0; }
 .panels { display: grid; gap: 1.25rem 1.5rem; margin: .75rem 0 1rem; }
 .pairs { grid-template-columns: repeat(auto-fill, minmax(min(100%, 27rem), 1fr)); }
-.small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 13rem), 1fr)); }
+.small { grid-template-columns: repeat(auto-fill, minmax(min(100%, 15rem), 1fr)); }
 .wide { grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); }
-figure { margin: 0; min-width: 0; break-inside: avoid; }
+figure { margin: 0; min-width: 0; break-inside: avoid; display: flex; flex-direction: column; }
 figcaption { font-size: .85rem; font-weight: 600; margin-bottom: .25rem; overflow-wrap: anywhere; }
-.drawings { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 11rem), 1fr)); gap: .5rem; }
+.drawings { margin-top: auto; display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 11rem), 1fr));
+  gap: .5rem; }
 .drawings svg { width: 100%; height: auto; display: block; }
 .pairs svg, .small svg { max-width: 17rem; } .wide svg { max-width: 31rem; }
 svg * { stroke-linejoin: round; stroke-linecap: butt; }
@@ -74,10 +77,10 @@ footer { margin-top: 3rem; border-top: 1px solid #d5dae0; padding-top: .5rem; co
 }
 @media print {
   @page { margin: 14mm; }
-  body { font-size: 10pt; padding: 0; max-width: none; }
+  html { font-size: 10pt; } body { font-size: 1rem; padding: 0; max-width: none; }
   a { color: inherit; text-decoration: none; } .scroll { overflow: visible; }
-  table { font-size: 7pt; } th, td { padding: .15rem .28rem; } .word { min-width: 0; }
-  .hash, .hash.word { font-size: 6pt; min-width: 0; white-space: normal; }
+  table { font-size: 6.5pt; } th, td { padding: .12rem .2rem; } .word { min-width: 0; }
+  .hash, thead .hash { font-size: 5.5pt; }
   tbody th:first-child { position: static; } tr { break-inside: avoid; } h2, h3, .group { break-after: avoid; }
   .panels { gap: .6rem .8rem; } .pairs { grid-template-columns: 1fr 1fr; }
   .small { grid-template-columns: 1fr 1fr 1fr; }
@@ -86,7 +89,12 @@ footer { margin-top: 3rem; border-top: 1px solid #d5dae0; padding-top: .5rem; co
 
 
 def html_page(manifest: Manifest, sections: Sequence[Section]) -> str:
-    """The whole report as one page."""
+    """The whole report as one page.
+
+    Raises:
+        DataError: A chart's numbers are none.
+        MissingExtra: matplotlib is not installed.
+    """
     title = _text(f"{manifest.name} {manifest.version}")
     facts = "".join(f"<dt>{_text(term)}</dt><dd>{_text(said)}</dd>" for term, said in _facts(manifest))
     body = "\n".join(_section(s, 2, anchor) for s, anchor in _anchored(sections))
@@ -214,10 +222,17 @@ def _charts(block: Charts) -> str:
     note = f'<p class="note">{_text(block.note)}</p>' if block.note else ""
     panels = "\n".join(
         f"<figure><figcaption>{_text(panel.caption)}</figcaption>"
-        f'<div class="drawings">{"".join(draw() for draw in panel.drawings)}</div></figure>'
+        f'<div class="drawings">{_drawings(panel)}</div></figure>'
         for panel in block.panels
     )
     return f'{note}{legend}<div class="panels {_text(block.layout)}">\n{panels}\n</div>'
+
+
+def _drawings(panel: Panel) -> str:
+    try:
+        return "".join(draw() for draw in panel.drawings)
+    except (IndexError, TypeError, ValueError) as error:
+        raise DataError(f"figures.json: {plain(panel.caption)}: cannot be drawn ({plain(error)})") from error
 
 
 # --- Markdown

@@ -33,6 +33,7 @@ Row = Mapping[str, Any]
 # the parts of figures.json, and under which names each states how many rows it was measured on
 _COUNTS: Mapping[str, tuple[str, ...]] = {
     "detection": ("n",),
+    "latency": ("n",),
     "subgroups": ("n",),
     "leave_one_out": ("n",),
     "simplex": ("n",),
@@ -41,7 +42,6 @@ _COUNTS: Mapping[str, tuple[str, ...]] = {
     "judge": ("n",),
     "likelihood": ("n",),
     "evasion": ("n",),
-    "latency": ("n",),
     "gates": ("n",),
     "confidence": ("n",),
 }
@@ -162,7 +162,7 @@ def _sections(manifest: Manifest, figures: Mapping[str, Any]) -> list[Section]:
 def _misshapen(part: str, error: Exception) -> DataError:
     return DataError(
         f"figures.json: {plain(part)}: not in the shape the report draws ({plain(repr(error))})",
-        hint="see the part's contract in docs/evaluation.md",
+        hint="measure it again (hhh-router evaluate)",
     )
 
 
@@ -210,7 +210,7 @@ def _suite_section(suite: str, rows: Sequence[Row], bundle: str, systems: Sequen
         tasks.setdefault((row["task"], row.get("mode"), row.get("head")), []).append(row)
     missed_first = sorted(tasks.values(), key=lambda task: _verdict(task, bundle) != "missed")
     table = table_of(
-        [row for task in missed_first for row in task],
+        [_judged(row, bundle) for task in missed_first for row in task],
         {"system": "system"},
         hide=("suite", "task", "mode", "head"),
         group=("task", lambda row: (plain(row["task"]), _about(row))),
@@ -249,6 +249,11 @@ def _suite_section(suite: str, rows: Sequence[Row], bundle: str, systems: Sequen
     return Section(title=suite, blocks=tuple(blocks))
 
 
+def _judged(row: Row, bundle: str) -> Row:
+    # the aim is the bundle's: beside every baseline it would be noise
+    return row if row["system"] == bundle else {key: row[key] for key in row if key not in ("target", "meets")}
+
+
 def _verdict(task: Sequence[Row], bundle: str) -> str:
     judged = [row for row in task if row["system"] == bundle and "meets" in row]
     return "" if not judged else "met" if all(row["meets"] for row in judged) else "missed"
@@ -283,8 +288,7 @@ def _subgroups(rows: list[Row]) -> Iterator[Section]:
     tasks = {t: sorted((r for r in rows if r["task"] == t), key=lambda r: -r["ece"]) for t in column(rows, "task")}
     ordered = [row for task in tasks.values() for row in task]
     panels = (
-        dots_of(t, part, "group", {"ECE": "ece"}, f"ECE of each group of {plain(t)}, worst first")
-        for t, part in tasks.items()
+        dots_of(f"{plain(t)}, worst group first", part, "group", {"ECE": "ece"}, "ECE") for t, part in tasks.items()
     )
     yield Section(
         title="Calibration of subgroups",
@@ -408,11 +412,12 @@ def _behaviour(rows: list[Row], max_tokens: int | None) -> Iterator[Section]:
 
 
 def _likelihood(rows: list[Row]) -> Iterator[Section]:
+    rows = [{**row, "value_interval": row.get("interval")} for row in rows]
     panels = []
     for task in column(rows, "task"):
         part = [row for row in rows if row["task"] == task]
         unit = ", ".join(distinct(plain(row.get("unit", "value")) for row in part))
-        panels.append(dots_of(task, part, "system", {unit: "value"}, f"{plain(task)} ({unit})"))
+        panels.append(dots_of(task, part, "system", {unit: "value"}, unit))
     yield Section(
         title="Likelihood scores",
         lead="What each system thinks of reference answers, without letting it write: no judge of text is needed.",
@@ -430,8 +435,9 @@ def _evasion(rows: list[Row]) -> Iterator[Section]:
     yield Section(
         title="Evasion",
         lead="Prompts reworded to slip past the heads. Flips: of the harmful prompts that were detected, the share no "
-        "longer detected. New false alarms: of the benign ones, the share flagged only when reworded. The worst "
-        "family stands first. The families are known and fixed: an adversary who adapts does better.",
+        "longer detected. New false alarms: of the benign ones, the share flagged only when reworded. After all "
+        "families together, the worst stands first. The families are known and fixed: an adversary who adapts does "
+        "better.",
         blocks=(
             table_of(
                 ordered,

@@ -19,10 +19,10 @@ _FIGURES: Mapping[str, tuple[str, int]] = {
     "auroc": ("AUROC", 3),
     "recall_at_fpr_01": ("recall at 1 % FPR", 2),
     "f1": ("F1", 2),
-    "recall_at_0.5": ("recall at .5", 2),
-    "false_positive_rate_at_0.5": ("FPR at .5", 2),
-    "recall_at_0.9": ("recall at .9", 2),
-    "false_positive_rate_at_0.9": ("FPR at .9", 2),
+    "recall_at_0.5": ("recall at 0.5", 2),
+    "false_positive_rate_at_0.5": ("FPR at 0.5", 2),
+    "recall_at_0.9": ("recall at 0.9", 2),
+    "false_positive_rate_at_0.9": ("FPR at 0.9", 2),
     "nll": ("NLL, nats", 3),
     "brier": ("Brier", 3),
     "ece": ("ECE", 3),
@@ -44,12 +44,12 @@ _FIGURES: Mapping[str, tuple[str, int]] = {
     "harmless": ("mean harmless", 2),
     "honest": ("mean honest", 2),
     "value": ("value", 3),
+    "limit": ("limit", 2),
     "latency_ms": ("latency, ms", 1),
     "median_ms": ("median, ms", 1),
     "p95_ms": ("95th percentile, ms", 1),
-    "error": ("failed with", 3),
 }
-_ELSEWHERE = ("command", "seed", "n", "positives", "data_sha256", "meets")
+_ELSEWHERE = ("command", "seed", "n", "positives", "data_sha256", "meets", "error")
 _HASH_CHARS = 12
 
 
@@ -73,7 +73,9 @@ def table_of(
     lines = []
     for row in rows:
         name, note = group[1](row)
-        cells = [Cell(text=plain(row.get(key, "–"))) for key in labels]
+        # why a row has no figures stands under its name: a column of its own would be empty everywhere else
+        failed = f"not measured: {plain(row['error'])}" if row.get("error") else ""
+        cells = [Cell(text=plain(row.get(key, "–")), span="" if i else failed) for i, key in enumerate(labels)]
         cells += [_count(row, key) for key in counts]
         cells += [_figure(row, key) for key in columns]
         cells.append(Cell(text=plain(row["data_sha256"])[:_HASH_CHARS]))
@@ -114,7 +116,7 @@ def _figure(row: Row, key: str) -> Cell:
     span = ""
     if (interval := row.get(f"{key}_interval")) is not None:
         low, high = interval
-        span = f"[{number(low, digits)}, {number(high, digits)}]"
+        span = f"[{number(float(low), digits)}, {number(float(high), digits)}]"
     elif (error := row.get(f"{key}_error")) is not None:
         span = f"± {number(error, digits)}"
     if key == "target" and "meets" in row:
@@ -151,7 +153,7 @@ def dots_of(
     told = "; ".join(
         f"{row[label]}: " + ", ".join(f"{name} {number(row.get(key), 3)}" for name, key in keys.items()) for row in rows
     )
-    alt = f"{x_label}. {told}."
+    alt = f"{caption}: {x_label}. {told}."
     return Panel(caption=plain(caption), drawings=(partial(charts.dots, lines, x_label=x_label, alt=alt, unit=unit),))
 
 
