@@ -21,7 +21,7 @@ def nearest(texts: Sequence[str], references: Sequence[str]) -> NDArray[np.float
     """For each text, its greatest Jaccard similarity to any reference, over their sets of 5-character shingles.
 
     >>> nearest(["How do I paint a boat?", "Name three rivers."], ["how do i paint the boat?"]).round(1).tolist()
-    [0.7, 0.0]
+    [0.5, 0.0]
     """
     if not texts or not references:
         return np.zeros(len(texts))

@@ -7,7 +7,6 @@ for when the first chart is drawn, never its pyplot state.
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 import re
@@ -50,6 +49,8 @@ _LOOK = {
     "lines.linewidth": 1.4,
     "text.color": INK,
 }
+ID_MARK = "\ue000"
+"""Stands in every id of a chart: the page puts the chart's number there. `plain` text never holds it."""
 _POINTS = 72.0  # SVG units to the inch
 _LABEL_CHARS = 52  # what fits over a row of `dots`
 SIMPLEX_POINTS = 1500  # more would make the page heavy and the triangle no clearer
@@ -336,6 +337,7 @@ def _place(posterior: Sequence[float]) -> tuple[float, float]:
 
 
 def _short(label: str) -> str:
+    label = plain(label)
     return label if len(label) <= _LABEL_CHARS else label[: _LABEL_CHARS - 1] + "…"
 
 
@@ -389,10 +391,8 @@ def _svg(
 
 
 def _inline(svg: bytes, size: tuple[float, float], alt: str | None) -> str:
-    """Without prologue, metadata, style sheet and unused ids, so that many stand in one page without a clash."""
+    """Without prologue, metadata, style sheet and unused ids; the others hold `ID_MARK`, so that many fit one page."""
     tree = ElementTree.fromstring(svg)  # matplotlib's own output: nothing foreign is parsed as markup here
-    # ids are unique in a page only if they tell the charts apart
-    prefix = "c" + hashlib.sha256(svg).hexdigest()[:10]
     used = set(re.findall(rb"#([\w.-]+)", svg))
     for parent in tree.iter():
         for child in list(parent):
@@ -407,11 +407,11 @@ def _inline(svg: bytes, size: tuple[float, float], alt: str | None) -> str:
         for name, value in found.items():
             if name == "id":
                 if value.encode() in used:
-                    element.set("id", f"{prefix}-{value}")
+                    element.set("id", f"{ID_MARK}-{value}")
             elif name.endswith("}href"):
-                element.set("href", f"#{prefix}-{value[1:]}")
+                element.set("href", f"#{ID_MARK}-{value[1:]}")
             elif name == "clip-path":
-                element.set(name, value.replace("#", f"#{prefix}-"))
+                element.set(name, value.replace("#", f"#{ID_MARK}-"))
             elif name == "style" and element.tag == "text":
                 element.set(name, re.sub(r"font-family:[^;]*(;|$)", "", value))  # the page's
             elif name != "transform" or not value.startswith("rotate(-0 "):

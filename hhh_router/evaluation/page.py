@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from html import escape
+from itertools import count
 
 from hhh_router.bundle import Manifest
 from hhh_router.errors import DataError
@@ -97,7 +98,7 @@ def html_page(manifest: Manifest, sections: Sequence[Section]) -> str:
     """
     title = _text(f"{manifest.name} {manifest.version}")
     facts = "".join(f"<dt>{_text(term)}</dt><dd>{_text(said)}</dd>" for term, said in _facts(manifest))
-    body = "\n".join(_section(s, 2, anchor) for s, anchor in _anchored(sections))
+    body = _numbered("\n".join(_section(s, 2, anchor) for s, anchor in _anchored(sections)))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
@@ -226,6 +227,13 @@ def _charts(block: Charts) -> str:
         for panel in block.panels
     )
     return f'{note}{legend}<div class="panels {_text(block.layout)}">\n{panels}\n</div>'
+
+
+def _numbered(body: str) -> str:
+    number = count(1)
+    return re.sub(
+        "<svg .*?</svg>", lambda svg: svg[0].replace(charts.ID_MARK, f"c{next(number)}"), body, flags=re.DOTALL
+    )
 
 
 def _drawings(panel: Panel) -> str:

@@ -179,8 +179,11 @@ def _glance(rows: Sequence[Row], bundle: str) -> Iterator[Section]:
 
 
 def _miss(row: Row) -> str:
-    told = [f"AUROC {number(row['auroc'], 3)}"] if row.get("auroc") is not None else []
-    told += [f"{number(row['target'], 2)} aimed at"] if row.get("target") is not None else []
+    auroc, target = row.get("auroc"), row.get("target")
+    # 0.8497 misses 0.85, and must not be printed as 0.850
+    narrow = auroc is not None and target is not None and round(auroc, 3) == round(target, 3)
+    told = [f"AUROC {number(auroc, 5 if narrow else 3)}"] if auroc is not None else []
+    told += [f"{number(target, 2)} aimed at"] if target is not None else []
     return ", ".join([SIGNS["missed"], *told])
 
 
