@@ -50,14 +50,16 @@ def verify(
     import json
 
     from hhh_router.bundle import Bundle
-    from hhh_router.errors import EXIT_USAGE
+    from hhh_router.errors import EXIT_USAGE, MissingExtra
     from hhh_router.model.inspect import bundle_mistakes
 
     loaded = Bundle.load(bundle)
     mistakes = bundle_mistakes(loaded)
     if release:
-        from hhh_router.evaluation.release import release_mistakes
-
+        try:
+            from hhh_router.evaluation.release import release_mistakes
+        except ImportError as error:
+            raise MissingExtra("train", needed_for="checking a bundle's figures") from error
         mistakes += release_mistakes(loaded)
     if as_json:
         found = {"name": loaded.manifest.name, "path": str(loaded.root), "sha256": loaded.sha256, "mistakes": mistakes}

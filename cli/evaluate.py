@@ -32,10 +32,15 @@ def evaluate(
     ),
 ) -> None:
     """Measure a bundle on eval rows; writes figures.json, CARD.md and report.html into it. Suites add up."""
-    from hhh_router.evaluation.measure import PARTS, measure, open_bench
-    from hhh_router.evaluation.tasks import TASKS
+    from hhh_router.errors import MissingExtra
     from hhh_router.settings import Settings
 
+    try:
+        from hhh_router.evaluation.measure import PARTS, check_parts, measure, open_bench
+        from hhh_router.evaluation.tasks import TASKS
+    except ImportError as error:
+        raise MissingExtra("train", needed_for="evaluating a bundle") from error
+    check_parts(suite or PARTS)
     with stage_bars() as told:
         found = ()
         if baselines is not None:

@@ -62,8 +62,9 @@ def _detection(m: Manifest, figures: Mapping[str, Any]) -> str:
         "Missed targets first. No label of these rows was learned from or calibrated on, except that the replies of "
         "`xstest/completions` are calibrate rows: some of them calibrated the outcomes of replies, which does not "
         "change an AUROC. † other rows of the same data set were trained on; without it, nothing of that set was. "
-        f"Texts are cut to {figures['max_tokens']} tokens. Intervals are 95 % bootstrap. Baselines, AUROC on the same "
-        "rows, were trained on the same rows and labels as the heads.\n\n"
+        f"Texts are cut to {figures['max_tokens']} tokens. Intervals are 95 % bootstrap. Baselines: AUROC on the same "
+        "rows. TF-IDF was trained on the same rows and labels as the heads, MiniLM on at most 8,000 of them a head; "
+        "jailguard is as it comes.\n\n"
         "| task | target | n (positive) | AUROC | recall at 1 % FPR | F1 at .5 | recall / FPR at .9 | NLL | Brier "
         f"| ECE |{heading}\n"
         f"|---|---|---|---|---|---|---|---|---|---|{'---|' * len(names)}\n" + "\n".join(lines)

@@ -107,11 +107,12 @@ def open_bench(name: str | Path, data: Path, *, settings: Settings, seed: int, w
 def measure(bench: Bench, parts: Sequence[str], command: str) -> list[Path]:
     """Run some parts, keep the others where the same bundle was measured before, and write everything; files written.
 
+    ``figures.json`` is written after each part, so a run that is killed keeps what it had measured.
+
     Raises:
         DataError: No such part.
     """
-    if unknown := [p for p in parts if p not in PARTS]:
-        raise DataError(f"no suite {unknown[0]!r}", hint=f"known: {', '.join(PARTS)}")
+    check_parts(parts)
     root, manifest = bench.bundle.root, bench.bundle.manifest
     digest = parts_hash(bench.bundle)
     figures = _earlier(root / FIGURES, digest) | {
@@ -123,28 +124,43 @@ def measure(bench: Bench, parts: Sequence[str], command: str) -> list[Path]:
         "max_tokens": MAX_TOKENS,
         "versions": {p: version(p) for p in ("torch", "transformers", "peft", "hhh-router")},
     }
-    suites = [s for s in SUITES if s in parts]
-    if suites:
-        kept = [f for f in figures.get("detection", []) if f["suite"] not in suites]
-        figures["detection"] = kept + _stamped(_detection(bench, suites), command)
-        figures["latency"] = _stamped(_latency(bench), command)
-    if "calibration" in parts:
-        figures |= _calibration(bench, command)
-    if "evasion" in parts:
-        figures["evasion"] = _stamped(_evasion(bench), command)
-    if "behaviour" in parts and bench.rows:
-        figures["behaviour_max_tokens"] = bench.max_tokens
-        figures["judge"] = _stamped(agreement(bench.data, seed=bench.seed), command)
-        figures["behaviour"] = _stamped(asyncio.run(_behaviour(bench)), command)
+    for part in PARTS:
+        if part in parts:
+            figures |= _part(bench, part, figures, command)
+            (root / FIGURES).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     calibration = CalibrationFile.read(root / manifest.calibrators.path)  # type: ignore[union-attr]
-    written = {
-        FIGURES: json.dumps(figures, indent=1) + "\n",
-        "CARD.md": card(manifest, calibration, figures),
-        "report.html": render_report(manifest, figures),
-    }
+    written = {"CARD.md": card(manifest, calibration, figures), "report.html": render_report(manifest, figures)}
     for name, text in written.items():
         (root / name).write_text(text, encoding="utf-8")
-    return [root / name for name in written]
+    return [root / name for name in (FIGURES, *written)]
+
+
+def check_parts(parts: Sequence[str]) -> None:
+    """Refuse what cannot be measured, before anything is loaded.
+
+    Raises:
+        DataError: No such part.
+    """
+    if unknown := [p for p in parts if p not in PARTS]:
+        raise DataError(f"no suite {unknown[0]!r}", hint=f"known: {', '.join(PARTS)}")
+
+
+def _part(bench: Bench, part: str, figures: Mapping[str, Any], command: str) -> dict[str, Any]:
+    """The figures of one part, each row with the command that made it."""
+    if part in SUITES:
+        kept = [f for f in figures.get("detection", []) if f["suite"] != part]
+        found: dict[str, Any] = {"detection": kept + _stamped(_detection(bench, part), command)}
+        # timed once, with the suite that asks about prompts of every kind, so that no other run replaces the table
+        return found | ({"latency": _stamped(_latency(bench), command)} if part == "guard" else {})
+    if part == "calibration":
+        return _calibration(bench, command)
+    if part == "evasion":
+        return {"evasion": _stamped(_evasion(bench), command)}
+    return {
+        "behaviour_max_tokens": bench.max_tokens,
+        "judge": _stamped(agreement(bench.data, seed=bench.seed), command),
+        "behaviour": _stamped(asyncio.run(_behaviour(bench)), command),
+    }
 
 
 def _earlier(path: Path, bundle_parts: str) -> dict[str, Any]:
@@ -160,10 +176,10 @@ def _stamped(rows: Sequence[Mapping[str, Any]], command: str) -> list[dict[str, 
     return [{**row, "command": command} for row in rows]
 
 
-def _detection(bench: Bench, suites: Sequence[str]) -> list[dict[str, Any]]:
-    tasks = [t for t in TASKS if t.suite in suites]
+def _detection(bench: Bench, suite: str) -> list[dict[str, Any]]:
+    tasks = [t for t in TASKS if t.suite == suite]
     return detection_figures(
-        [bench.detector, *bench.baselines], tasks, bench.data, seed=bench.seed, on_task=bench.told("detection")
+        [bench.detector, *bench.baselines], tasks, bench.data, seed=bench.seed, on_task=bench.told(suite)
     )
 
 

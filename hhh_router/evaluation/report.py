@@ -13,15 +13,17 @@ from typing import Any
 from hhh_router.bundle import Manifest
 from hhh_router.errors import DataError
 from hhh_router.evaluation import charts
-from hhh_router.evaluation.blocks import HASH_HEADS, SIGNS, Cell, Charts, Line, Panel, Section, Table
+from hhh_router.evaluation.blocks import HASH_HEADS, Cell, Charts, Line, Panel, Section, Table
 from hhh_router.evaluation.charts import DotRow, plain
 from hhh_router.evaluation.page import html_page, markdown_page
+from hhh_router.evaluation.report_detection import detection_section, glance
 from hhh_router.evaluation.tables import (
     column,
     distinct,
     dot_of,
     dots_of,
     grouped_by,
+    keys_of,
     made_by,
     number,
     source_of,
@@ -137,7 +139,7 @@ def _sections(manifest: Manifest, figures: Mapping[str, Any]) -> list[Section]:
     systems = distinct(row["system"] for row in detection)
     bundle = manifest.name if manifest.name in systems else next(iter(systems), manifest.name)
     builders: Mapping[str, Callable[[list[Row]], Iterable[Section]]] = {
-        "detection": lambda _: [*_glance(detection, bundle), _detection(detection, bundle)],
+        "detection": lambda _: [*glance(detection, bundle), detection_section(detection, bundle)],
         "subgroups": _subgroups,
         "leave_one_out": _leave_one_out,
         "simplex": _simplex,
@@ -164,127 +166,6 @@ def _misshapen(part: str, error: Exception) -> DataError:
         f"figures.json: {plain(part)}: not in the shape the report draws ({plain(repr(error))})",
         hint="measure it again (hhh-router evaluate)",
     )
-
-
-def _glance(rows: Sequence[Row], bundle: str) -> Iterator[Section]:
-    judged = [row for row in rows if row["system"] == bundle and "meets" in row]
-    missed = [row for row in judged if not row["meets"]]
-    if judged:
-        yield Section(
-            title="At a glance",
-            lead=f"{bundle} meets {len(judged) - len(missed)} of {len(judged)} targets"
-            + ("; it misses these:" if missed else "."),
-            points=tuple((f"{_suite(row)}, {row['task']}", _miss(row)) for row in missed),
-        )
-
-
-def _miss(row: Row) -> str:
-    auroc, target = row.get("auroc"), row.get("target")
-    # 0.8497 misses 0.85, and must not be printed as 0.850
-    narrow = auroc is not None and target is not None and round(auroc, 3) == round(target, 3)
-    told = [f"AUROC {number(auroc, 5 if narrow else 3)}"] if auroc is not None else []
-    told += [f"{number(target, 2)} aimed at"] if target is not None else []
-    return ", ".join([SIGNS["missed"], *told])
-
-
-def _detection(rows: Sequence[Row], bundle: str) -> Section:
-    systems = [bundle, *(name for name in distinct(row["system"] for row in rows) if name != bundle)]
-    suites = [
-        _suite_section(suite, [row for row in rows if _suite(row) == suite], bundle, systems)
-        for suite in distinct(map(_suite, rows))
-    ]
-    return Section(
-        title="Detection",
-        lead="How well each system tells rows that need care from rows that do not, on rows it never saw. AUROC: 0.5 "
-        "is a coin, 1 is perfect. ECE is the mean gap between stated probability and observed share (15 equal-mass "
-        "bins), NLL and Brier judge the probabilities as a whole; lower is better for all three. Tasks that miss the "
-        "AUROC aimed at stand first.",
-        sections=tuple(suites),
-    )
-
-
-def _suite(row: Row) -> str:
-    return plain(row["suite"]) if row.get("suite") else plain(row["task"]).split(" · ")[0]
-
-
-def _suite_section(suite: str, rows: Sequence[Row], bundle: str, systems: Sequence[str]) -> Section:
-    tasks: dict[tuple[Any, ...], list[Row]] = {}
-    for row in sorted(rows, key=lambda row: row["system"] != bundle):
-        tasks.setdefault((row["task"], row.get("mode"), row.get("head")), []).append(row)
-    missed_first = sorted(tasks.values(), key=lambda task: _verdict(task, bundle) != "missed")
-    table = table_of(
-        [_judged(row, bundle) for task in missed_first for row in task],
-        {"system": "system"},
-        hide=("suite", "task", "mode", "head"),
-        group=("task", lambda row: (plain(row["task"]), _about(row))),
-        verdict=lambda row: _verdict(tasks[row["task"], row.get("mode"), row.get("head")], bundle),
-        strong=lambda row: row["system"] == bundle,
-    )
-    curves = tuple(_curves(task, systems) for task in missed_first if any(r.get("roc") or r.get("pr") for r in task))
-    bins = tuple(
-        Panel(
-            caption=f"{plain(row['task'])}, n = {row['n']}",
-            drawings=(
-                partial(
-                    charts.reliability,
-                    row["reliability"],
-                    alt=f"Reliability diagram of {bundle} on {row['task']}: {len(row['reliability'])} bins"
-                    + (f", ECE {number(row['ece'], 3)}." if "ece" in row else "."),
-                ),
-            ),
-        )
-        for task in missed_first
-        for row in task
-        if row["system"] == bundle and row.get("reliability")
-    )
-    blocks: list[Table | Charts] = [table]
-    if curves:
-        drawn = {row["system"] for row in rows if row.get("roc") or row.get("pr")}
-        keys = tuple((place, name) for place, name in enumerate(systems) if name in drawn)
-        note = "ROC on the left, precision and recall on the right; dotted: what guessing gets."
-        blocks.append(Charts(layout="pairs", panels=curves, keys=keys, lines=True, note=note))
-    if bins:
-        note = (
-            f"Reliability of {bundle}: on the dotted line the stated probability is the observed share. Upright "
-            "lines are the 95 % intervals that the bins' sizes leave (Wilson)."
-        )
-        blocks.append(Charts(layout="small", panels=bins, note=note))
-    return Section(title=suite, blocks=tuple(blocks))
-
-
-def _judged(row: Row, bundle: str) -> Row:
-    # the aim is the bundle's: beside every baseline it would be noise
-    return row if row["system"] == bundle else {key: row[key] for key in row if key not in ("target", "meets")}
-
-
-def _verdict(task: Sequence[Row], bundle: str) -> str:
-    judged = [row for row in task if row["system"] == bundle and "meets" in row]
-    return "" if not judged else "met" if all(row["meets"] for row in judged) else "missed"
-
-
-def _about(row: Row) -> str:
-    told = [row.get("head"), f"mode {row['mode']}" if "mode" in row else None, ", ".join(map(str, row.get("sets", ())))]
-    return " · ".join(plain(text) for text in told if text)
-
-
-def _curves(task: Sequence[Row], systems: Sequence[str]) -> Panel:
-    row = task[0]
-    values = ", ".join(f"{r['system']} {number(r['auroc'], 3)}" for r in task if r.get("auroc") is not None)
-    roc = [(systems.index(r["system"]), r["roc"]) for r in task if r.get("roc")]
-    pr = [(systems.index(r["system"]), r["pr"]) for r in task if r.get("pr")]
-    prevalence = row["positives"] / row["n"] if row.get("positives") is not None and row["n"] else None
-    drawings = []
-    if roc:
-        drawings.append(partial(charts.roc, roc, alt=f"ROC curves on {row['task']}. AUROC: {values or 'not stated'}."))
-    if pr:
-        alt = f"Precision against recall on {row['task']}"
-        alt += f"; {number(prevalence, 2)} of the rows are positive." if prevalence is not None else "."
-        drawings.append(partial(charts.precision_recall, pr, prevalence=prevalence, alt=alt))
-    return Panel(caption=f"{plain(row['task'])}, n = {row['n']}", drawings=tuple(drawings))
-
-
-def _keys(names: Iterable[str]) -> tuple[tuple[int, str], ...]:
-    return tuple(enumerate(names))
 
 
 def _subgroups(rows: list[Row]) -> Iterator[Section]:
@@ -324,7 +205,7 @@ def _leave_one_out(rows: list[Row]) -> Iterator[Section]:
         blocks=(
             table_of(rows, {"source": "source left out", "head": "head"}),
             Charts(
-                layout="wide", panels=(Panel(caption="AUROC; dotted: a coin", drawings=(draw,)),), keys=_keys(heads)
+                layout="wide", panels=(Panel(caption="AUROC; dotted: a coin", drawings=(draw,)),), keys=keys_of(heads)
             ),
         ),
     )
@@ -355,7 +236,7 @@ def _simplex(rows: list[Row]) -> Iterator[Section]:
             Charts(
                 layout="wide",
                 panels=(Panel(caption=caption, drawings=(partial(charts.simplex, place, alt=alt),)),),
-                keys=_keys(groups),
+                keys=keys_of(groups),
             ),
             table_of(means, {"group": "group"}),
         ),
@@ -387,7 +268,7 @@ def _tradeoff(rows: list[Row]) -> Iterator[Section]:
         "(whose own reply is then read too). Nearer to the lower left is better.",
         blocks=(
             table_of(shipped, {"policy": "policy", "limits": "limits swept"}, counts=_COUNTS["tradeoff"]),
-            Charts(layout="wide", panels=(panel,), keys=_keys(p["policy"] for p in policies)),
+            Charts(layout="wide", panels=(panel,), keys=keys_of(p["policy"] for p in policies)),
         ),
     )
 
@@ -408,7 +289,7 @@ def _behaviour(rows: list[Row], max_tokens: int | None) -> Iterator[Section]:
             Charts(
                 layout="wide",
                 panels=(dots_of("Share refused", renamed, "system", keys, "Share of prompts refused", unit=True),),
-                keys=_keys(keys),
+                keys=keys_of(keys),
             ),
         ),
     )
@@ -452,7 +333,7 @@ def _evasion(rows: list[Row]) -> Iterator[Section]:
             Charts(
                 layout="wide",
                 panels=(dots_of("Flips and new false alarms", ordered, "family", keys, "share"),),
-                keys=_keys(keys),
+                keys=keys_of(keys),
             ),
         ),
     )

@@ -186,3 +186,8 @@ def column(rows: Iterable[Row], key: str) -> tuple[Any, ...]:
 def distinct(values: Iterable[Any]) -> tuple[Any, ...]:
     """Each value once, in order."""
     return tuple(dict.fromkeys(values))
+
+
+def keys_of(names: Iterable[str]) -> tuple[tuple[int, str], ...]:
+    """The legend's entries: number of the series, name."""
+    return tuple(enumerate(names))

@@ -17,6 +17,7 @@ from hhh_router.types import Mode, Scores
 
 _PREFIXES = 4  # openings of conversations whose lower keys and values are kept
 _PREFIX_TOKENS = 8  # a shorter opening is not worth the bookkeeping
+_LONGEST_PREFIX = 512  # a longer one is shared as far as this: what is kept stays at some 10 MB an opening
 
 
 class HeadReader:
@@ -162,7 +163,7 @@ def _slices(layers: Sequence[Tensor], spans: Sequence[tuple[int, int]], offset: 
 def _shared(texts: Sequence[Encoded]) -> tuple[int, ...]:
     """Tokens that open every text and come before anything that is pooled, such as a template's system turn."""
     first = texts[0].ids
-    length = min(t.prompt_span[0] if t.has_prompt else t.prompt_tokens for t in texts)
+    length = min(_LONGEST_PREFIX, *(t.prompt_span[0] if t.has_prompt else t.prompt_tokens for t in texts))
     for text in texts[1:]:
         length = next((i for i in range(length) if text.ids[i] != first[i]), length)
     return tuple(first[:length]) if length >= _PREFIX_TOKENS else ()

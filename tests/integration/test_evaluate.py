@@ -91,7 +91,34 @@ def test_parts_add_up_for_the_same_bundle_and_are_dropped_for_another(bench: m.B
     m.measure(bench, ["injection"], "third")
 
     assert [f["command"] for f in kept["detection"]] == ["first"] * 3
-    assert json.loads(path.read_text())["detection"] == []
+    assert json.loads(path.read_text())["detection"] == []  # what was measured on another bundle is gone
+
+
+def test_a_run_that_breaks_keeps_what_it_had_measured(
+    bench: m.Bench, one_task: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(bench: m.Bench) -> list[dict[str, object]]:
+        raise DataError("the data went away")
+
+    monkeypatch.setattr(m, "_evasion", broken)
+
+    with pytest.raises(DataError, match="went away"):
+        m.measure(bench, ["evasion", "guard"], "first")
+
+    figures = json.loads((bench.bundle.root / "figures.json").read_text())
+    assert len(figures["detection"]) == 3
+
+
+def test_other_suites_leave_the_latency_table_alone(
+    bench: m.Bench, one_task: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    timed: list[int] = []
+    monkeypatch.setattr(m, "_latency", lambda bench: timed.append(1) or [])
+
+    m.measure(bench, ["injection", "honesty", "reply"], "x")
+    m.measure(bench, ["guard"], "x")
+
+    assert timed == [1]
 
 
 def test_an_unknown_suite_is_named(bench: m.Bench) -> None:

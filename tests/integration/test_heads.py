@@ -139,6 +139,20 @@ def test_a_shared_opening_is_run_once_and_changes_no_state(reader: HeadReader, t
     assert tokens[1:] == [max(len(t.ids) for t in texts) - opening] * 2
 
 
+def test_a_long_opening_is_kept_in_part_and_changes_no_state(
+    reader: HeadReader, tiny: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hhh_router.model.reader._LONGEST_PREFIX", 10)
+    texts = encoded(reader, tiny, "How do I paint it?", "Why?")
+    fresh = HeadReader(reader.stack, reader.heads, (2,), 2)
+
+    prompt, _ = fresh.sides(texts)
+
+    (kept,) = fresh._prefixes
+    assert len(kept) == 10
+    torch.testing.assert_close(prompt.states, torch.cat([_bare(reader, t) for t in texts]), rtol=1e-4, atol=1e-4)
+
+
 def _bare(reader: HeadReader, text: Encoded) -> torch.Tensor:
     with torch.inference_mode():
         state = reader.stack.begin(torch.tensor([text.ids]))
