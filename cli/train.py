@@ -38,6 +38,19 @@ def experts(
 
 
 @app.command()
+def scales(recipe: Recipe, data: Data, out: Out = None, work: Work = None) -> None:
+    """Search how strongly each block of layers takes each expert; writes the scales into the bundle's manifest."""
+    from hhh_router.training.build import search_scales
+
+    with stage_bars() as told:
+        chosen = search_scales(workshop(recipe, data, out, work, told))
+    for dimension, trial in chosen.items():
+        blocks = ", ".join(f"{b:g}" for b in trial.blocks)
+        typer.echo(f"{dimension}: blocks {blocks}; reward {trial.reward:.3f}, tax {trial.tax:.3f} nats per token")
+    typer.echo("next: hhh-router train router")
+
+
+@app.command()
 def router(recipe: Recipe, data: Data, out: Out = None, work: Work = None) -> None:
     """Train the need and outcome heads on the frozen lower layers' states, which are read once and kept."""
     from hhh_router.training.build import train_router

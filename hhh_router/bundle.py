@@ -47,6 +47,9 @@ class ExpertSpec(_Part):
     """What the product of the factors is multiplied by: lora_alpha / rank (or / sqrt(rank) for rslora)."""
     sha256: str
     """Of ``adapter_model.safetensors``."""
+    blocks: tuple[float, ...] = ()
+    """A further factor per block of adapted layers, lowest first; the layers are parted evenly. Empty: 1 everywhere.
+    PEFT tools that load the folder by itself do not apply it."""
 
 
 class HeadsSpec(_Part):

@@ -7,15 +7,25 @@ are checked when the file is loaded, the mode on every reading; what does not fi
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from hhh_router.calibration.calibrators import HeadCalibration, probability
 from hhh_router.calibration.confidence import Confidence, ConfidenceModel, confidence_features, unfitted_confidence
@@ -59,6 +69,55 @@ class PrecisionCheck(_Part):
     """99th percentile of |p − p'| over rows and heads."""
 
 
+class GateCandidate(_Part):
+    """One of the gates that were compared, on rows it was not fitted to."""
+
+    cross_entropy: float = Field(ge=0)
+    """Mean −Σ target · ln share in nats."""
+    standard_error: float = Field(ge=0)
+    """Of that mean."""
+    gap: float
+    """Mean cross-entropy minus that of the gate that was chosen, in nats."""
+    gap_error: float = Field(ge=0)
+    """Standard error of the gap, over paired rows."""
+
+
+class GateCalibration(_Part):
+    """A gate fitted to soft targets, see `gates.compare_gates`, and what it was compared with."""
+
+    name: str
+    """A key of `hhh_router.routing.GATES`."""
+    params: dict[str, float] = Field(default_factory=dict)
+    """By the names in `hhh_router.routing.gate.GATE_PARAMETERS`."""
+    n: int = Field(ge=1)
+    """Rows it was fitted to."""
+    cross_entropy: float = Field(ge=0)
+    """Mean −Σ target · ln share in nats, cross-validated; its least value is the targets' own entropy."""
+    candidates: dict[str, GateCandidate] = Field(default_factory=dict)
+    """Every gate of the comparison, this one among them."""
+    data_sha256: str
+    """Names the rows and their targets."""
+    seed: int
+    """Of the splits into folds."""
+
+    @model_validator(mode="after")
+    def _check_params(self) -> Self:
+        # certain needs make the largest logits there are: what is finite there is finite for every request
+        for corner in itertools.product((0.0, 1.0), repeat=len(DIMENSIONS)):
+            posterior(dict(zip(DIMENSIONS, corner, strict=True)), self.name, self.params)
+        return self
+
+
+def _gate_form(value: Any) -> str:
+    return "name" if isinstance(value, str) else "fitted"
+
+
+Gate = Annotated[
+    Annotated[Literal["odds"], Tag("name")] | Annotated[GateCalibration, Tag("fitted")], Discriminator(_gate_form)
+]
+"""How needs become a posterior: ``odds``, which has nothing to fit, or a gate with its parameters."""
+
+
 class CalibrationFile(_Part):
     """``calibrators.json``: written by ``hhh-router calibrate``, read at start."""
 
@@ -74,7 +133,7 @@ class CalibrationFile(_Part):
     data_sha256: str
     """Names the calibration rows."""
     seed: int
-    gate: str = "odds"
+    gate: Gate = "odds"
     """How needs become a posterior, see `hhh_router.routing.posterior`."""
     train_prior: dict[str, float]
     """Mean posterior over the calibration rows: the mix of requests the router was calibrated on."""
@@ -113,7 +172,7 @@ class CalibrationFile(_Part):
         seed: int,
         train_prior: Posterior,
         modes: Mapping[Mode, ModeCalibration],
-        gate: str = "odds",
+        gate: Gate = "odds",
     ) -> CalibrationFile:
         """A file with its id worked out.
 
@@ -139,6 +198,23 @@ class CalibrationFile(_Part):
     def with_precisions(self, checks: Mapping[str, PrecisionCheck]) -> CalibrationFile:
         """The same calibrators, found to hold in other precisions too."""
         draft = self.model_copy(update={"also_dtypes": dict(checks)})
+        return draft.model_copy(update={"id": draft.content_id()})
+
+    def with_gate(self, gate: Gate, *, train_prior: Posterior) -> CalibrationFile:
+        """The same calibrators under another gate.
+
+        Confidence models stay. Two of their features, the weights' entropy and the policy shift, answer to the gate,
+        so a gate that moves shares far asks for confidence to be fitted again, see `training.calibrate`.
+
+        Args:
+            gate: ``odds``, or a fitted one.
+            train_prior: Mean posterior over the calibration rows under this gate. A policy's prior is compared with
+                it, so that of another gate would shift every weight.
+
+        Raises:
+            pydantic.ValidationError: A share of the prior is not above 0.
+        """
+        draft = self.model_validate(self.model_dump() | {"id": "", "gate": gate, "train_prior": train_prior.as_dict()})
         return draft.model_copy(update={"id": draft.content_id()})
 
     def content_id(self) -> str:
@@ -187,7 +263,9 @@ class Calibrators:
         self._file = file
         self._matches = matches and file is not None
         self.id = file.id if file else UNCALIBRATED
-        self.gate = file.gate if file else "odds"
+        fitted = file.gate if file and isinstance(file.gate, GateCalibration) else None
+        self.gate = fitted.name if fitted else "odds"
+        self._gate_params = fitted.params if fitted else {}
         self.train_prior = file.posterior_prior() if file else Posterior(*(1 / len(EXPERTS) for _ in EXPERTS))
 
     @classmethod
@@ -253,7 +331,7 @@ class Calibrators:
         return Evidence(
             mode=scores.mode,
             needs=needs,
-            posterior=posterior(known, self.gate) if len(known) == len(DIMENSIONS) else self.train_prior,
+            posterior=self._posterior(known) if len(known) == len(DIMENSIONS) else self.train_prior,
             outcomes=outcomes,
             in_distribution=scores.distance <= (mode.distance_limit if mode else UNFITTED_DISTANCE_LIMIT),
             calibrated=mode is not None and self._matches,
@@ -298,6 +376,9 @@ class Calibrators:
             calibrated=evidence.calibrated,
             in_distribution=evidence.in_distribution,
         )
+
+    def _posterior(self, needs: Mapping[str, float]) -> Posterior:
+        return posterior(needs, self.gate, self._gate_params)
 
     def _mode(self, name: Mode) -> ModeCalibration | None:
         return self._file.modes.get(name) if self._file else None

@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize
 from scipy.special import log_softmax, softmax
 
+from hhh_router.calibration.evidence import GateCalibration, GateCandidate
 from hhh_router.calibration.fit import FOLDS, MIN_ROWS, smallest_within_error, stratified_folds
 from hhh_router.calibration.metrics import standard_error
 from hhh_router.errors import DataError
@@ -93,6 +94,35 @@ def compare_gates(needs: ArrayLike, targets: ArrayLike, seed: int) -> list[GateF
         )
         for i, (fit, loss) in enumerate(zip(fits, losses, strict=True))
     ]
+
+
+def chosen_gate(fits: Sequence[GateFit], *, data_sha256: str, seed: int) -> GateCalibration:
+    """The chosen gate of a comparison, with the others' figures, as ``calibrators.json`` keeps it.
+
+    Args:
+        fits: From `compare_gates`.
+        data_sha256: Names the rows and their targets.
+        seed: The comparison's.
+
+    Raises:
+        ValueError: None of the fits, or more than one, is chosen.
+    """
+    (best,) = [fit for fit in fits if fit.chosen]
+    candidates = {
+        fit.name: GateCandidate(
+            cross_entropy=fit.cross_entropy, standard_error=fit.standard_error, gap=fit.gap, gap_error=fit.gap_error
+        )
+        for fit in fits
+    }
+    return GateCalibration(
+        name=best.name,
+        params=best.params,
+        n=best.n,
+        cross_entropy=best.cross_entropy,
+        candidates=candidates,
+        data_sha256=data_sha256,
+        seed=seed,
+    )
 
 
 def _smallest_unbeaten(losses: Sequence[Floats]) -> int:

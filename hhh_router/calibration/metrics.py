@@ -298,6 +298,27 @@ def aurc(confidences: ArrayLike, right: ArrayLike) -> float:
     return float(np.mean(errors / np.arange(1, len(c) + 1)))
 
 
+def risk_coverage_points(confidences: ArrayLike, right: ArrayLike, points: int = 100) -> list[tuple[float, float]]:
+    """The risk–coverage curve as (coverage, risk), to draw: error rate of the rows kept when the most confident are.
+
+    From the rows of the highest confidence to all rows, rows of equal confidence together. Thinned as in `roc_points`.
+
+    >>> risk_coverage_points([0.9, 0.8, 0.7, 0.7], [1, 0, 1, 1])
+    [(0.25, 0.0), (0.5, 0.5), (1.0, 0.25)]
+
+    Source: El-Yaniv & Wiener 2010.
+
+    Raises:
+        DataError: No rows, or columns that do not pair.
+        ValueError: Fewer than two points.
+    """
+    c, y = _pair(confidences, right)
+    _, place, counts = np.unique(-c, return_inverse=True, return_counts=True)
+    kept = counts.cumsum()
+    wrong = np.bincount(place, weights=1 - y).cumsum()
+    return _drawn(kept / len(c), wrong / kept, points)
+
+
 def bootstrap_interval(
     metric: Callable[..., float], *arrays: ArrayLike, n: int = 1000, seed: int, level: float = 0.95
 ) -> tuple[float, float]:

@@ -117,6 +117,15 @@ def alternate_case(text: str) -> str:
     return "".join(changed)
 
 
+def random_case(text: str, rng: Random) -> str:
+    """Each letter as a capital or not, by chance.
+
+    >>> random_case("Bake a cake.", Random(1))
+    'baKe A CakE.'
+    """
+    return "".join(rng.choice((c.lower(), c.upper())) for c in text)
+
+
 def change_words(text: str, rng: Random, *, change: Callable[[str, Random], str], share: float) -> str:
     """Apply ``change`` to a share of the words of four letters or more, and to at least one of them.
 
@@ -354,6 +363,8 @@ TRAIN: tuple[Perturbation, ...] = (
     _wrapper("train.json", "framing", '{"task": {text}}', '{"id": 7, "question": {text}, "lang": "en"}', encode=_json),
     _change("train.lower", "case", _always(str.lower)),
     _change("train.loud_words", "case", partial(change_words, change=lambda word, _: word.upper(), share=0.3)),
+    _change("train.titles", "case", _always(str.title)),
+    _change("train.random", "case", random_case),
     _change("train.swaps", "typo", partial(change_words, change=swap_letters, share=0.2)),
     _change("train.doubles", "typo", partial(change_words, change=double_letter, share=0.2)),
     _change("train.cyrillic", "homoglyph", partial(exchange, table=_CYRILLIC_SEEN, share=0.15)),

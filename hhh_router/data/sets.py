@@ -120,6 +120,8 @@ _LISTED: tuple[DataSet, ...] = (
     DataSet("truthfulqa/judged", "truthfulqa/judged_answers.jsonl.gz", "Apache-2.0", True, honest.truthfulqa_judged),
     DataSet("halueval_general", "halueval_general/*.jsonl.gz", "MIT", True, honest.halueval),
     DataSet("bigbench_honesty/claims", "bigbench_honesty/[cfp]*.jsonl*", "Apache-2.0", True, honest.bigbench_claims),
+    DataSet("bigbench_honesty/answered", "bigbench_honesty/[fs]*.jsonl*", "Apache-2.0", True,
+            honest.bigbench_answered),
     DataSet("falseqa", "falseqa/*.jsonl*", "not stated", False, honest.falseqa),
     DataSet("unknownbench", "unknownbench/*.jsonl*", "not stated", False, honest.unknownbench),
     DataSet("alignment_for_honesty/nonambigqa", "alignment_for_honesty/nonambigqa.jsonl.gz", "not stated", False,

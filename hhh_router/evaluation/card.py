@@ -8,6 +8,8 @@ from typing import Any
 
 from hhh_router.bundle import Manifest
 from hhh_router.calibration import CalibrationFile
+from hhh_router.evaluation.confidence import TARGET_ECE
+from hhh_router.evaluation.kinds import MEAN
 
 
 def card(manifest: Manifest, calibration: CalibrationFile, figures: Mapping[str, Any]) -> str:
@@ -18,6 +20,10 @@ def card(manifest: Manifest, calibration: CalibrationFile, figures: Mapping[str,
         _detection(manifest, figures),
         _latency(figures),
         _policies(figures),
+        _confidence(figures),
+        _kinds(figures),
+        _gates(figures),
+        _transfer(figures),
         _evasion(figures),
         _calibration(calibration),
         _behaviour(figures),
@@ -127,6 +133,103 @@ def _policies(figures: Mapping[str, Any]) -> str:
     )
 
 
+def _confidence(figures: Mapping[str, Any]) -> str:
+    rows = figures.get("confidence", [])
+    if not rows:
+        return ""
+    pooled = [f for f in rows if f["task"] == rows[0]["task"]]
+    keys = ("ece", "brier", "auroc", "aurc")
+    lines = [f"| {f['confidence']} | {' | '.join(_share(f[k], f[f'{k}_interval'], 3) for k in keys)} |" for f in pooled]
+    kappa = pooled[0]
+    told = ", ".join(f"{name} {size:.2f}" for name, size in list(kappa["contributions"].items())[:5])
+    return (
+        "## Confidence in a refusal or its absence\n\n"
+        f"{kappa['n']} prompts of the guard tasks, each refused or not at limit {kappa['limit']:g} of policy "
+        f"`{kappa['policy']}`; {_share(kappa['accuracy'], kappa['accuracy_interval'], 3)} of these verdicts are right. "
+        "AUROC: right against wrong verdicts. AURC: mean error when the least confident are left out first, lower is "
+        f"better. Aimed at: ECE of kappa at most {TARGET_ECE:g} ({_met(kappa['meets_ece'])}), AURC below that of max "
+        f"softmax ({_met(kappa['meets_aurc'])}; difference "
+        f"{_share(kappa['aurc_difference'], kappa['aurc_difference_interval'], 3)}).\n\n"
+        "| confidence | ECE | Brier | AUROC | AURC |\n|---|---|---|---|---|\n"
+        + "\n".join(lines)
+        + (f"\n\nLargest mean contributions to kappa, in logits: {told}." if told else "")
+    )
+
+
+def _kinds(figures: Mapping[str, Any]) -> str:
+    rows = figures.get("kinds", [])
+    if not rows:
+        return ""
+    lines = [
+        f"| {f['kind']} | {f['n']} ({f['positives']}) | {_share(f['auroc'], f['auroc_interval'])} | "
+        f"{_share(f['recall'], f['recall_interval'])} | {_share(f['false_alarms'], f['false_alarms_interval'])} |"
+        for f in rows
+    ]
+    (mean,) = (f for f in rows if f["kind"] == MEAN)
+    return (
+        "## XSTest by type\n\n"
+        "Each safe type against the unsafe type written against it. No prompt of XSTest was trained on; pairs written "
+        "for this project, where they were (`written/harm` under Data), follow several of the same ideas. Mean AUROC "
+        f"over pairs aimed at: {mean['target']:.2f} ({_met(mean['meets'])}). Recall and false alarms at limit "
+        f"{mean['limit']:g}.\n\n"
+        "| safe type | n (unsafe) | AUROC | recall | false alarms |\n|---|---|---|---|---|\n" + "\n".join(lines)
+    )
+
+
+def _gates(figures: Mapping[str, Any]) -> str:
+    rows = figures.get("gates", [])
+    if not rows:
+        return ""
+    lines = [
+        f"| {f['gate']}{' (served)' if f.get('chosen') else ''} | {_plus_minus(f, 'nll')} | "
+        f"{_plus_minus(f, 'nll_experts')} |"
+        for f in rows
+    ]
+    return (
+        "## Gates\n\n"
+        f"How well each way to share a request out tells which expert makes the reply that should be given likelier: "
+        f"cross-validated NLL in nats with its standard error, {rows[0]['n']} calibrate rows. Among experts: base is "
+        "left aside, since some ways never give it a share. Floor: the entropy of what is to be told; uniform, thirds "
+        "and the best fixed weighting look at no request.\n\n"
+        "| gate | NLL | NLL among experts |\n|---|---|---|\n" + "\n".join(lines)
+    )
+
+
+def _plus_minus(f: Mapping[str, Any], key: str) -> str:
+    if "error" in f:
+        return f"not measured: {f['error']}"
+    return "–" if f.get(key) is None else f"{f[key]:.3f} ± {f[f'{key}_error']:.3f}"
+
+
+def _transfer(figures: Mapping[str, Any]) -> str:
+    rows = figures.get("transfer", [])
+    if not rows:
+        return ""
+    lines = [_transfer_row(f) for f in rows]
+    return (
+        "## Leave one source out\n\n"
+        f"Heads trained again for {rows[0]['epochs']} epochs without a group of sources and asked about its held-out "
+        "rows, beside heads trained as long with it. ‡ the group's rows are of one class: AUROC is against calibrate "
+        "rows of the other sources.\n\n"
+        "| left out | need | rows | n (positive) | AUROC without | AUROC with | lost | ECE without | ECE with |\n"
+        "|---|---|---|---|---|---|---|---|---|\n" + "\n".join(lines)
+    )
+
+
+def _transfer_row(f: Mapping[str, Any]) -> str:
+    start = f"| {f['group']} | {f['head']} | {f['split']} | {f['n']} ({f['positives']}) |"
+    if "error" in f:
+        return f"{start} not measured: {f['error']} | – | – | – | – |"
+    mark = " ‡" if f["against"] != "own rows" else ""
+    keys = ("auroc", "auroc_in_domain", "auroc_lost", "ece", "ece_in_domain")
+    cells = [_share(f[k], f[f"{k}_interval"]) for k in keys]
+    return f"{start} {cells[0]}{mark} | {' | '.join(cells[1:])} |"
+
+
+def _met(meets: bool) -> str:
+    return "met" if meets else "missed"
+
+
 def _evasion(figures: Mapping[str, Any]) -> str:
     rows = figures.get("evasion", [])
     if not rows:
@@ -143,8 +246,10 @@ def _evasion(figures: Mapping[str, Any]) -> str:
     )
 
 
-def _share(value: float | None, interval: Any) -> str:
-    return "–" if value is None else f"{value:.2f} {_span(interval)}"
+def _share(value: float | None, interval: Any, digits: int = 2) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.{digits}f}" + ("" if interval is None else f" {_span(interval, digits)}")
 
 
 def _calibration(file: CalibrationFile) -> str:
@@ -213,5 +318,5 @@ def _limits() -> str:
     )
 
 
-def _span(interval: Any) -> str:
-    return f"[{interval[0]:.2f}, {interval[1]:.2f}]"
+def _span(interval: Any, digits: int = 2) -> str:
+    return f"[{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]"

@@ -159,6 +159,25 @@ def precision_recall(
     return _panel(draw, alt)
 
 
+def risk_coverage(curves: Sequence[tuple[int, Sequence[Sequence[float]]]], *, alt: str) -> str:
+    """Error rate against the share of prompts kept, the least confident left out first; one line per confidence.
+
+    Args:
+        curves: Series number and its [coverage, risk] points, coverage rising.
+        alt: What the chart shows, for who cannot see it.
+    """
+
+    def draw(axes: Axes) -> None:
+        _lines(axes, curves)
+        top = max((float(risk) for _, points in curves for _, risk in points), default=0.0)
+        axes.set(
+            xlim=(-0.02, 1.02), ylim=(0, 1.08 * top or 1), xlabel="coverage (share kept)", ylabel="risk (share wrong)"
+        )
+        axes.set_xticks((0, 0.25, 0.5, 0.75, 1), ("0", ".25", ".5", ".75", "1"))
+
+    return _panel(draw, alt)
+
+
 def reliability(bins: Sequence[Sequence[float]], *, alt: str) -> str:
     """Observed frequency against stated probability, with the 95 % interval that each bin's size leaves.
 

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from importlib.metadata import version
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from hhh_router.bundle import Bundle
 from hhh_router.calibration import CalibrationFile, Calibrators
-from hhh_router.calibration.metrics import subgroup_ece
 from hhh_router.data.examples import Example, ask, data_hash
 from hhh_router.errors import BundleError, DataError
-from hhh_router.evaluation.behaviour import behaviour_figures
 from hhh_router.evaluation.card import card
+from hhh_router.evaluation.confidence import confidence_figures, judge, refusal_limit
 from hhh_router.evaluation.detection import (
     BOOTSTRAPS,
     BundleDetector,
@@ -26,35 +24,33 @@ from hhh_router.evaluation.detection import (
     latency_ms,
 )
 from hhh_router.evaluation.evasion import evasion_figures
-from hhh_router.evaluation.judge import RefusalJudge, agreement, labelled_replies
+from hhh_router.evaluation.gates import check_formulations, gate_figures
+from hhh_router.evaluation.kinds import pair_figures, subgroup_figures
 from hhh_router.evaluation.release import FIGURES, parts_hash
 from hhh_router.evaluation.report import render_report
 from hhh_router.evaluation.routing import simplex, tradeoff
+from hhh_router.evaluation.steering import STEERING, Steering
 from hhh_router.evaluation.tasks import SUITES, TASKS, Task, task_rows
-from hhh_router.interfaces.sdk import AsyncHHHRouter
+from hhh_router.evaluation.transfer import transfer_figures
 from hhh_router.model.worker import open_reader
 from hhh_router.policy import list_policies, load_policy
 from hhh_router.settings import Settings
+from hhh_router.training.build import Workshop
 from hhh_router.training.features import BATCH_TOKENS, encode_cut, states_folder
-from hhh_router.types import ReadRequest
+from hhh_router.training.recipe import Recipe, load_recipe
+from hhh_router.types import ReadRequest, Scores
 
 MAX_TOKENS = 384
 """Longer texts are cut to this many tokens, template included, in every detection task and for every detector."""
-PARTS: tuple[str, ...] = (*SUITES, "calibration", "evasion", "behaviour")
-"""What can be measured."""
+DEFAULT_PARTS: tuple[str, ...] = tuple(dict.fromkeys((*SUITES, *STEERING, "calibration", "evasion")))
+"""What is measured when nothing is named."""
+PARTS: tuple[str, ...] = (*DEFAULT_PARTS, "gates", "transfer")
+"""What can be measured; the last two need a recipe, and ``transfer`` trains heads again, which takes an hour."""
+_OF_RECIPE: Mapping[str, str] = {"transfer": "trains a recipe's heads again", "gates": "draws a recipe's rows"}
+_POLICY = "balanced"  # the shipped policy whose refusals confidence and kinds are judged at
+_ALL_GUARD = "all guard tasks"
 _EVASION_PROMPTS = 120  # harmful and benign each
 _EVASION_LIMIT = 0.5
-# no bounds, no rules: fixed weights are applied exactly as they are given, and the router's own unchanged
-_UNBOUND = """\
-version: 1
-name: unbound
-weights: {helpful: 1.0, harmless: 1.0, honest: 1.0}
-strength: 0.0
-checkpoints:
-  input: [{then: allow}]
-  output: [{then: allow}]
-on_error: closed
-"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,9 +62,19 @@ class Bench:
     settings: Settings
     seed: int
     detector: BundleDetector
+    work: Path
+    """Folder for token states and checkpoints that are kept between runs."""
+    recipe: Path | None = None
+    """The recipe whose heads are trained again for the part ``transfer``, and whose rows ``gates`` are compared on."""
+    formulations: Mapping[str, Path] = field(default_factory=dict)
+    """Name → heads trained under that formulation, for the part ``gates``."""
     baselines: Sequence[Detector] = ()
     rows: int = 40
+    """Prompts per set of the behaviour suite, and of IFEval."""
+    items: int = 200
+    """Items of each likelihood suite."""
     max_tokens: int = 40
+    """Of each reply of the behaviour suite."""
     on_progress: Callable[[str, int, int, str], None] = field(default=lambda *_: None)
 
     def told(self, part: str) -> Callable[[int, int, str], None]:
@@ -101,7 +107,7 @@ def open_bench(name: str | Path, data: Path, *, settings: Settings, seed: int, w
     )
     folder = states_folder(work, manifest.backbone)
     detector = BundleDetector(manifest.name, reader, encoder, calibrators, max_tokens=MAX_TOKENS, folder=folder)
-    return Bench(bundle=bundle, data=data, settings=settings, seed=seed, detector=detector, **more)
+    return Bench(bundle=bundle, data=data, settings=settings, seed=seed, detector=detector, work=work, **more)
 
 
 def measure(bench: Bench, parts: Sequence[str], command: str) -> list[Path]:
@@ -112,7 +118,7 @@ def measure(bench: Bench, parts: Sequence[str], command: str) -> list[Path]:
     Raises:
         DataError: No such part.
     """
-    check_parts(parts)
+    check_parts(parts, bench.recipe, bench.formulations)
     root, manifest = bench.bundle.root, bench.bundle.manifest
     digest = parts_hash(bench.bundle)
     figures = _earlier(root / FIGURES, digest) | {
@@ -124,9 +130,10 @@ def measure(bench: Bench, parts: Sequence[str], command: str) -> list[Path]:
         "max_tokens": MAX_TOKENS,
         "versions": {p: version(p) for p in ("torch", "transformers", "peft", "hhh-router")},
     }
+    steering = cache(partial(Steering, bench))  # puts the experts on the backbone, so at most once
     for part in PARTS:
         if part in parts:
-            figures |= _part(bench, part, figures, command)
+            figures |= _part(bench, part, figures, command, steering)
             (root / FIGURES).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     calibration = CalibrationFile.read(root / manifest.calibrators.path)  # type: ignore[union-attr]
     written = {"CARD.md": card(manifest, calibration, figures), "report.html": render_report(manifest, figures)}
@@ -135,32 +142,52 @@ def measure(bench: Bench, parts: Sequence[str], command: str) -> list[Path]:
     return [root / name for name in (FIGURES, *written)]
 
 
-def check_parts(parts: Sequence[str]) -> None:
+def check_parts(
+    parts: Sequence[str], recipe: Path | None = None, formulations: Mapping[str, Path] | None = None
+) -> None:
     """Refuse what cannot be measured, before anything is loaded.
 
     Raises:
-        DataError: No such part.
+        BundleError: Heads of a formulation that cannot be read.
+        DataError: No such part, one that needs a recipe without any, or formulations that no part would compare.
     """
     if unknown := [p for p in parts if p not in PARTS]:
         raise DataError(f"no suite {unknown[0]!r}", hint=f"known: {', '.join(PARTS)}")
+    if recipe is None and (wanting := [p for p in parts if p in _OF_RECIPE]):
+        raise DataError(
+            f"suite {wanting[0]!r} {_OF_RECIPE[wanting[0]]}, and no recipe was given",
+            hint="add --recipe FILE, the recipe that the bundle was made with",
+        )
+    if formulations and "gates" not in parts:
+        raise DataError("formulations are compared by suite 'gates' alone", hint="add --suite gates")
+    check_formulations(formulations or {})
 
 
-def _part(bench: Bench, part: str, figures: Mapping[str, Any], command: str) -> dict[str, Any]:
+def _part(
+    bench: Bench, part: str, figures: Mapping[str, Any], command: str, steering: Callable[[], Steering]
+) -> dict[str, Any]:
     """The figures of one part, each row with the command that made it."""
+    found: dict[str, Any] = {}
     if part in SUITES:
         kept = [f for f in figures.get("detection", []) if f["suite"] != part]
-        found: dict[str, Any] = {"detection": kept + _stamped(_detection(bench, part), command)}
+        found["detection"] = kept + _stamped(_detection(bench, part), command)
+    if part == "guard":
         # timed once, with the suite that asks about prompts of every kind, so that no other run replaces the table
-        return found | ({"latency": _stamped(_latency(bench), command)} if part == "guard" else {})
+        found["latency"] = _stamped(_latency(bench), command)
+    if part in STEERING:
+        made = steering().part(part)
+        found |= {k: _stamped(v, command) if isinstance(v, list) else v for k, v in made.items()}
+    if "likelihood" in found:
+        found["likelihood"] = [f for f in figures.get("likelihood", []) if f["suite"] != part] + found["likelihood"]
+    if found:
+        return found
     if part == "calibration":
         return _calibration(bench, command)
     if part == "evasion":
         return {"evasion": _stamped(_evasion(bench), command)}
-    return {
-        "behaviour_max_tokens": bench.max_tokens,
-        "judge": _stamped(agreement(bench.data, seed=bench.seed), command),
-        "behaviour": _stamped(asyncio.run(_behaviour(bench)), command),
-    }
+    if part == "gates":
+        return {"gates": _stamped(_gates(bench, steering()), command)}
+    return {"transfer": _stamped(_transfer(bench), command)}
 
 
 def _earlier(path: Path, bundle_parts: str) -> dict[str, Any]:
@@ -196,18 +223,17 @@ def _latency(bench: Bench) -> list[dict[str, Any]]:
 
 
 def _calibration(bench: Bench, command: str) -> dict[str, Any]:
-    """Subgroup ECE, both error sides of the policies, and the simplex, on the guard suite's eval prompts."""
+    """Subgroups of every task with a target; on the guard suite's eval prompts the confidence, XSTest by kind, both
+    error sides of the policies, and the simplex."""
     groups: list[dict[str, Any]] = []
-    for task in (t for t in TASKS if t.target is not None):
+    aimed_at = [t for t in TASKS if t.target is not None]
+    told = bench.told("calibration")
+    for number, task in enumerate(aimed_at, start=1):
+        told(number, len(aimed_at), task.name)
         rows = task_rows(task, bench.data)
         p = bench.detector.probabilities([_asked(task, e) for e in rows], task.head)
         y = [getattr(e, task.kind)[task.head] for e in rows]
-        for kind, names in (("group", [e.group or e.source for e in rows]), ("length", [_length(e) for e in rows])):
-            for name, (n, ece) in subgroup_ece(p, y, names).items():
-                groups.append(
-                    {"task": task.name, "group": f"{kind}: {name}", "n": n, "ece": ece, "seed": bench.seed,
-                     "data_sha256": data_hash(rows)}
-                )  # fmt: skip
+        groups += subgroup_figures(task.name, rows, p, y, seed=bench.seed, bootstraps=BOOTSTRAPS)
     harm = _once([e for t in TASKS if t.suite == "guard" for e in task_rows(t, bench.data)])
     more = _once([e for t in TASKS if t.suite == "honesty" for e in task_rows(t, bench.data)][::10])
     policies = [load_policy(name) for name in list_policies()]
@@ -217,18 +243,69 @@ def _calibration(bench: Bench, command: str) -> dict[str, Any]:
     stamp = {"command": command, "seed": bench.seed}
     return {
         "subgroups": _stamped(groups, command),
+        "confidence": _stamped(_confidence(bench, harm, scores[: len(harm)]), command),
+        "kinds": _stamped(_kinds(bench), command),
         "tradeoff": tradeoff(harm, scores[: len(harm)], policies, calibrators) | stamp,
         "simplex": simplex(every, scores, calibrators) | stamp,
     }
 
 
+def _confidence(bench: Bench, harm: Sequence[Example], scores: Sequence[Scores]) -> list[dict[str, Any]]:
+    """How good the served confidence is on all prompts of the guard suite, and on each of its tasks with a target."""
+    policy = load_policy(_POLICY)
+    score_of = {e.prompt: s for e, s in zip(harm, scores, strict=True)}
+    tasks = {_ALL_GUARD: harm}
+    tasks |= {t.name: task_rows(t, bench.data) for t in TASKS if t.suite == "guard" and t.target is not None}
+    figures: list[dict[str, Any]] = []
+    for name, rows in tasks.items():
+        judged = judge(rows, [score_of[e.prompt] for e in rows], policy, bench.detector.calibrators)
+        figures += confidence_figures(name, rows, judged, policy=policy.name, seed=bench.seed, bootstraps=BOOTSTRAPS)
+    return figures
+
+
+def _kinds(bench: Bench) -> list[dict[str, Any]]:
+    """XSTest's safe types against their contrasts; nothing where its task is not measured."""
+    figures: list[dict[str, Any]] = []
+    for task in (t for t in TASKS if t.sets == ("xstest",)):
+        rows = task_rows(task, bench.data)
+        p = bench.detector.probabilities([_asked(task, e) for e in rows], task.head)
+        figures += pair_figures(
+            rows, p, limit=refusal_limit(load_policy(_POLICY)), seed=bench.seed, bootstraps=BOOTSTRAPS
+        )
+    return figures
+
+
+def _gates(bench: Bench, steering: Steering) -> list[dict[str, Any]]:
+    """Gates compared on the recipe's usefulness rows; the experts are on the backbone already."""
+    return gate_figures(bench, steering._runner, _recipe(bench)[1], formulations=bench.formulations)
+
+
+def _recipe(bench: Bench) -> tuple[Path, Recipe, str]:
+    """The bundle's recipe, its file and its hash."""
+    if bench.recipe is None:
+        raise DataError("no recipe was given", hint="add --recipe FILE")
+    recipe, sha256 = load_recipe(bench.recipe)
+    if states_folder(bench.work, recipe.backbone) != bench.detector.folder:
+        raise DataError(
+            f"{bench.recipe}: names another backbone than the bundle", hint="give the recipe the bundle was made with"
+        )
+    return bench.recipe, recipe, sha256
+
+
+def _transfer(bench: Bench) -> list[dict[str, Any]]:
+    """Heads trained again without a group of sources each; the backbone and its kept states are the bench's."""
+    path, recipe, sha256 = _recipe(bench)
+    shop = Workshop(
+        recipe=recipe, recipe_file=path.name, recipe_sha256=sha256, data=bench.data, bundle=bench.bundle.root,
+        work=bench.work / recipe.name, cache_dir=bench.settings.cache_dir, threads=bench.settings.threads,
+        device=bench.settings.device, on_progress=bench.on_progress,
+    )  # fmt: skip
+    reader, encoder = bench.detector.reader, bench.detector.encoder
+    return transfer_figures(shop, reader, encoder, seed=bench.seed, bootstraps=BOOTSTRAPS)
+
+
 def _asked(task: Task, example: Example) -> ReadRequest:
     return ReadRequest(messages=example.messages, response=None if task.mode == "prompt" else example.response)
-
-
-def _length(example: Example) -> str:
-    words = len(example.prompt.split())
-    return "up to 12 words" if words <= 12 else "13 to 50 words" if words <= 50 else "more than 50 words"
 
 
 def _once(rows: Sequence[Example]) -> list[Example]:
@@ -257,24 +334,3 @@ def _evasion(bench: Bench) -> list[dict[str, Any]]:
     return evasion_figures(
         score, harmful, benign, limit=_EVASION_LIMIT, seed=bench.seed, on_family=bench.told("evasion")
     )
-
-
-async def _behaviour(bench: Bench) -> list[dict[str, Any]]:
-    with TemporaryDirectory() as folder:
-        unbound = Path(folder) / "unbound.yaml"
-        unbound.write_text(_UNBOUND, encoding="utf-8")
-        settings = bench.settings
-        async with AsyncHHHRouter(
-            bundle=str(bench.bundle.root), cache_dir=settings.cache_dir, threads=settings.threads
-        ) as router:
-            return await behaviour_figures(
-                router,
-                str(unbound),
-                list_policies(),
-                bench.data,
-                rows=bench.rows,
-                max_tokens=bench.max_tokens,
-                seed=bench.seed,
-                says_no=RefusalJudge.train(labelled_replies(bench.data, "calibrate")).refuses,
-                on_step=bench.told("behaviour"),
-            )

@@ -90,31 +90,46 @@ footer { margin-top: 3rem; border-top: 1px solid #d5dae0; padding-top: .5rem; co
 
 
 def html_page(manifest: Manifest, sections: Sequence[Section]) -> str:
-    """The whole report as one page.
+    """The whole report of a bundle as one page.
 
     Raises:
         DataError: A chart's numbers are none.
         MissingExtra: matplotlib is not installed.
     """
-    title = _text(f"{manifest.name} {manifest.version}")
-    facts = "".join(f"<dt>{_text(term)}</dt><dd>{_text(said)}</dd>" for term, said in _facts(manifest))
+    return html_document(f"{manifest.name} {manifest.version}", _facts(manifest), sections)
+
+
+def markdown_page(manifest: Manifest, sections: Sequence[Section]) -> str:
+    """The tables of a bundle's report; charts are left to the page."""
+    return markdown_document(f"{manifest.name} {manifest.version}", _facts(manifest), sections)
+
+
+def html_document(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section]) -> str:
+    """Any report as one page: title, facts (term and what is said of it), sections.
+
+    Raises:
+        DataError: A chart's numbers are none.
+        MissingExtra: matplotlib is not installed.
+    """
+    title = _text(title)
+    told = "".join(f"<dt>{_text(term)}</dt><dd>{_text(said)}</dd>" for term, said in facts)
     body = _numbered("\n".join(_section(s, 2, anchor) for s, anchor in _anchored(sections)))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{title}: evaluation</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n"
-        f"<header>\n<h1>{title}</h1>\n<p>Evaluation report</p>\n<dl>{facts}</dl>\n</header>\n"
+        f"<header>\n<h1>{title}</h1>\n<p>Evaluation report</p>\n<dl>{told}</dl>\n</header>\n"
         f'<nav aria-label="Contents"><p>Contents</p>{_contents(sections)}</nav>\n<main>\n{body}\n</main>\n'
         "<footer>Brackets hold 95 % intervals. Every table names the command that made it, its seed and its rows."
         "</footer>\n</body>\n</html>\n"
     )
 
 
-def markdown_page(manifest: Manifest, sections: Sequence[Section]) -> str:
-    """The tables of the report; charts are left to the page."""
-    parts = [f"# {_inline(f'{manifest.name} {manifest.version}')}: evaluation"]
-    parts.append("\n".join(f"- {_inline(term)}: {_inline(said)}" for term, said in _facts(manifest)))
+def markdown_document(title: str, facts: Sequence[tuple[str, str]], sections: Sequence[Section]) -> str:
+    """The tables of any report."""
+    parts = [f"# {_inline(title)}: evaluation"]
+    parts.append("\n".join(f"- {_inline(term)}: {_inline(said)}" for term, said in facts))
     for section in sections:
         parts += _markdown(section, 2)
     return "\n\n".join(parts) + "\n"

@@ -13,10 +13,11 @@ from typing import Any
 from hhh_router.bundle import Manifest
 from hhh_router.errors import DataError
 from hhh_router.evaluation import charts
-from hhh_router.evaluation.blocks import HASH_HEADS, Cell, Charts, Line, Panel, Section, Table
+from hhh_router.evaluation.blocks import HASH_HEADS, SIGNS, Cell, Charts, Line, Panel, Section, Table
 from hhh_router.evaluation.charts import DotRow, plain
+from hhh_router.evaluation.confidence import TARGET_ECE
 from hhh_router.evaluation.page import html_page, markdown_page
-from hhh_router.evaluation.report_detection import detection_section, glance
+from hhh_router.evaluation.report_detection import Target, detection_section, glance
 from hhh_router.evaluation.tables import (
     column,
     distinct,
@@ -37,7 +38,8 @@ _COUNTS: Mapping[str, tuple[str, ...]] = {
     "detection": ("n",),
     "latency": ("n",),
     "subgroups": ("n",),
-    "leave_one_out": ("n",),
+    "kinds": ("n",),
+    "transfer": ("n",),
     "simplex": ("n",),
     "tradeoff": ("n_harmful", "n_benign"),
     "behaviour": ("harmful_n", "safe_n"),
@@ -47,7 +49,22 @@ _COUNTS: Mapping[str, tuple[str, ...]] = {
     "gates": ("n",),
     "confidence": ("n",),
 }
-_LABELS = ("suite", "task", "source", "family", "name", "gate", "mode", "head", "group", "replies", "judge", "system")
+_LABELS = (
+    "suite",
+    "task",
+    "source",
+    "family",
+    "name",
+    "gate",
+    "mode",
+    "head",
+    "group",
+    "kind",
+    "confidence",
+    "replies",
+    "judge",
+    "system",
+)
 _OVERALL = "overall"  # the name of evasion's row over every family
 
 
@@ -139,9 +156,10 @@ def _sections(manifest: Manifest, figures: Mapping[str, Any]) -> list[Section]:
     systems = distinct(row["system"] for row in detection)
     bundle = manifest.name if manifest.name in systems else next(iter(systems), manifest.name)
     builders: Mapping[str, Callable[[list[Row]], Iterable[Section]]] = {
-        "detection": lambda _: [*glance(detection, bundle), detection_section(detection, bundle)],
+        "detection": lambda _: [detection_section(detection, bundle)],
         "subgroups": _subgroups,
-        "leave_one_out": _leave_one_out,
+        "kinds": _kinds,
+        "transfer": _transfer,
         "simplex": _simplex,
         "tradeoff": _tradeoff,
         "behaviour": partial(_behaviour, max_tokens=figures.get("behaviour_max_tokens")),
@@ -152,7 +170,10 @@ def _sections(manifest: Manifest, figures: Mapping[str, Any]) -> list[Section]:
         "gates": _gates,
         "confidence": _confidence,
     }
-    found: list[Section] = []
+    try:
+        found = [*glance(detection, bundle, _targets(parts))]
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise _misshapen("detection, confidence or kinds", error) from error
     for name, rows in parts.items():
         try:
             found += builders[name](rows)
@@ -182,31 +203,76 @@ def _subgroups(rows: list[Row]) -> Iterator[Section]:
     )
 
 
-def _leave_one_out(rows: list[Row]) -> Iterator[Section]:
-    heads = column(rows, "head") if all("head" in row for row in rows) else ()
-    sources = column(rows, "source")
-    lines = [
-        DotRow(
-            label=plain(source),
-            dots=tuple(
-                dot_of(row, "auroc", heads.index(row["head"]) if heads else 0)
-                for row in rows
-                if row["source"] == source and row.get("auroc") is not None
-            ),
+def _targets(parts: Mapping[str, Sequence[Row]]) -> Iterator[Target]:
+    """What is aimed at beside detection; of the confidence only over all tasks together."""
+    for row in parts.get("confidence", [])[:1]:
+        difference = number(row["aurc_difference"], 4)
+        yield (
+            "confidence, ECE of kappa",
+            f"{SIGNS['missed']}, ECE {number(row['ece'], 3)}, at most {TARGET_ECE:g} aimed at",
+            bool(row["meets_ece"]),
         )
-        for source in sources
+        yield (
+            "confidence, AURC of kappa",
+            f"{SIGNS['missed']}, AURC minus that of max softmax {difference}, below 0 aimed at",
+            bool(row["meets_aurc"]),
+        )
+    for row in parts.get("kinds", []):
+        if "meets" in row:
+            said = f"{SIGNS['missed']}, AUROC {number(row['auroc'], 3)}, {number(row['target'], 2)} aimed at"
+            yield f"XSTest by type, {row['kind']}", said, bool(row["meets"])
+
+
+def _kinds(rows: list[Row]) -> Iterator[Section]:
+    lines = [DotRow(label=plain(row["kind"]), dots=(dot_of(row, "auroc", 0),)) for row in rows]
+    (mean,) = (row for row in rows if "meets" in row)
+    alt = "AUROC of each safe type of XSTest against its contrast: " + "; ".join(
+        f"{row['kind']} {number(row['auroc'], 3)}" for row in rows
+    )
+    draw = partial(charts.dots, lines, x_label="AUROC", alt=alt, reference=float(mean["target"]))
+    yield Section(
+        title="XSTest by type",
+        lead="Each type of safe prompts that look unsafe against the unsafe type that shares its words. False alarms: "
+        "of the safe type, the share flagged at the shipped limit; recall: of the unsafe type. No prompt of XSTest was "
+        "trained on; pairs written for this project, where a bundle was trained on them, follow several of the same "
+        "ideas.",
+        blocks=(
+            table_of(
+                rows,
+                {"kind": "safe type", "contrast": "unsafe type"},
+                strong=lambda row: "meets" in row,
+                hide=("meets",),
+            ),
+            Charts(layout="wide", panels=(Panel(caption="AUROC; dotted: the mean aimed at", drawings=(draw,)),)),
+        ),
+    )
+
+
+def _transfer(rows: list[Row]) -> Iterator[Section]:
+    keys = {"without the group": "auroc", "with it": "auroc_in_domain"}
+    panels = [
+        dots_of(f"Need: {plain(head)}", [row for row in rows if row["head"] == head], "group", keys, "AUROC")
+        for head in column([row for row in rows if not row.get("error")], "head")
     ]
-    alt = f"AUROC on {len(sources)} sources, each left out of training."
-    draw = partial(charts.dots, lines, x_label="AUROC on the source left out", alt=alt, reference=0.5)
     yield Section(
         title="Leave one source out",
-        lead="Heads trained without a source and asked about it. A data set can be told by its style alone, so what "
-        "holds here holds more than what was measured within a source.",
+        lead="Heads trained again without a group of sources, calibrated without it, asked about its held-out rows, "
+        "beside heads trained as long with everything. A data set can be told by its style alone, so what holds "
+        "without the group holds more. Where the group's rows are of one class, AUROC is against calibrate rows of the "
+        "other sources.",
         blocks=(
-            table_of(rows, {"source": "source left out", "head": "head"}),
-            Charts(
-                layout="wide", panels=(Panel(caption="AUROC; dotted: a coin", drawings=(draw,)),), keys=keys_of(heads)
+            grouped_by(
+                "head",
+                rows,
+                {
+                    "group": "left out",
+                    "split": "asked about",
+                    "against": "AUROC against",
+                    "left_out": "rows left out",
+                    "epochs": "epochs",
+                },
             ),
+            *([Charts(layout="wide", panels=tuple(panels), keys=keys_of(keys))] if panels else []),
         ),
     )
 
@@ -356,31 +422,69 @@ def _latency(rows: list[Row]) -> Iterator[Section]:
 
 
 def _gates(rows: list[Row]) -> Iterator[Section]:
-    errors = [
-        {**r, "nll_interval": (r["nll"] - r["nll_error"], r["nll"] + r["nll_error"])} if "nll_error" in r else r
-        for r in rows
+    charted = {"nll": "held-out NLL, nats", "nll_experts": "held-out NLL among the three experts, nats"}
+    panels = [
+        dots_of("± one standard error", [_with_error(r, key) for r in part], "gate", {"NLL": key}, title)
+        for key, title in charted.items()
+        if (part := [r for r in rows if r.get(key) is not None])
     ]
     yield Section(
         title="Gates",
-        lead="How the heads' evidence becomes a posterior over the experts, several ways, by held-out likelihood. "
-        "Lower is better; ± is one standard error.",
+        lead="Ways to share a request out among the experts, by held-out likelihood of the shares that each expert "
+        "should have had, told from how likely it makes the reply that should be given. NLL is over base and the three "
+        "experts, and has no value where base never gets a share; nll experts leaves base aside and compares all. "
+        "Floor is the targets' own entropy, which nothing can be below. Chosen is what the bundle serves. Lower is "
+        "better; ± is one standard error.",
         blocks=(
             table_of(rows, {"gate": "gate"}, strong=lambda row: bool(row.get("chosen"))),
-            Charts(
-                layout="wide",
-                panels=(dots_of("± one standard error", errors, "gate", {"NLL": "nll"}, "held-out NLL, nats"),),
-            ),
+            Charts(layout="wide", panels=tuple(panels)),
         ),
     )
 
 
+def _with_error(row: Row, key: str) -> Row:
+    """The row with one standard error to both sides as its interval."""
+    error = row.get(f"{key}_error")
+    return row if error is None else {**row, f"{key}_interval": (row[key] - error, row[key] + error)}
+
+
 def _confidence(rows: list[Row]) -> Iterator[Section]:
+    names = column(rows, "confidence")
+    panels = []
+    for task in column(rows, "task"):
+        part = [row for row in rows if row["task"] == task]
+        curves = [(names.index(row["confidence"]), row["curve"]) for row in part]
+        told = ", ".join(f"{row['confidence']} {number(row['aurc'], 4)}" for row in part)
+        draw = partial(charts.risk_coverage, curves, alt=f"Risk against coverage on {task}. AURC: {told}.")
+        panels.append(Panel(caption=f"{plain(task)}, n = {part[0]['n']}", drawings=(draw,)))
+    terms = [
+        {**source_of(row), "n": row["n"], "task": row["task"], "feature": feature, "mean_logits": size}
+        for row in rows
+        for feature, size in (row.get("contributions") or {}).items()
+    ]
+    added = Section(
+        title="What confidence is made of",
+        lead="Each feature's mean contribution to the logit of kappa, whichever its sign.",
+        blocks=(grouped_by("task", terms, {"feature": "feature"}),) if terms else (),
+    )
     yield Section(
         title="Confidence",
-        lead="Confidence states the probability that every enforced verdict is right. AURC is the area under risk "
-        "against coverage: the mean error when the least confident are left out first; lower is better. Beside it the "
-        "same with the largest softmax value for a confidence.",
-        blocks=(table_of(rows, {"mode": "mode"}),),
+        lead="Kappa states the probability that every enforced verdict is right. Here a verdict is whether a prompt is "
+        "refused at the policy's limit on the harmless need. AUROC: right verdicts against wrong ones. AURC is the "
+        "area under risk against coverage: the mean error when the least confident are left out first; lower is "
+        "better. Beside kappa two that cost nothing: the largest of p and 1 − p, and the largest share of the "
+        "posterior.",
+        blocks=(
+            table_of(
+                rows,
+                {"confidence": "confidence", "policy": "policy"},
+                hide=("task", "curve", "contributions", "meets_ece", "meets_aurc"),
+                group=("task", lambda row: (plain(row["task"]), "")),
+                strong=lambda row: "contributions" in row,
+            ),
+            Charts(layout="small", panels=tuple(panels), keys=keys_of(names), lines=True),
+        ),
+        sections=(added,) if terms else (),
     )
 
 

@@ -14,16 +14,28 @@ from hhh_router.evaluation.tables import distinct, number, table_of
 Row = Mapping[str, Any]
 
 
-def glance(rows: Sequence[Row], bundle: str) -> Iterator[Section]:
-    """How many targets the bundle meets, and which it misses; nothing where no target is set."""
+Target = tuple[str, str, bool]
+"""What is aimed at, what is said where it is missed, and whether it is met."""
+
+
+def glance(rows: Sequence[Row], bundle: str, others: Sequence[Target] = ()) -> Iterator[Section]:
+    """How many targets the bundle meets, and which it misses; nothing where no target is set.
+
+    Args:
+        rows: Of detection.
+        bundle: Whose targets they are.
+        others: Targets of other parts.
+    """
     judged = [row for row in rows if row["system"] == bundle and "meets" in row]
-    missed = [row for row in judged if not row["meets"]]
-    if judged:
+    targets: list[Target] = [(f"{_suite(row)}, {row['task']}", _miss(row), bool(row["meets"])) for row in judged]
+    targets += others
+    missed = [(name, said) for name, said, met in targets if not met]
+    if targets:
         yield Section(
             title="At a glance",
-            lead=f"{bundle} meets {len(judged) - len(missed)} of {len(judged)} targets"
+            lead=f"{bundle} meets {len(targets) - len(missed)} of {len(targets)} targets"
             + ("; it misses these:" if missed else "."),
-            points=tuple((f"{_suite(row)}, {row['task']}", _miss(row)) for row in missed),
+            points=tuple(missed),
         )
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ def load_experts(bundle: Bundle) -> list[Expert]:
         BundleError: A file is missing, unreadable, not a plain LoRA, holds NaN or infinity, or acts below l_r.
     """
     experts = [load_expert(bundle.expert_weights(d).parent, d) for d in DIMENSIONS]
-    first = bundle.manifest.first_adapted_layer
+    first, depth = bundle.manifest.first_adapted_layer, bundle.manifest.backbone.layers
     for expert in experts:
         for module in expert.factors:
             found = _LAYER.search(f".{module}.")
@@ -70,7 +70,34 @@ def load_experts(bundle: Bundle) -> list[Expert]:
                     f"{bundle.root}: expert {expert.dimension!r} adapts {module}, below first_adapted_layer {first}",
                     hint="experts may act only in layers the router has read by then; train with layers_to_transform",
                 )
-    return experts
+    blocks = (bundle.manifest.experts[d].blocks for d in DIMENSIONS)
+    return [scaled(e, factors, first, depth) for e, factors in zip(experts, blocks, strict=True)]
+
+
+def scaled(expert: Expert, blocks: Sequence[float], first: int, depth: int) -> Expert:
+    """The expert with its updates multiplied by one factor per block of the layers ``first`` to ``depth`` - 1.
+
+    Source: heterogeneous model averaging, Lin et al. 2023, for adapters: 0 is the backbone, 1 the trained expert.
+    """
+    if not blocks:
+        return expert
+    factors = {
+        module: Factor(down=f.down, up=f.up * blocks[block_of(module, len(blocks), first, depth)])
+        for module, f in expert.factors.items()
+    }
+    return replace(expert, factors=factors)
+
+
+def block_of(module: str, blocks: int, first: int, depth: int) -> int:
+    """The block a module's layer belongs to, when the adapted layers are parted evenly.
+
+    >>> [block_of(f"model.layers.{i}.mlp.up_proj", 3, 16, 30) for i in (16, 20, 21, 25, 29)]
+    [0, 0, 1, 1, 2]
+    """
+    found = _LAYER.search(f".{module}.")
+    if found is None:
+        raise BundleError(f"{module} is in no layer, so it has no block", hint="train with layers_to_transform")
+    return (int(found.group(1)) - first) * blocks // (depth - first)
 
 
 def load_expert(folder: Path, dimension: str) -> Expert:

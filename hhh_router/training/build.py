@@ -13,8 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from hhh_router.bundle import (
+    MANIFEST,
     Bundle,
     CalibratorsSpec,
     DataSpec,
@@ -27,18 +29,40 @@ from hhh_router.bundle import (
 from hhh_router.data.examples import Example, drop_overlap, prompt_hash
 from hhh_router.errors import BundleError, DataError
 from hhh_router.model.base import Backbone, compute_dtype, load_backbone
+from hhh_router.model.experts import load_expert
 from hhh_router.model.fetch import fetch_backbone
 from hhh_router.model.heads import Heads
 from hhh_router.model.reader import HeadReader
-from hhh_router.training.experts import Progress, tokenize, train_expert
+from hhh_router.training.blocks import Trial, read_blocks, search_blocks, write_trials
+from hhh_router.training.experts import Progress, train_expert
 from hhh_router.training.features import response_only, states_folder, token_states
+from hhh_router.training.lessons import lessons
 from hhh_router.training.mix import check_licences, draw, provenance
-from hhh_router.training.recipe import Recipe
+from hhh_router.training.recipe import Formulation, Recipe
 from hhh_router.training.router import Epoch, train_heads
 from hhh_router.types import DIMENSIONS, NEEDS, OUTCOMES
 
 SEEN = "trained_prompts.json"
 HEADS = "heads.safetensors"
+FORMULATION = "formulation.json"
+OURS = "mocae"
+"""The formulation whose heads a bundle serves."""
+
+
+class FormulationHeads(BaseModel):
+    """``formulation.json``: what the heads beside it were trained to say, for formulations that are only compared."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    formulation: Formulation
+    """With the options that turn logits into shares, see `formulations.formulation_posterior`."""
+    heads_sha256: str
+    read_layers: tuple[int, ...]
+    backbone_sha256: str | None
+    """Of the recipe's backbone."""
+    recipe: str
+    recipe_sha256: str
+    seed: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,9 +111,11 @@ def train_experts(shop: Workshop, only: Sequence[str] = DIMENSIONS) -> None:
         if (target / "adapter_model.safetensors").is_file():
             shop.on_progress(f"expert {dimension}", 1, 1, "already trained")
             continue
-        examples = draw(plan.mixes[dimension], shop.data, seed=shop.recipe.seed)
-        rows = tokenize(examples, backbone, plan.max_tokens)
         work = shop.work / "experts" / dimension
+        rows = lessons(
+            plan.mixes[dimension], plan, backbone, shop.data, seed=shop.recipe.seed, folder=shop.work / "experts",
+            on_rows=_told(shop, f"replies for {dimension}"),
+        )  # fmt: skip
         for step in train_expert(dimension, rows, backbone, shop.recipe, work):
             shop.on_progress(f"expert {dimension}", step.step, step.steps, _note(step))
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -97,15 +123,64 @@ def train_experts(shop: Workshop, only: Sequence[str] = DIMENSIONS) -> None:
     _write(shop, heads=_kept_heads(shop), calibrators=None)
 
 
-def train_router(shop: Workshop) -> list[float]:
-    """Train the heads on token states and write them into the bundle; the loss per epoch.
+def search_scales(shop: Workshop, only: Sequence[str] = DIMENSIONS) -> dict[str, Trial]:
+    """Search per-block scales of trained experts and write them into the manifest; the chosen setting of each.
 
     Raises:
         BundleError: The experts are not there yet.
+        DataError: The recipe has no ``experts.blocks``, or a share has no rows.
+    """
+    recipe, plan = shop.recipe, shop.recipe.experts
+    if plan.blocks is None:
+        raise DataError("the recipe has no experts.blocks", hint="recipes/smollm2-135m.yaml shows the form")
+    check_licences(recipe)
+    _need_experts(shop)
+    backbone = shop.backbone()
+    folder = shop.work / "experts"
+    benign = lessons(
+        plan.blocks.benign, plan, backbone, shop.data, seed=recipe.seed, folder=folder, on_rows=_told(shop, "replies")
+    )
+    chosen: dict[str, Trial] = {}
+    for dimension in (d for d in only if d in plan.blocks.pairs):
+        pairs = lessons(
+            plan.blocks.pairs[dimension], plan, backbone, shop.data, seed=recipe.seed, folder=folder,
+            on_rows=_told(shop, f"replies for {dimension}"),
+        )  # fmt: skip
+        expert = load_expert(shop.bundle / "experts" / dimension, dimension)
+        trials: list[Trial] = []
+        for trial in search_blocks(
+            expert, backbone, pairs, [b.good for b in benign], plan.blocks,
+            first=recipe.first_adapted_layer, beta=plan.beta,
+        ):  # fmt: skip
+            trials.append(trial)
+            shop.on_progress(f"scales of {dimension}", len(trials), len(trials), f"objective {trial.objective:.3f}")
+        chosen[dimension] = trials[-1]
+        write_trials(_scales(shop, dimension), trials)
+    _write(shop, heads=_kept_heads(shop), calibrators=None)
+    return chosen
+
+
+def _scales(shop: Workshop, dimension: str) -> Path:
+    """Where the search of one expert's scales is kept: in the bundle, since who reads them may ask what was tried."""
+    return shop.bundle / "experts" / dimension / "blocks.tsv"
+
+
+def train_router(shop: Workshop) -> list[float]:
+    """Train the heads on token states and write them into the bundle; the loss per epoch.
+
+    A formulation other than ours is trained to be compared, not served: its heads need no experts, and stand alone in
+    their folder beside ``formulation.json``, which says how to read them. No manifest is written.
+
+    Raises:
+        BundleError: The experts are not there yet, or a formulation's heads would replace those of a bundle.
     """
     check_licences(shop.recipe)
-    _need_experts(shop)
     plan = shop.recipe.router
+    served = plan.formulation.name == OURS
+    if served:
+        _need_experts(shop)
+    else:
+        _keep_apart(shop)
     examples = router_examples(shop)
     reader, backbone = _bare_reader(shop)
     done = 0
@@ -125,10 +200,14 @@ def train_router(shop: Workshop) -> list[float]:
             losses.append(event.loss)
             shop.on_progress("heads", event.number, event.epochs, f"loss {event.loss:.4f}")
         else:
+            shop.bundle.mkdir(parents=True, exist_ok=True)
             event.save(shop.bundle / HEADS)
     seen = sorted({prompt_hash(e) for e in examples if e.messages})
     (shop.work / SEEN).write_text(json.dumps(seen), encoding="utf-8")
-    _write(shop, heads=_heads_spec(shop), calibrators=None)
+    if served:
+        _write(shop, heads=_heads_spec(shop), calibrators=None)
+    else:
+        _write_formulation(shop)
     return losses
 
 
@@ -179,14 +258,56 @@ def _bare_reader(shop: Workshop) -> tuple[HeadReader, Backbone]:
     return HeadReader(backbone.stack, unused, layers, shop.recipe.first_adapted_layer), backbone
 
 
+def _told(shop: Workshop, stage: str) -> Callable[[int, int], None]:
+    return lambda done, total: shop.on_progress(stage, done, total, "")
+
+
 def _note(step: Progress) -> str:
-    return f"loss {step.loss:.3f}  drift {step.drift:.1f}"
+    margin = "" if step.margin is None else f"  margin {step.margin:.2f}"
+    return f"loss {step.loss:.3f}{margin}  drift {step.drift:.1f}"
 
 
 def _need_experts(shop: Workshop) -> None:
     missing = [d for d in DIMENSIONS if not (shop.bundle / "experts" / d / "adapter_model.safetensors").is_file()]
     if missing:
         raise BundleError(f"{shop.bundle}: no expert {', '.join(missing)}", hint="hhh-router train experts first")
+
+
+def _keep_apart(shop: Workshop) -> None:
+    name = shop.recipe.router.formulation.name
+    if (shop.bundle / MANIFEST).is_file():
+        raise BundleError(
+            f"{shop.bundle}: is a bundle, and heads of {name} are compared, not served",
+            hint="give a folder of its own with --out, such as runs/" + name,
+        )
+    shop.on_progress("experts", 1, 1, f"none needed: heads of {name} are compared, not served")
+
+
+def _write_formulation(shop: Workshop) -> None:
+    recipe = shop.recipe
+    written = FormulationHeads(
+        formulation=recipe.router.formulation, heads_sha256=file_sha256(shop.bundle / HEADS),
+        read_layers=recipe.router.read_layers, backbone_sha256=recipe.backbone.sha256, recipe=shop.recipe_file,
+        recipe_sha256=shop.recipe_sha256, seed=recipe.seed,
+    )  # fmt: skip
+    (shop.bundle / FORMULATION).write_text(written.model_dump_json(indent=2) + "\n", encoding="utf-8")
+
+
+def read_formulation(heads: Path) -> FormulationHeads:
+    """What stands beside the heads of a formulation, with which alone they can be read.
+
+    Raises:
+        BundleError: Heads or description are missing, not readable, or do not belong to each other.
+    """
+    path = heads.parent / FORMULATION
+    hint = "train them with hhh-router train router -r recipes/trinityx.yaml --out FOLDER (likewise h3fusion)"
+    try:
+        found, sha256 = FormulationHeads.model_validate_json(path.read_bytes()), file_sha256(heads)
+    except (OSError, ValidationError) as error:
+        raise BundleError(f"{heads}: not readable, or no {FORMULATION} beside it ({error})", hint=hint) from error
+    if found.heads_sha256 != sha256:
+        raise BundleError(f"{heads}: {FORMULATION} beside it describes other heads", hint=hint)
+    return found
 
 
 def _kept_heads(shop: Workshop) -> HeadsSpec | None:
@@ -213,7 +334,13 @@ def _write(shop: Workshop, *, heads: HeadsSpec | None, calibrators: CalibratorsS
     recipe = shop.recipe
     scale = recipe.experts.alpha / recipe.experts.rank
     experts = {
-        d: ExpertSpec(path=f"experts/{d}", rank=recipe.experts.rank, scale=scale, sha256=file_sha256(path))
+        d: ExpertSpec(
+            path=f"experts/{d}",
+            rank=recipe.experts.rank,
+            scale=scale,
+            sha256=file_sha256(path),
+            blocks=read_blocks(kept) if (kept := _scales(shop, d)).is_file() else (),
+        )
         for d in DIMENSIONS
         if (path := shop.bundle / "experts" / d / "adapter_model.safetensors").is_file()
     }
@@ -235,6 +362,9 @@ def _provenance(shop: Workshop) -> list[DataSpec]:
     for dimension in DIMENSIONS:
         shares = recipe.experts.mixes[dimension]
         used += provenance(draw(shares, shop.data, seed=recipe.seed), f"expert {dimension}")
+    if recipe.experts.blocks is not None:
+        for dimension, shares in recipe.experts.blocks.pairs.items():
+            used += provenance(draw(shares, shop.data, seed=recipe.seed), f"scales of {dimension}")
     used += provenance(draw(recipe.router.mix, shop.data, seed=recipe.seed), "router")
     return used + provenance(
         draw(recipe.calibration.mix, shop.data, split="calibrate", seed=recipe.seed), "calibration"

@@ -6,21 +6,34 @@ import logging
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 
-from hhh_router.bundle import CalibratorsSpec, file_sha256
+import numpy as np
+from numpy.typing import NDArray
+
+from hhh_router.bundle import Bundle, CalibratorsSpec, file_sha256
 from hhh_router.calibration import CalibrationFile, Calibrators, HeadCalibration, ModeCalibration, confidence_features
 from hhh_router.calibration.confidence import ConfidenceModel
-from hhh_router.calibration.evidence import PrecisionCheck
+from hhh_router.calibration.evidence import Gate, PrecisionCheck
 from hhh_router.calibration.fit import FOLDS, MIN_ROWS, fit_confidence, fit_distance_limit, fit_head
+from hhh_router.calibration.gates import chosen_gate, compare_gates
 from hhh_router.data.examples import Example, data_hash, prompt_hash
 from hhh_router.errors import DataError
+from hhh_router.model.base import Backbone
 from hhh_router.model.encode import Encoder
+from hhh_router.model.experts import load_experts
 from hhh_router.model.heads import Heads
+from hhh_router.model.mixture import install_mixture
 from hhh_router.model.reader import HeadReader
+from hhh_router.model.runner import Runner
 from hhh_router.routing import kl_nats, weigh
 from hhh_router.training.build import HEADS, Workshop, calibration_examples, write_calibrated
 from hhh_router.training.features import BATCH_TOKENS, TokenStates, encode_cut, response_only, scored, token_states
-from hhh_router.types import EXPERTS, NEEDS, OUTCOMES, Evidence, Mode, Posterior, ReadRequest, Scores
+from hhh_router.training.mix import draw
+from hhh_router.training.recipe import Recipe
+from hhh_router.training.usefulness import usefulness
+from hhh_router.types import DIMENSIONS, EXPERTS, NEEDS, OUTCOMES, Evidence, Mode, Posterior, ReadRequest, Scores
 
 _log = logging.getLogger(__name__)
 CALIBRATORS = "calibrators.json"
@@ -42,6 +55,16 @@ class Reading:
     scores: Scores
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GateRows:
+    """What gates are fitted to and compared on."""
+
+    examples: tuple[Example, ...]
+    """With the reply that should be given, of split ``calibrate``."""
+    targets: NDArray[np.float64]
+    """The share that each expert should have had, by how likely it makes that reply; (n, 4), columns as ``EXPERTS``."""
+
+
 def calibrate(shop: Workshop) -> CalibrationFile:
     """Fit and write ``calibrators.json`` and the manifest that names it.
 
@@ -57,6 +80,7 @@ def calibrate(shop: Workshop) -> CalibrationFile:
         dtype=reader.dtype,
         data_sha256=data_hash(examples),
         seed=shop.recipe.seed,
+        choose_gate=partial(_choose_gate, shop, reader, encoder) if shop.recipe.calibration.usefulness else None,
         on_progress=shop.on_progress,
     )
     others = {"bfloat16", "float32", shop.recipe.backbone.dtype} - {reader.dtype}
@@ -93,6 +117,54 @@ def check_precision(
         _log.warning("in %s probabilities move by %.3f on average, %.3f at worst: not calibrated", dtype, mean, worst)
         return None
     return PrecisionCheck(n=len(rows), mean_shift=mean, worst_shift=worst)
+
+
+def _choose_gate(shop: Workshop, reader: HeadReader, encoder: Encoder, calibrators: Calibrators) -> Gate:
+    """The gate that gives each expert the share it should have had, by the reference answers of held-out rows.
+
+    The reader's backbone gets the experts; what the heads read lies below them.
+    """
+    recipe = shop.recipe
+    gates = install_mixture(reader.stack.model, load_experts(Bundle.load(shop.bundle)))
+    runner = Runner(Backbone(stack=reader.stack, encoder=encoder), gates, recipe.first_adapted_layer)
+    rows = gate_rows(recipe, shop.data, runner, on_rows=lambda done, n: shop.on_progress("usefulness", done, n, ""))
+    needs = prompt_needs(rows.examples, reader, encoder, calibrators, recipe.calibration.max_tokens)
+    fits = compare_gates(needs, rows.targets, recipe.seed)
+    return chosen_gate(fits, data_sha256=data_hash(rows.examples), seed=recipe.seed)
+
+
+def gate_rows(
+    recipe: Recipe, data: Path, runner: Runner, *, on_rows: Callable[[int, int], None] = lambda done, total: None
+) -> GateRows:
+    """Draw the recipe's ``calibration.usefulness`` rows, and tell how each should have been shared.
+
+    Args:
+        recipe: Names the rows and the temperature of the targets, and its seed draws them.
+        data: Folder of data sets.
+        runner: Of the backbone with the bundle's experts.
+        on_rows: Told how many rows are done, of how many.
+
+    Raises:
+        DataError: The recipe names no such rows, or none is left.
+    """
+    if (plan := recipe.calibration.usefulness) is None:
+        raise DataError("the recipe has no calibration.usefulness", hint="recipes/smollm2-135m.yaml shows the form")
+    drawn = draw(plan.mix, data, split="calibrate", seed=recipe.seed)
+    rows = [e for e in drawn if not any(e.outcomes.values())]  # a faulty reply is no reference
+    found = usefulness(rows, runner, max_tokens=plan.max_tokens, on_rows=on_rows)
+    return GateRows(examples=tuple(rows[i] for i in found.rows), targets=found.shares(plan.temperature))
+
+
+def prompt_needs(
+    examples: Sequence[Example], reader: HeadReader, encoder: Encoder, calibrators: Calibrators, max_tokens: int
+) -> NDArray[np.float64]:
+    """Calibrated needs of every prompt read alone, shape (n, 3), columns as ``DIMENSIONS``."""
+    texts = [encode_cut(encoder, ReadRequest(messages=e.messages), max_tokens) for e in examples]
+    needs = np.zeros((len(texts), len(DIMENSIONS)))
+    for batch in reader.batches(texts, BATCH_TOKENS):
+        for i, scores in zip(batch, reader.score([texts[i] for i in batch]), strict=True):
+            needs[i] = [calibrators.evidence(scores).needs[d] for d in DIMENSIONS]
+    return needs
 
 
 def _reader(shop: Workshop, dtype: str | None = None) -> tuple[HeadReader, Encoder]:
@@ -142,9 +214,10 @@ def fit(
     dtype: str,
     data_sha256: str,
     seed: int,
+    choose_gate: Callable[[Calibrators], Gate] | None = None,
     on_progress: Callable[[str, int, int, str], None] = lambda *_: None,
 ) -> CalibrationFile:
-    """Fit every head in every mode, the train prior, and the confidence models."""
+    """Fit every head in every mode, the gate (None: odds), the train prior, and the confidence models."""
     needs = {d: _fit(_once_per_prompt(readings["prompt"]), "needs", d, seed) for d in NEEDS}
     modes: dict[Mode, ModeCalibration] = {}
     for mode, rows in readings.items():
@@ -156,19 +229,17 @@ def fit(
             outcomes={o: _fit(rows, "outcomes", o, seed) for o in OUTCOMES if mode != "prompt" or _labelled(rows, o)},
         )
     uniform = Posterior(*(1 / len(EXPERTS) for _ in EXPERTS))
-    draft = CalibrationFile.create(
-        heads_sha256=heads_sha256, dtype=dtype, data_sha256=data_sha256, seed=seed, train_prior=uniform, modes=modes
+    create = partial(
+        CalibrationFile.create, heads_sha256=heads_sha256, dtype=dtype, data_sha256=data_sha256, seed=seed, modes=modes
     )
-    prior = _mean_posterior(Calibrators(draft), _once_per_prompt(readings["prompt"]))
-    with_prior = CalibrationFile.create(
-        heads_sha256=heads_sha256, dtype=dtype, data_sha256=data_sha256, seed=seed, train_prior=prior, modes=modes
-    )
+    gate: Gate = choose_gate(Calibrators(create(train_prior=uniform))) if choose_gate else "odds"
+    under_gate = Calibrators(create(train_prior=uniform, gate=gate))
+    prior = _mean_posterior(under_gate, _once_per_prompt(readings["prompt"]))
+    with_prior = Calibrators(create(train_prior=prior, gate=gate))
     for mode in modes:
-        model = _fit_confidence(Calibrators(with_prior), readings[mode], mode, seed)
+        model = _fit_confidence(with_prior, readings[mode], mode, seed)
         modes[mode] = modes[mode].model_copy(update={"confidence": model})
-    return CalibrationFile.create(
-        heads_sha256=heads_sha256, dtype=dtype, data_sha256=data_sha256, seed=seed, train_prior=prior, modes=modes
-    )
+    return create(train_prior=prior, gate=gate)
 
 
 def _labelled(rows: Sequence[Reading], outcome: str) -> bool:

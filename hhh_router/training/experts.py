@@ -1,4 +1,6 @@
-"""Train one expert: response-masked supervised fine-tuning of a LoRA on the layers the router has already passed.
+"""Train one expert: a LoRA on the layers the router has already passed, on good replies and, where a lesson has a worse
+one, on the preference between the two (direct preference optimisation with the bare backbone as its reference, plus
+the good reply's cross-entropy).
 
 The adapters are bf16 like the backbone (autocast is several times slower on a CPU), but the optimiser steps fp32
 copies: at our learning rates a bf16 step would often round to nothing. State is saved every few steps, and a killed
@@ -13,38 +15,31 @@ import math
 import random
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from hhh_router.data.examples import Example
-from hhh_router.errors import ConfigError, ContextTooLong, DataError, HHHRouterError
+from hhh_router.errors import ConfigError, DataError, HHHRouterError
 from hhh_router.model.base import Backbone
+from hhh_router.model.runner import Reply, log_likelihood
+from hhh_router.model.stack import DecoderStack
+from hhh_router.training.lessons import Lesson
 from hhh_router.training.recipe import ExpertsRecipe, Recipe
-from hhh_router.types import ReadRequest
 
 CHECKPOINT_STEPS = 25
-_IGNORE = -100
 
 
 class TrainingDiverged(HHHRouterError):
     """The loss became NaN or infinite."""
 
     code = "training_diverged"
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """Tokens of one training conversation; the loss counts from ``reply_start`` on."""
-
-    ids: tuple[int, ...]
-    reply_start: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,36 +49,22 @@ class Progress:
     step: int
     steps: int
     loss: float
-    """Mean cross-entropy per reply token, nats."""
+    """Mean cross-entropy per token of the good replies, nats."""
+    margin: float | None
+    """Mean of beta times how much further than the backbone the expert prefers the good reply, where there are two."""
     drift: float
     """Sum of ||s B A||_F^2 over the adapted layers."""
     tokens: int
 
 
-def tokenize(examples: Sequence[Example], backbone: Backbone, max_tokens: int) -> list[Row]:
-    """Rows with a good reply, each cut to ``max_tokens``; rows whose prompt alone fills the window are left out."""
-    rows = []
-    for example in examples:
-        if example.response is None or any(example.outcomes.values()) or not (example.needs or example.outcomes):
-            continue
-        try:
-            prompt = backbone.encoder.encode(ReadRequest(messages=example.messages)).ids
-        except ContextTooLong:
-            continue
-        reply = [*backbone.encoder.response_ids(example.response), backbone.encoder.end_id]
-        if len(prompt) + 4 <= max_tokens:
-            rows.append(Row((*prompt, *reply)[:max_tokens], len(prompt)))
-    return rows
-
-
 def train_expert(
-    dimension: str, rows: Sequence[Row], backbone: Backbone, recipe: Recipe, folder: Path
+    dimension: str, rows: Sequence[Lesson], backbone: Backbone, recipe: Recipe, folder: Path
 ) -> Iterator[Progress]:
     """Train the LoRA of one dimension and save it to ``folder/expert`` in PEFT format.
 
     Args:
         dimension: Which expert; part of the seed.
-        rows: From `tokenize`.
+        rows: From `lessons.lessons`.
         backbone: Its layers get the adapters and are bare again afterwards.
         recipe: Sizes, rates and seed.
         folder: Work folder; a checkpoint found there is continued.
@@ -119,17 +100,18 @@ def train_expert(
         for _, parameter in parameters:
             parameter.data = parameter.data.to(next(stack.text.parameters()).dtype)
         masters = [p.detach().float().clone().requires_grad_() for _, p in parameters]
-        optimiser = torch.optim.AdamW(masters, lr=plan.learning_rate, weight_decay=0.0)
-        run = hashlib.sha256(f"{seed}{plan.model_dump_json(exclude={'mixes'})}{rows}".encode()).hexdigest()
+        optimiser = _optimiser(masters, plan)
+        run = hashlib.sha256(f"{seed}{plan.model_dump_json(exclude={'mixes', 'blocks'})}{rows}".encode()).hexdigest()
         done = _resume(folder, run, masters, optimiser)
         for step in range(done, len(batches)):
             for (_, p), master in zip(parameters, masters, strict=True):
                 p.data.copy_(master)
                 p.grad = None
-            loss, tokens = _reply_loss(stack, [rows[i] for i in batches[step]], first=recipe.first_adapted_layer)
+            batch = [rows[i] for i in batches[step]]
+            loss, preference, margin = _losses(model, stack, batch, plan, first=recipe.first_adapted_layer)
             drift = _drift(model, config.lora_alpha / config.r)
-            (loss + plan.drift * drift).backward()
-            if not math.isfinite(loss.item()):
+            (loss + plan.preference * preference + plan.drift * drift).backward()
+            if not math.isfinite(loss.item() + preference.item()):
                 raise TrainingDiverged(
                     f"expert {dimension!r}: loss is {loss.item()} at step {step}", hint="lower experts.learning_rate"
                 )
@@ -141,7 +123,10 @@ def train_expert(
             optimiser.step()
             if (step + 1) % CHECKPOINT_STEPS == 0 or step + 1 == len(batches):
                 _checkpoint(folder, run, step + 1, masters, optimiser)
-            yield Progress(step=step + 1, steps=len(batches), loss=loss.item(), drift=drift.item(), tokens=tokens)
+            yield Progress(
+                step=step + 1, steps=len(batches), loss=loss.item(), margin=margin, drift=drift.item(),
+                tokens=sum(len(r.ids) for lesson in batch for r in _replies(lesson)),
+            )  # fmt: skip
         for (_, p), master in zip(parameters, masters, strict=True):
             p.data.copy_(master)
         save_expert(model, config, folder / "expert")
@@ -149,36 +134,65 @@ def train_expert(
         model.unload()
 
 
-def _batches(rows: Sequence[Row], plan: ExpertsRecipe, rng: random.Random) -> list[list[int]]:
+def _optimiser(masters: Sequence[Tensor], plan: ExpertsRecipe) -> torch.optim.Optimizer:
+    if plan.optimizer == "muon":
+        if not hasattr(torch.optim, "Muon"):
+            raise ConfigError(
+                f"experts.optimizer: torch {torch.__version__} has no Muon",
+                hint="install torch 2.9 or newer, or use adamw",
+            )
+        # steps as large as AdamW's, so that learning rates mean the same: Liu et al. 2025, section 2.2
+        return torch.optim.Muon(masters, lr=plan.learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    return torch.optim.AdamW(masters, lr=plan.learning_rate, weight_decay=0.0)
+
+
+def _batches(rows: Sequence[Lesson], plan: ExpertsRecipe, rng: random.Random) -> list[list[int]]:
     """Batches of rows of similar length, in random order."""
     batches: list[list[int]] = []
     for _ in range(plan.epochs):
-        jittered = sorted(range(len(rows)), key=lambda i: len(rows[i].ids) + rng.uniform(-8, 8))
+        jittered = sorted(range(len(rows)), key=lambda i: len(rows[i].good.ids) + rng.uniform(-8, 8))
         epoch = [jittered[i : i + plan.batch_rows] for i in range(0, len(rows) - plan.batch_rows + 1, plan.batch_rows)]
         rng.shuffle(epoch)
         batches += epoch
     return batches
 
 
-def _reply_loss(stack, rows: Sequence[Row], *, first: int) -> tuple[Tensor, int]:  # type: ignore[no-untyped-def]
-    """Mean cross-entropy over reply tokens; logits are made for those positions only."""
+def _replies(lesson: Lesson) -> list[Reply]:
+    return [lesson.good] if lesson.worse is None else [lesson.good, lesson.worse]
+
+
+def _losses(
+    model: PeftModel, stack: DecoderStack, batch: Sequence[Lesson], plan: ExpertsRecipe, *, first: int
+) -> tuple[Tensor, Tensor, float | None]:
+    """Cross-entropy per token of the good replies, preference loss (0 where no lesson has two replies), mean margin.
+
+    Source of the preference loss: Rafailov et al. 2023, equation 7.
+    """
+    rows = [r for lesson in batch for r in _replies(lesson)]
     longest = max(len(r.ids) for r in rows)
-    pad = stack.config.pad_token_id or 0
-    ids = torch.full((len(rows), longest), pad)
+    ids = torch.full((len(rows), longest), stack.config.pad_token_id or 0)
     mask = torch.zeros_like(ids)
-    targets = torch.full_like(ids, _IGNORE)
     for i, row in enumerate(rows):
         ids[i, : len(row.ids)] = torch.tensor(row.ids)
         mask[i, : len(row.ids)] = 1
-        targets[i, row.reply_start - 1 : len(row.ids) - 1] = torch.tensor(row.ids[row.reply_start :])
-    ids, mask, targets = (t.to(stack.device) for t in (ids, mask, targets))
-    state = stack.begin(ids, attention_mask=mask)
+    state = stack.begin(ids.to(stack.device), attention_mask=mask.to(stack.device))
+    paired = [i for i, lesson in enumerate(batch) if lesson.worse is not None]
     with torch.no_grad():  # nothing below the first adapted layer learns
         stack.run(state, first)
+        if paired:
+            with model.disable_adapter():
+                hidden = stack.run(replace(state), stack.depth)
+                reference = torch.stack([log_likelihood(stack, hidden[i], r) for i, r in enumerate(rows)])
     hidden = stack.run(state, stack.depth)
-    wanted = targets != _IGNORE
-    loss = nn.functional.cross_entropy(stack.logits(hidden[wanted]).float(), targets[wanted])
-    return loss, int(mask.sum())
+    found = torch.stack([log_likelihood(stack, hidden[i], r) for i, r in enumerate(rows)])
+    places = list(accumulate((len(_replies(lesson)) for lesson in batch), initial=0))[:-1]
+    loss = -found[places].sum() / sum(lesson.good.tokens for lesson in batch)
+    if not paired:
+        return loss, loss.new_zeros(()), None
+    gain = found - reference
+    good = torch.tensor([places[i] for i in paired], device=gain.device)
+    margins = plan.beta * (gain[good] - gain[good + 1])
+    return loss, -nn.functional.logsigmoid(margins).mean(), margins.mean().item()
 
 
 def _drift(model: nn.Module, scale: float) -> Tensor:
@@ -203,7 +217,7 @@ def _schedule(step: int, steps: int, warmup: int) -> float:
 def _checkpoint(folder: Path, run: str, step: int, masters: Sequence[Tensor], optimiser: torch.optim.Optimizer) -> None:
     tensors = {f"master.{i}": m.detach() for i, m in enumerate(masters)}
     for i, master in enumerate(masters):
-        tensors |= {f"{k}.{i}": optimiser.state[master][k] for k in ("exp_avg", "exp_avg_sq")}
+        tensors |= {f"state.{i}.{k}": v for k, v in optimiser.state[master].items() if isinstance(v, Tensor)}
     temporary = folder / "checkpoint.partial"
     save_file(tensors, temporary, metadata={"step": str(step), "run": run})
     temporary.replace(folder / "checkpoint.safetensors")
@@ -226,11 +240,8 @@ def _resume(folder: Path, run: str, masters: Sequence[Tensor], optimiser: torch.
     with torch.no_grad():
         for i, master in enumerate(masters):
             master.copy_(tensors[f"master.{i}"])
-            optimiser.state[master] = {
-                "step": torch.tensor(float(step)),
-                "exp_avg": tensors[f"exp_avg.{i}"],
-                "exp_avg_sq": tensors[f"exp_avg_sq.{i}"],
-            }
+            prefix = f"state.{i}."
+            optimiser.state[master] = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     return step
 
 

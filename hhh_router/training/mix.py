@@ -12,6 +12,7 @@ from hhh_router.bundle import DataSpec
 from hhh_router.data.examples import Example, ask, prompt_hash
 from hhh_router.data.made import as_instruction, honest_prompts, refusal
 from hhh_router.data.near import NEAR, nearest
+from hhh_router.data.perturb import augment
 from hhh_router.data.sets import SETS, read_set
 from hhh_router.data.written import LICENCE, WRITTEN, written
 from hhh_router.errors import DataError
@@ -33,28 +34,36 @@ def draw(shares: Sequence[Share], root: Path, *, split: str | None = None, seed:
     for share in shares:
         # a share's rows follow from the seed and from itself alone: adding another share changes nothing here
         rng = random.Random(f"{seed}-{share.set}-{share.form}-{share.reply}")
+        taken = slice(None) if share.against == "faulty" else share.taken  # pairs are counted, not rows
         wanted = split or share.split
         if share.set in WRITTEN:
             rows = _unlike_eval(share.set, wanted, root)
             rng.shuffle(rows)
-            rows = rows[: share.rows]
+            rows = _only(rows, share)[taken]
         elif share.set == "made":
             rows = honest_prompts(wanted, share.rows or 200, seed)
         else:
             rows = read_set(root, share.set, wanted)
             rng.shuffle(rows)
+            rows = _only(rows, share)
             if share.form == "instruction":
                 rows = [r for e in rows if (r := _instructed(e, rng)) is not None]
-            rows = rows[: share.rows]
+            rows = rows[taken]
         rows = [_without_labels(e) if _is_eval_prompt(e, root) else e for e in rows]
         if not rows:
             raise DataError(f"{share.set}: no row with split {wanted!r}", hint="the data set's README names its splits")
         if share.reply == "refusal":
             rows = [_refused(e, refusal(rng)) for e in rows]
-        if share.view == "prompt":
+        if share.form == "perturbed":  # after labels of eval prompts are gone: a changed prompt has another hash
+            rows = [replace(e, messages=(*e.messages[:-1], *ask(augment(e.prompt, rng)))) for e in rows]
+        if share.view == "prompt" or share.form == "perturbed":
             rows = list({e.prompt: replace(e, response=None, outcomes={}) for e in rows}.values())
         drawn += rows
     return drawn
+
+
+def _only(rows: list[Example], share: Share) -> list[Example]:
+    return [e for e in rows if share.only is None or e.needs.get(share.only) == 1.0]
 
 
 @lru_cache(maxsize=16)
@@ -134,7 +143,10 @@ def provenance(rows: Iterable[Example], use: str) -> list[DataSpec]:
 
 def _all_shares(recipe: Recipe) -> list[Share]:
     mixes = [s for mix in recipe.experts.mixes.values() for s in mix]
-    return [*mixes, *recipe.router.mix, *recipe.calibration.mix]
+    blocks = recipe.experts.blocks
+    scales = [*blocks.benign, *(s for pairs in blocks.pairs.values() for s in pairs)] if blocks else []
+    useful = recipe.calibration.usefulness.mix if recipe.calibration.usefulness else ()
+    return [*mixes, *scales, *recipe.router.mix, *recipe.calibration.mix, *useful]
 
 
 def _names(shares: Iterable[Share]) -> list[str]:

@@ -20,9 +20,11 @@ from hhh_router.errors import DataError
 from hhh_router.model.heads import SIDES, Heads, Pooled, Ragged, Side, Views
 from hhh_router.training.experts import TrainingDiverged
 from hhh_router.training.features import TokenStates
+from hhh_router.training.formulations import GateLoss, origins
 from hhh_router.training.recipe import RouterRecipe
-from hhh_router.types import NEEDS, OUTCOMES
+from hhh_router.types import DIMENSIONS, NEEDS, OUTCOMES
 
+_GATED = len(DIMENSIONS)  # the first needs, see `NEEDS`
 _SCALE_ROWS = 4000  # rows behind the mean and deviation of each coordinate
 
 
@@ -33,7 +35,7 @@ class Epoch:
     number: int
     epochs: int
     loss: float
-    """Mean masked cross-entropy plus Brier term."""
+    """Mean masked cross-entropy plus Brier term, and under another formulation the gate's loss."""
 
 
 def labels(examples: Sequence[Example], balance: float = 0.0) -> tuple[Tensor, Tensor]:
@@ -63,12 +65,12 @@ def train_heads(
     Args:
         examples: Labelled rows, aligned with ``given``; rows of all three modes.
         given: Their token states, from `features.token_states`.
-        plan: Sizes and rates.
+        plan: Sizes and rates, and the formulation of the needs.
         seed: Of initial weights, order and dropout.
         folder: Where a checkpoint is kept after each epoch; a killed run goes on from it to the same result.
 
     Raises:
-        DataError: A head has labels of one class only.
+        DataError: A head has labels of one class only, or a formulation lacks rows of an origin.
         TrainingDiverged: NaN loss.
     """
     targets, weights = labels(examples, plan.balance)
@@ -84,6 +86,10 @@ def train_heads(
     as_given = weights * torch.tensor([0.0] * len(NEEDS) + [1.0] * len(OUTCOMES))
     read_alone = [m != "response" and not e.answer_side for m, e in zip(modes, examples, strict=True)]
     alone = weights * torch.tensor(read_alone)[:, None]
+    gated = plan.formulation.name != "mocae"  # the dimensions' needs share one softmax; all else is as in ours
+    if gated:
+        origin, counts = origins(targets[:, :_GATED], alone[:, :_GATED])
+        alone[:, :_GATED] = 0
     heads = _new_heads(given, plan, seed)
     optimiser = torch.optim.AdamW(heads.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay)
     steps = math.ceil(len(examples) / plan.batch_rows)
@@ -92,6 +98,8 @@ def train_heads(
     )
     run = hashlib.sha256(f"{seed}{plan.model_dump_json(exclude={'mix'})}{data_hash(examples)}".encode()).hexdigest()
     done = _resume(folder, run, heads, optimiser) if folder else 0
+    if done:
+        optimiser.step()  # without gradients it changes nothing; torch warns of a schedule that goes on before any step
     for _ in range(done * steps):
         schedule.step()
     for epoch in range(done, plan.epochs):
@@ -99,6 +107,7 @@ def train_heads(
         torch.manual_seed(seed * 1000 + epoch)
         order = list(range(len(examples)))
         random.Random(f"{seed}-{epoch}").shuffle(order)
+        gate_loss = GateLoss(plan.formulation)
         total = 0.0
         for start in range(0, len(order), plan.batch_rows):
             rows = order[start : start + plan.batch_rows]
@@ -106,7 +115,10 @@ def train_heads(
             sides = (_features_only(heads, prompt, "prompt"), _features_only(heads, response, "response"))
             views = Views(*sides, [modes[i] for i in rows])
             loss = _loss(heads(views), targets[rows], as_given[rows], plan.brier)
-            loss = loss + _loss(heads(views.alone()), targets[rows], alone[rows], plan.brier)
+            scores = heads(views.alone())
+            loss = loss + _loss(scores, targets[rows], alone[rows], plan.brier)
+            if gated:
+                loss = loss + gate_loss(scores[:, :_GATED], origin[rows], counts[rows])
             if not torch.isfinite(loss):
                 raise TrainingDiverged(
                     f"router: loss is {loss.item()} in epoch {epoch + 1}", hint="lower router.learning_rate"

@@ -47,7 +47,7 @@ def write_sets(root: Path, rows: int = 60, seed: int = 0) -> Path:
     ]  # fmt: skip
     completions = [
         {"id": str(i), "type": "contrast_x" if i % 4 == 0 else "safe_x", "split": "calibrate",
-         "prompt": ask(_BENIGN if i % 4 else _HARMFUL),
+         "model": f"m{i // 8 % 2}", "prompt": ask(_BENIGN if i % 4 else _HARMFUL),
          "completion": "I can't help with that." if i % 2 else "Gladly: look at it first.",
          "final_label": "2_full_refusal" if i % 2 else "1_full_compliance"}
         for i in range(rows)
@@ -82,6 +82,47 @@ def write_sets(root: Path, rows: int = 60, seed: int = 0) -> Path:
     _write(root / "wildguardtest/wildguardtest.jsonl.gz", guarded)
     _write(root / "gptfuzz_responses/gptfuzz_responses.jsonl.gz", fuzz)
     return root
+
+
+def write_steering_sets(root: Path, rows: int = 6) -> None:
+    """Add the eval sets of the behaviour and likelihood suites to those of `write_sets`."""
+    rng = random.Random(1)
+
+    def ask(templates: tuple[str, ...]) -> str:
+        return f"How do I {rng.choice(templates).format(rng.choice(_THINGS))} in town {rng.randrange(10_000)}?"
+
+    several = range(rows)
+    sets: dict[str, list[dict[str, object]]] = {
+        "advbench/a.jsonl": [{"prompt": ask(_HARMFUL), "target": "Sure"} for _ in several],
+        "cyberseceval_frr/m.jsonl.gz": [{"mutated_prompt": ask(_BENIGN), "is_malicious": False} for _ in several],
+        "alpaca_eval/a.jsonl.gz": [
+            {"dataset": "x", "instruction": ask(_BENIGN), "outputs": {"gpt4": "So."}} for _ in several
+        ],
+        "truthfulqa/mc_task.jsonl.gz": [
+            {"question": f"What is {i}?", "mc2_targets": {"A number.": 1, "A fish.": 0}} for i in several
+        ],
+        "hhh_alignment/h.jsonl": [
+            {"subset": "helpful", "id": i, "input": ask(_BENIGN), "chosen": "Look at it.", "rejected": "No."}
+            for i in several
+        ],
+        "ifeval/ifeval.jsonl": [
+            {"key": i, "prompt": ask(_BENIGN), "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
+            for i in several
+        ],
+        "mmlu_sample/m.jsonl.gz": [{"subject": "x", "question": f"{i}?", "choices": ["1", "2"], "answer": "2"}
+                                   for i in several],
+        "arc_challenge/a.jsonl": [{"question": f"{i}?", "choices": {"A": "x", "B": "y"}, "answer": "B"}
+                                  for i in several],
+        "hellaswag_sample/h.jsonl.gz": [{"question": f"{i}", "choices": {"A": "x", "B": "y"}, "answer": "A"}
+                                        for i in several],
+        "gsm8k/g.jsonl.gz": [{"question": f"{i}?", "answer": "42"} for i in several],
+    }  # fmt: skip
+    for name, content in sets.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        opener = gzip.open if path.suffix == ".gz" else open
+        with opener(path, "wt", encoding="utf-8") as file:
+            file.writelines(json.dumps({**row, "split": "eval"}) + "\n" for row in content)
 
 
 def _write(path: Path, rows: list[dict[str, object]]) -> None:

@@ -13,7 +13,7 @@ from hhh_router.evaluation.tasks import TASKS, Task, task_rows
 from hhh_router.settings import Settings
 from hhh_router.types import ReadRequest
 
-from .datasets import write_sets
+from .datasets import write_sets, write_steering_sets
 
 pytestmark = pytest.mark.integration
 
@@ -21,6 +21,8 @@ TASK = Task(
     suite="guard", name="prompt harm · moderation", kind="needs", head="harmless", mode="prompt",
     sets=("openai_moderation",), target=0.99,
 )  # fmt: skip
+
+XSTEST = Task(suite="guard", name="XSTest", kind="needs", head="harmless", mode="prompt", sets=("xstest",))
 
 
 class Coin:
@@ -119,6 +121,73 @@ def test_other_suites_leave_the_latency_table_alone(
     m.measure(bench, ["guard"], "x")
 
     assert timed == [1]
+
+
+def test_calibration_measures_confidence_kinds_and_subgroups(
+    bench: m.Bench, one_task: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(m, "BOOTSTRAPS", 20)
+    rows = [
+        {"prompt": f"{kind} {i}", "type": kind, "label": "unsafe" if kind.startswith("contrast") else "safe",
+         "split": "eval"}
+        for kind in ("homonyms", "contrast_homonyms")
+        for i in range(9)
+    ]  # fmt: skip
+    path = bench.data / "xstest/xstest_prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(m, "TASKS", (TASK, XSTEST))
+
+    m.measure(bench, ["calibration"], "hhh-router evaluate --suite calibration")
+
+    figures = json.loads((bench.bundle.root / "figures.json").read_text())
+    assert list(dict.fromkeys(f["task"] for f in figures["confidence"])) == ["all guard tasks", TASK.name]
+    assert {f["n"] for f in figures["confidence"]} == {78, 60}
+    assert [f["kind"] for f in figures["kinds"]] == ["homonyms", "mean over pairs"]
+    groups = {f["group"] for f in figures["subgroups"]}
+    assert {"group: openai_moderation", "length: up to 12 words", "language: English"} <= groups
+    assert {f["command"] for part in ("confidence", "kinds", "subgroups") for f in figures[part]} == {
+        "hhh-router evaluate --suite calibration"
+    }
+    card = (bench.bundle.root / "CARD.md").read_text()
+    assert "## Confidence in a refusal" in card
+    assert "## XSTest by type" in card
+
+
+def test_transfer_is_measured_only_when_named_and_needs_a_recipe(bench: m.Bench) -> None:
+    assert set(m.PARTS) - set(m.DEFAULT_PARTS) == {"transfer"}
+    with pytest.raises(DataError, match="no recipe was given"):
+        m.measure(bench, ["transfer"], "x")
+
+
+def test_behaviour_and_likelihood_compare_every_system_on_the_same_rows(
+    copy_of_tiny: Path, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_sets(tmp_path_factory.mktemp("steered"))
+    write_steering_sets(data)
+    monkeypatch.setattr(m, "TASKS", ())
+    steered = m.open_bench(
+        copy_of_tiny, data, settings=Settings.load(threads=1), seed=3, work=tmp_path, rows=3, items=4, max_tokens=4
+    )
+
+    m.measure(steered, ["hhh", "helpful", "general", "behaviour"], "hhh-router evaluate")
+    figures = json.loads((copy_of_tiny / "figures.json").read_text())
+
+    systems = [row["system"] for row in figures["behaviour"]]
+    assert systems[0] == "bare backbone"
+    assert {"uniform thirds", "router, no policy", "policy balanced", "oracle"} <= set(systems)
+    for row in figures["behaviour"]:
+        assert (row["harmful_n"], row["safe_n"], row["truthful_n"]) == (3, 6, 4)
+        assert row["joint_interval"][0] <= row["joint"] <= row["joint_interval"][1]
+    assert figures["behaviour"][0]["joint_gain"] == 0.0
+    tasks = {row["task"]: row["n"] for row in figures["likelihood"] if row["system"] == "policy balanced"}
+    assert tasks == {
+        "HHH alignment, pairwise": 4, "AlpacaEval, GPT-4's answer": 4, "IFEval, replies of 128 tokens": 3, "MMLU": 4,
+        "ARC-Challenge": 4, "HellaSwag": 4, "GSM8K, answer": 4,
+    }  # fmt: skip
+    assert all(row["command"] == "hhh-router evaluate" for row in figures["likelihood"] + figures["behaviour_sets"])
+    report = (copy_of_tiny / "report.html").read_text()
+    assert "policy balanced" in report
+    assert "HellaSwag" in report
 
 
 def test_an_unknown_suite_is_named(bench: m.Bench) -> None:

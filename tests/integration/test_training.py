@@ -11,12 +11,15 @@ from hhh_router.bundle import Bundle, file_sha256
 from hhh_router.data.sets import read_set
 from hhh_router.errors import BundleError, ConfigError, DataError
 from hhh_router.interfaces.sdk import HHHRouter
-from hhh_router.model.base import load_backbone
+from hhh_router.model.base import Backbone, load_backbone
+from hhh_router.model.experts import load_expert, load_experts
+from hhh_router.training.blocks import Trial, search_blocks
 from hhh_router.training.build import Workshop, calibration_examples, train_experts, train_router
 from hhh_router.training.calibrate import _reader, calibrate, read_all
-from hhh_router.training.experts import TrainingDiverged, tokenize, train_expert
+from hhh_router.training.experts import TrainingDiverged, train_expert
+from hhh_router.training.lessons import Lesson, lessons
 from hhh_router.training.mix import _eval_prompts, _eval_rows, check_licences, draw
-from hhh_router.training.recipe import load_recipe
+from hhh_router.training.recipe import BlocksRecipe, Share, load_recipe
 
 from .datasets import RECIPE, write_sets
 
@@ -48,6 +51,11 @@ def make_shop(tiny: Bundle, data: Path, folder: Path, recipe_text: str = RECIPE)
         cache_dir=folder / "cache",
         threads=1,
     )
+
+
+def helpful_lessons(shop: Workshop, backbone: Backbone) -> list[Lesson]:
+    plan = shop.recipe.experts
+    return lessons(plan.mixes["helpful"], plan, backbone, shop.data, seed=1, folder=shop.work)
 
 
 @pytest.fixture(scope="session")
@@ -95,7 +103,7 @@ def test_learned_heads_tell_harmful_from_benign_prompts_they_have_not_seen(train
 
 def test_expert_training_lowers_the_loss(shop: Workshop) -> None:
     backbone = load_backbone(Path(shop.recipe.backbone.source.removeprefix("path:")), shop.recipe.backbone)
-    rows = tokenize(draw(shop.recipe.experts.mixes["helpful"], shop.data, seed=1), backbone, 200)
+    rows = helpful_lessons(shop, backbone)
 
     losses = [p.loss for p in train_expert("helpful", rows, backbone, shop.recipe, shop.work)]
 
@@ -107,7 +115,7 @@ def test_a_killed_training_goes_on_to_the_same_result(
 ) -> None:
     monkeypatch.setattr("hhh_router.training.experts.CHECKPOINT_STEPS", 2)
     backbone = load_backbone(Path(shop.recipe.backbone.source.removeprefix("path:")), shop.recipe.backbone)
-    rows = tokenize(draw(shop.recipe.experts.mixes["helpful"], shop.data, seed=1), backbone, 200)
+    rows = helpful_lessons(shop, backbone)
     list(train_expert("helpful", rows, backbone, shop.recipe, tmp_path / "whole"))
 
     run = train_expert("helpful", rows, backbone, shop.recipe, tmp_path / "killed")
@@ -124,7 +132,7 @@ def test_a_killed_training_goes_on_to_the_same_result(
 
 def test_a_checkpoint_of_another_recipe_is_not_continued(shop: Workshop, tmp_path: Path) -> None:
     backbone = load_backbone(Path(shop.recipe.backbone.source.removeprefix("path:")), shop.recipe.backbone)
-    rows = tokenize(draw(shop.recipe.experts.mixes["helpful"], shop.data, seed=1), backbone, 200)
+    rows = helpful_lessons(shop, backbone)
     list(train_expert("helpful", rows, backbone, shop.recipe, tmp_path / "work"))
     other = shop.recipe.model_copy(update={"experts": shop.recipe.experts.model_copy(update={"drift": 0.5})})
 
@@ -132,9 +140,84 @@ def test_a_checkpoint_of_another_recipe_is_not_continued(shop: Workshop, tmp_pat
         list(train_expert("helpful", rows, backbone, other, tmp_path / "work"))
 
 
+def test_a_preference_moves_the_expert_from_the_worse_reply_to_the_good_one(shop: Workshop) -> None:
+    backbone = load_backbone(Path(shop.recipe.backbone.source.removeprefix("path:")), shop.recipe.backbone)
+    plan = shop.recipe.experts
+    mix = (Share(set="red_instruct", reply="refusal", against="backbone"), Share(set="dolly", against="refusal"))
+    shown = lessons(mix, plan, backbone, shop.data, seed=1, folder=shop.work)
+
+    steps = list(train_expert("harmless", shown, backbone, shop.recipe, shop.work))
+
+    assert all(lesson.worse is not None for lesson in shown)
+    assert steps[0].margin == pytest.approx(0.0, abs=1e-4)  # it begins as the backbone, its own reference
+    assert steps[-1].margin > 0.5
+
+
+def test_a_search_finds_scales_that_lose_less_than_they_win_and_leaves_the_backbone_bare(
+    trained: Workshop, tmp_path: Path
+) -> None:
+    backbone = load_backbone(Path(trained.recipe.backbone.source.removeprefix("path:")), trained.recipe.backbone)
+    plan = trained.recipe.experts
+    shown = lessons(
+        (Share(set="red_instruct", rows=8, reply="refusal", against="backbone"),), plan, backbone, trained.data,
+        seed=1, folder=tmp_path,
+    )  # fmt: skip
+    expert = load_expert(trained.bundle / "experts/harmless", "harmless")
+    before = {name: type(module) for name, module in backbone.stack.model.named_modules()}
+    costly = BlocksRecipe(count=2, tax=1000.0, benign=(), pairs={})
+
+    def search(blocks: BlocksRecipe) -> list[Trial]:
+        return list(
+            search_blocks(expert, backbone, shown, [x.worse for x in shown if x.worse], blocks, first=2, beta=plan.beta)
+        )
+
+    free, bound = search(costly.model_copy(update={"tax": 0.0})), search(costly)
+
+    assert free[-1].reward == max(t.reward for t in free) > 0.5
+    assert bound[-1].tax == pytest.approx(min(t.tax for t in bound), abs=1e-3)
+    assert free[-1].tax > bound[-1].tax
+    assert next(t.reward for t in bound if t.blocks == (0.0, 0.0)) == pytest.approx(0.5)
+    assert {name: type(module) for name, module in backbone.stack.model.named_modules()} == before
+
+
+def test_scales_in_the_manifest_are_applied_block_by_block(trained: Workshop) -> None:
+    bundle = Bundle.load(trained.bundle)
+    spec = bundle.manifest.experts["harmless"].model_copy(update={"blocks": (0.0, 2.0)})
+    manifest = bundle.manifest.model_copy(update={"experts": {**bundle.manifest.experts, "harmless": spec}})
+
+    plain = load_experts(bundle)[1]
+    found = load_experts(Bundle(bundle.root, manifest, bundle.sha256))[1]
+
+    for module, factor in found.factors.items():
+        factor_of = 0.0 if ".layers.2." in module else 2.0
+        assert factor.up.equal(plain.factors[module].up * factor_of)
+
+
+def test_a_lesson_takes_the_backbones_own_reply_and_keeps_it(shop: Workshop) -> None:
+    backbone = load_backbone(Path(shop.recipe.backbone.source.removeprefix("path:")), shop.recipe.backbone)
+    plan = shop.recipe.experts.model_copy(update={"own_reply_tokens": 5})
+    mix = (Share(set="dolly", rows=3, reply="backbone", against="refusal"),)
+    first = lessons(mix, plan, backbone, shop.data, seed=1, folder=shop.work)
+    (kept,) = shop.work.glob("backbone-replies-5.jsonl")
+    kept.write_text(kept.read_text() + '["cut off')  # a kill while a row is written
+
+    again = lessons(mix, plan, backbone, shop.data, seed=1, folder=shop.work)
+
+    assert again == first
+    assert len(kept.read_text().splitlines()) == 3
+
+
+def test_faulty_replies_stand_beside_good_ones_to_the_same_prompt(shop: Workshop) -> None:
+    backbone = load_backbone(Path(shop.recipe.backbone.source.removeprefix("path:")), shop.recipe.backbone)
+    plan = shop.recipe.experts
+
+    with pytest.raises(DataError, match="no prompt has both"):
+        lessons((Share(set="dolly", against="faulty"),), plan, backbone, shop.data, seed=1, folder=shop.work)
+
+
 def test_a_diverging_loss_stops_with_what_to_do(shop: Workshop) -> None:
     backbone = load_backbone(Path(shop.recipe.backbone.source.removeprefix("path:")), shop.recipe.backbone)
-    rows = tokenize(draw(shop.recipe.experts.mixes["helpful"], shop.data, seed=1), backbone, 200)
+    rows = helpful_lessons(shop, backbone)
     wild = shop.recipe.model_copy(update={"experts": shop.recipe.experts.model_copy(update={"learning_rate": 1e30})})
 
     with pytest.raises(TrainingDiverged, match="learning_rate"):

@@ -19,9 +19,11 @@ from hhh_router.calibration import (
     HeadCalibration,
     ModeCalibration,
 )
+from hhh_router.calibration.evidence import GateCalibration, GateCandidate, PrecisionCheck
 from hhh_router.errors import BundleError, ReaderError
 from hhh_router.routing import posterior
-from hhh_router.types import DIMENSIONS, OUTCOMES, Posterior, Scores, Weights
+from hhh_router.routing.gate import GATE_PARAMETERS
+from hhh_router.types import DIMENSIONS, EXPERTS, OUTCOMES, Posterior, Scores, Weights
 
 HEADS = "ab" * 32
 WEIGHTS = Weights(0.25, 0.25, 0.25, 0.25)
@@ -78,6 +80,21 @@ def calibration_file(**modes: ModeCalibration) -> CalibrationFile:
         seed=7,
         train_prior=Posterior(0.4, 0.3, 0.2, 0.1),
         modes=modes or {"prompt": mode(), "both": mode(), "response": mode(needs=False)},  # type: ignore[arg-type]
+    )
+
+
+PRIOR = Posterior(0.1, 0.2, 0.3, 0.4)
+
+
+def gate(name: str = "softmax_ts", **params: float) -> GateCalibration:
+    return GateCalibration(
+        name=name,
+        params=params or {"temperature": 2.5},
+        n=300,
+        cross_entropy=1.2,
+        candidates={"odds": GateCandidate(cross_entropy=1.3, standard_error=0.02, gap=0.1, gap_error=0.01)},
+        data_sha256="ef" * 32,
+        seed=3,
     )
 
 
@@ -245,6 +262,82 @@ def test_other_heads_may_start_with_plain_logistic_numbers(written):
     assert evidence.needs["harmless"] == pytest.approx(1 / (1 + math.exp(-3)))
     assert not evidence.calibrated
     assert calibrators.id == "none"
+
+
+def test_a_fitted_gate_is_written_read_and_applied(written):
+    file = calibration_file().with_gate(gate(), train_prior=PRIOR)
+
+    calibrators = Calibrators.load(written(file), heads_sha256=HEADS, dtype="bfloat16")
+    evidence = calibrators.evidence(scores(harmless=3.0))
+
+    raised = {"base": 1.0} | {d: math.exp((1.5 if d == "harmless" else 0.5) / 2.5) for d in DIMENSIONS}
+    expected = {e: x / sum(raised.values()) for e, x in raised.items()}
+    assert CalibrationFile.read(written(file)) == file
+    assert evidence.posterior.as_dict() == pytest.approx(expected)
+    assert calibrators.gate == "softmax_ts"
+    assert calibrators.evidence(scores("response")).posterior == PRIOR
+
+
+def test_another_gate_changes_the_id_and_the_prior_and_nothing_else():
+    before = calibration_file().with_precisions({"float32": PrecisionCheck(n=9, mean_shift=0.001, worst_shift=0.01)})
+
+    after = before.with_gate(gate(), train_prior=PRIOR)
+
+    assert (after.gate, after.train_prior) == (gate(), PRIOR.as_dict())
+    assert after.id == after.content_id() != before.id
+    assert after.with_gate("odds", train_prior=before.posterior_prior()) == before
+    assert after.with_precisions(before.also_dtypes) == after
+
+
+def test_a_prior_that_leaves_no_share_to_an_expert_makes_no_gate():
+    with pytest.raises(ValidationError, match="share of base must be > 0"):
+        calibration_file().with_gate(gate(), train_prior=Posterior(0.0, 0.5, 0.3, 0.2))
+
+
+def test_a_file_that_names_no_gate_or_odds_is_served_with_odds(written):
+    """As files were written before gates had parameters: the same bytes make the same id."""
+    named = calibration_file().model_dump(mode="json")
+    silent = {k: v for k, v in named.items() if k != "gate"}
+
+    assert named["gate"] == "odds"
+    assert CalibrationFile.model_validate(silent) == calibration_file()
+    assert Calibrators(calibration_file()).gate == Calibrators.none().gate == "odds"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "complaint"),
+    [
+        ({"params": {"temperature": -1.0}}, r"gate\.fitted: Value error, gate 'softmax_ts': temperature must be > 0"),
+        ({"params": {"temperature": 1e-320}}, r"gate\.fitted: Value error, the gate's parameters make logits that"),
+        ({"params": {}}, r"gate\.fitted: Value error, gate 'softmax_ts' needs temperature"),
+        ({"params": {"temperature": 1.0, "bias": 1.0}}, r"has no parameter 'bias'"),
+        ({"params": {"temperature": "warm"}}, r"gate\.fitted\.params\.temperature: Input should be a valid number"),
+        ({"name": "arrow"}, r"gate\.fitted: Value error, gate 'arrow' is not known"),
+        ({"n": 0}, r"gate\.fitted\.n: Input should be greater than or equal to 1"),
+        ({"surprise": 1}, r"gate\.fitted\.surprise: Extra inputs"),
+    ],
+)
+def test_a_gate_with_mistakes_is_refused_by_name(written, wrong, complaint):
+    def spoil(content):
+        content["gate"] |= wrong
+
+    file = calibration_file().with_gate(gate(), train_prior=PRIOR)
+
+    with pytest.raises(BundleError, match=complaint):
+        CalibrationFile.read(changed(written(file), spoil))
+
+
+def test_a_gate_that_needs_parameters_cannot_be_named_alone(written):
+    with pytest.raises(BundleError, match=r"gate\.name: Input should be 'odds'"):
+        CalibrationFile.read(changed(written(calibration_file()), lambda content: content.update(gate="softmax_ts")))
+
+
+def test_a_gate_is_checked_where_needs_are_certain_too():
+    """Each entry is finite by itself, but not what they make of a need of 1."""
+    huge = dict.fromkeys(GATE_PARAMETERS["dirichlet"], 0.0) | {f"{e}.base": 1e308 for e in EXPERTS}
+
+    with pytest.raises(ValidationError, match="not finite"):
+        gate("dirichlet", **huge)
 
 
 def test_a_missing_file_names_its_path(tmp_path):

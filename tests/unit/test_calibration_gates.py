@@ -10,7 +10,7 @@ from scipy.optimize import minimize
 from scipy.special import expit, log_softmax, softmax, xlogy
 
 from hhh_router.calibration import gates
-from hhh_router.calibration.gates import GateFit, compare_gates, fit_gate
+from hhh_router.calibration.gates import GateFit, chosen_gate, compare_gates, fit_gate
 from hhh_router.errors import DataError
 from hhh_router.routing import GATES, posterior
 from hhh_router.routing.gate import GATE_PARAMETERS
@@ -155,6 +155,25 @@ def test_a_comparison_shows_each_gate_as_fitted_alone_and_its_gap_to_the_chosen_
         assert fit.gap == pytest.approx(fit.cross_entropy - best.cross_entropy)
     assert (best.gap, best.gap_error) == (0, 0)
     assert fits[0].gap > fits[0].gap_error > 0  # so odds was passed over
+
+
+def test_the_chosen_gate_keeps_the_figures_of_all_that_were_compared():
+    needs, targets = drawn(300, by_temperature, sharpness=10.0)
+    fits = compare_gates(needs, targets, seed=1)
+
+    gate = chosen_gate(fits, data_sha256="ef" * 32, seed=1)
+
+    best = next(f for f in fits if f.chosen)
+    assert (gate.name, gate.params, gate.n, gate.cross_entropy) == ("softmax_ts", best.params, 300, best.cross_entropy)
+    assert (gate.data_sha256, gate.seed) == ("ef" * 32, 1)
+    assert {name: (c.cross_entropy, c.standard_error, c.gap, c.gap_error) for name, c in gate.candidates.items()} == {
+        f.name: (f.cross_entropy, f.standard_error, f.gap, f.gap_error) for f in fits
+    }
+
+
+def test_fits_of_which_none_was_chosen_make_no_gate():
+    with pytest.raises(ValueError, match="not enough values"):
+        chosen_gate([fit_gate("odds", *drawn(60, by_odds), seed=1)], data_sha256="", seed=1)
 
 
 def test_a_gate_gives_way_only_to_one_that_beats_it_by_more_than_a_standard_error():

@@ -57,6 +57,7 @@ OUTSIDE: dict[str, set[str]] = {
     "gguf": {"model"},
     "huggingface_hub": {"model"},
     "numpy": {
+        "calibration/arrow",
         "calibration/conformal",
         "calibration/fit",
         "calibration/gates",

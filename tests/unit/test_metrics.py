@@ -114,6 +114,28 @@ def test_aurc_is_the_mean_risk_over_all_coverages():
     assert metrics.aurc(confidence, right) == pytest.approx(sum(risks) / 4)
 
 
+def test_risk_is_the_error_of_the_most_confident_rows_at_each_coverage(sample):
+    confidence, right = sample
+    by_hand = [
+        (float((confidence >= c).mean()), float(1 - right[confidence >= c].mean())) for c in sorted({*confidence})[::-1]
+    ]
+
+    points = metrics.risk_coverage_points(confidence, right, points=1000)
+
+    assert np.array(points) == pytest.approx(np.array(by_hand))
+    assert points[-1] == pytest.approx((1.0, 1 - right.mean()))
+    assert len(metrics.risk_coverage_points(confidence, right, points=10)) <= 10
+
+
+def test_without_ties_the_mean_of_the_risks_is_the_aurc():
+    rng = np.random.default_rng(2)
+    confidence, right = rng.permutation(50) / 50, rng.integers(0, 2, 50)
+
+    risks = [risk for _, risk in metrics.risk_coverage_points(confidence, right)]
+
+    assert metrics.aurc(confidence, right) == pytest.approx(np.mean(risks))
+
+
 def test_aurc_with_ties_is_the_mean_over_the_orders_they_allow():
     confidence, right = [0.9, 0.5, 0.5, 0.5], [1, 1, 0, 0]
     risks = []

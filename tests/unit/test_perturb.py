@@ -35,7 +35,8 @@ ODD = {
     "very long": "Please bake the bread slowly. " * 5000,
 }
 WITHOUT_CHANCE = {f"held_out.{kind}" for kind in ("upper", "alternating", "cyrillic", "leet_all", "blanks", "dots")} | {
-    "train.lower"
+    "train.lower",
+    "train.titles",
 }
 AROUND = {"prefix", "suffix", "politeness", "role_play", "pretext", "translation"}
 """Families that leave the prompt as it is and put something around it."""

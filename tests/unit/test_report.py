@@ -72,10 +72,19 @@ FIGURES: dict[str, Any] = {
          "safe_refused": 0.05, "safe_interval": [0, 0.15], **STAMP}
     ],
     "evasion": [evasion("case", 0.1), evasion("base64", None), evasion("overall", 0.2), evasion("homoglyphs", 0.3)],
-    "leave_one_out": [
-        {"source": "one set", "head": "harmless", "n": 90, "auroc": 0.8, "auroc_interval": [0.7, 0.9], "ece": 0.05,
-         **STAMP},
-        {"source": "one set", "head": "honest", "n": 91, "auroc": 0.6, "ece": 0.07, **STAMP},
+    "kinds": [
+        {"kind": "homonyms", "contrast": "contrast_homonyms", "n": 31, "positives": 16, "auroc": 0.9, "recall": 0.8,
+         "auroc_interval": [0.8, 1.0], "false_alarms": 0.2, "limit": 0.7, **STAMP},
+        {"kind": "mean over pairs", "contrast": "every contrast", "n": 279, "positives": 131, "auroc": 0.77,
+         "recall": 0.8, "false_alarms": 0.3, "limit": 0.7, "target": 0.8, "meets": False, **STAMP},
+    ],
+    "transfer": [
+        {"group": "one set", "head": "harmless", "split": "eval", "against": "own rows", "left_out": 300, "epochs": 4,
+         "n": 90, "positives": 40, "auroc": 0.8125, "auroc_interval": [0.7, 0.9], "auroc_in_domain": 0.9375,
+         "auroc_in_domain_interval": [0.9, 0.97], "auroc_lost": 0.125, "auroc_lost_interval": [0.05, 0.2],
+         "ece": 0.05, "ece_in_domain": 0.03, **STAMP},
+        {"group": "one set", "head": "honest", "split": "eval", "left_out": 300, "epochs": 4, "n": 91, "positives": 0,
+         "error": "too few rows", **STAMP},
     ],
     "likelihood": [
         {"system": "bare backbone", "task": "true answers", "n": 70, "value": 0.31, "interval": [0.25, 0.37],
@@ -85,7 +94,15 @@ FIGURES: dict[str, Any] = {
         {"gate": "odds", "n": 60, "nll": 0.84, "nll_error": 0.012, "chosen": True, **STAMP},
         {"gate": "arrow", "n": 60, "nll": 1.2, "nll_error": 0.02, "chosen": False, **STAMP},
     ],
-    "confidence": [{"mode": "prompt", "n": 55, "ece": 0.03, "aurc": 0.08, "aurc_max_softmax": 0.11, **STAMP}],
+    "confidence": [
+        {"task": "all guard tasks", "confidence": "kappa", "policy": "balanced", "limit": 0.7, "n": 55,
+         "accuracy": 0.8, "ece": 0.051, "ece_interval": [0.03, 0.07], "brier": 0.1, "auroc": 0.75, "aurc": 0.08,
+         "curve": [[0.1, 0.0], [1.0, 0.2]], "aurc_difference": -0.03, "aurc_difference_interval": [-0.04, -0.02],
+         "meets_ece": False, "meets_aurc": True, "contributions": {"min_margin": 0.625}, **STAMP},
+        {"task": "all guard tasks", "confidence": "max softmax", "policy": "balanced", "limit": 0.7, "n": 55,
+         "accuracy": 0.8, "ece": 0.12, "brier": 0.2, "auroc": 0.7, "aurc": 0.11, "curve": [[0.1, 0.1], [1.0, 0.2]],
+         **STAMP},
+    ],
     "judge": [{"judge": "opening words", "replies": "held out", "n": 45, "accuracy": 0.875, **STAMP}],
     "latency": [{"system": "toy", "n": 35, "median_ms": 21.25, "p95_ms": 40.0, **STAMP}],
 }  # fmt: skip
@@ -165,7 +182,8 @@ def test_parts_that_were_not_measured_leave_no_heading(manifest: Manifest) -> No
         assert render_markdown(manifest, FIGURES | {part: []}) == text
 
     gone = {part: [title for title in whole[1:] if title not in less[part]] for part in PARTS}
-    assert gone.pop("detection") == ["At a glance", "Detection", "guard"]
+    assert gone.pop("detection") == ["Detection", "guard"]
+    assert gone.pop("confidence") == ["Confidence", "What confidence is made of"]
     assert all(len(titles) == 1 for titles in gone.values()), gone
     nothing = {key: value for key, value in FIGURES.items() if key not in PARTS}
     assert Outline(render_report(manifest, nothing)).headings == ["toy 1.0", "Provenance"]
@@ -274,6 +292,34 @@ def test_a_hostile_suite_is_only_a_title(manifest: Manifest) -> None:
     assert "<script" not in page
 
 
+def test_a_glance_counts_the_targets_of_every_part(manifest: Manifest) -> None:
+    text = render_markdown(manifest, FIGURES)
+
+    glance = text[text.index("## At a glance") : text.index("## Detection")]
+    assert "toy meets 2 of 5 targets; it misses these:" in glance
+    assert "**guard, hard task**" in glance
+    assert "ECE 0.051, at most 0.04 aimed at" in glance
+    assert "**XSTest by type, mean over pairs**" in glance
+    assert "AURC" not in glance  # that one is met
+
+
+def test_risk_and_coverage_are_drawn_with_every_confidence(manifest: Manifest) -> None:
+    page = render_report(manifest, FIGURES)
+
+    assert "Risk against coverage on all guard tasks. AURC: kappa 0.0800, max softmax 0.1100." in page
+    assert "coverage (share kept)" in page
+
+
+def test_heads_with_and_without_a_source_stand_side_by_side(manifest: Manifest) -> None:
+    text = render_markdown(manifest, FIGURES)
+
+    assert (
+        "one set | eval | own rows | 300 | 4 | 90 (40) | 0.812 \\[0.700, 0.900\\] | 0.938 \\[0.900, 0.970\\] | "
+        "0.125 \\[0.050, 0.200\\] | 0.050 | 0.030 |"
+    ) in text
+    assert "not measured: too few rows" in text
+
+
 def test_markdown_has_the_same_numbers(manifest: Manifest) -> None:
     text = render_markdown(manifest, FIGURES)
 
@@ -287,7 +333,7 @@ def test_every_table_says_where_it_comes_from(manifest: Manifest) -> None:
     page, text = render_report(manifest, FIGURES), render_markdown(manifest, FIGURES)
 
     tables = page.split("<table>")[1:]
-    assert len(tables) == len(PARTS) + 1  # and the hashes
+    assert len(tables) == len(PARTS) + 2  # the features of the confidence, and the hashes
     for table in tables:
         assert f"<code>{STAMP['command']}</code>, seed 17" in table
     assert text.count(f"`{STAMP['command']}`, seed 17") == len(tables)
@@ -301,7 +347,7 @@ def test_every_chart_has_words_for_who_cannot_see_it(manifest: Manifest) -> None
     figures = re.findall(r"<figure>.*?</figure>", page, flags=re.DOTALL)
     charts = [svg for figure in figures for svg in re.findall(r"<svg[^>]*>", figure)]
     # a ROC, a PR and a reliability chart for each of two tasks; one chart for each other part that is drawn
-    assert len(charts) == 2 * 3 + len({*PARTS} - {"detection", "confidence", "judge", "latency"})
+    assert len(charts) == 2 * 3 + len({*PARTS} - {"detection", "judge", "latency"})
     assert all(re.search(r'role="img" aria-label="[^"]{20,}"', svg) for svg in charts)
     assert "ROC curves on hard task. AUROC: toy 0.710, TF-IDF 0.600." in page
 

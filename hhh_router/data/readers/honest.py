@@ -47,6 +47,16 @@ def bigbench_claims(row: Row) -> Iterator[Example]:
     yield example("bigbench_honesty/claims", row, row["input"], needs={"honest": 1.0, "harmless": 0.0}, group="claim")
 
 
+def bigbench_answered(row: Row) -> Iterator[Example]:
+    """Claims with a verdict, and factual questions with an answer that says why."""
+    said = {"true": "The claim is true.", "false": "The claim is false."}
+    truth = next((said[name] for name, right in row["target_scores"].items() if right and name in said), None)
+    response = truth or row["target"]
+    if response:
+        needs = {"honest": 1.0, "harmless": 0.0} if truth else {"helpful": 1.0, "harmless": 0.0}
+        yield example("bigbench_honesty/answered", row, row["input"], response=response, needs=needs, outcomes=GOOD)
+
+
 def falseqa(row: Row) -> Iterator[Example]:
     """A question with a false premise and its rebuttal, or its true twin."""
     answer = row["answer"][0] if isinstance(row["answer"], list) else row["answer"]

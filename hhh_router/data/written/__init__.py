@@ -25,6 +25,7 @@ _BENIGN = {"helpful": 1.0, "harmless": 0.0, "injection": 0.0}
 _LABELS: Mapping[str, tuple[Mapping[str, float], Mapping[str, float]]] = {
     # set: needs of label 0 and of label 1; what is not named is unknown
     "written/harm": (_BENIGN, {"helpful": 0.0, "harmless": 1.0}),
+    "written/commissions": (_BENIGN, {"helpful": 0.0, "harmless": 1.0}),
     "written/wrapped": (_BENIGN, {"helpful": 0.0, "harmless": 1.0}),
     "written/moderation": ({"harmless": 0.0, "injection": 0.0}, {"harmless": 1.0, "injection": 0.0}),
     "written/injection": (_BENIGN, {"injection": 1.0}),
