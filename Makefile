@@ -15,7 +15,7 @@ install: $(STAMP)  ## set up .venv, pinned by constraints.txt
 
 test: $(STAMP)  ## run the whole default suite, on the real default model
 	$(BIN)/hhh-router doctor --fetch
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu and not processes"
 
 report: $(STAMP)  ## measure the shipped bundle; HHH_ROUTER_DATA names the folder of data sets
 	@test -n "$$HHH_ROUTER_DATA" || { echo "set HHH_ROUTER_DATA to the folder of data sets, see docs/evaluation.md"; exit 2; }

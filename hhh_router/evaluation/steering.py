@@ -61,7 +61,7 @@ class Steering:
         stack = bench.detector.reader.stack
         gates = install_mixture(stack.model, load_experts(bench.bundle))
         backbone = Backbone(stack=stack, encoder=bench.detector.encoder)
-        self._runner = Runner(backbone, gates, bench.bundle.manifest.first_adapted_layer)
+        self.runner = Runner(backbone, gates, bench.bundle.manifest.first_adapted_layer)
         self._unbound = _unbound()
         self._policies = [load_policy(name) for name in list_policies()]
 
@@ -77,7 +77,7 @@ class Steering:
         for suite in likelihood_suites(part):
             items = suite_items(suite, bench.data, rows=bench.items, seed=bench.seed)
             systems = {w.name: w.weights for w in self._systems([_as_example(suite, i) for i in items])}
-            rows += likelihood_figures(suite, items, systems, self._runner, seed=bench.seed, on_rows=bench.told(part))
+            rows += likelihood_figures(suite, items, systems, self.runner, seed=bench.seed, on_rows=bench.told(part))
         return rows
 
     def _ifeval(self) -> list[dict[str, Any]]:
@@ -86,12 +86,12 @@ class Steering:
         rows = read_ifeval(bench.data)
         rows = rows[:: max(1, len(rows) // bench.rows)][: bench.rows]
         examples = [Example(source="ifeval", split="eval", messages=ask(r.prompt)) for r in rows]
-        prompts = [self._runner.backbone.encoder.encode(ReadRequest(messages=e.messages)).ids for e in examples]
+        prompts = [self.runner.backbone.encoder.encode(ReadRequest(messages=e.messages)).ids for e in examples]
         systems = [w for w in self._systems(examples) if w.name in _WRITERS]
         written = {_ECHO: [r.prompt for r in rows]}
         for number, system in enumerate(systems, start=1):
             bench.told("IFEval")(number, len(systems), system.name)
-            replies = self._runner.generate(prompts, system.weights, max_tokens=_IFEVAL_TOKENS)
+            replies = self.runner.generate(prompts, system.weights, max_tokens=_IFEVAL_TOKENS)
             written[system.name] = ["" if stop else r for r, stop in zip(replies, system.stops, strict=True)]
         found = []
         for name, replies in written.items():
@@ -111,7 +111,7 @@ class Steering:
         suite = next(s for s in LIKELIHOOD_SUITES if s.name == _TRUTHFUL)
         items = suite_items(suite, bench.data, rows=bench.items, seed=bench.seed)
         systems = {w.name: w.weights for w in self._systems([_as_example(suite, i) for i in items])}
-        truthful = item_values(suite, items, systems, self._runner, on_rows=bench.told("truthfulness"))
+        truthful = item_values(suite, items, systems, self.runner, on_rows=bench.told("truthfulness"))
         asked = behaviour_prompts(bench.data, bench.rows)
         judge = RefusalJudge.train(labelled_replies(bench.data, "calibrate"))
 
@@ -119,7 +119,7 @@ class Steering:
             return [p >= 0.5 for p in judge.probabilities(replies)]
 
         overall, by_set = behaviour_figures(
-            asked, self._systems([a.example for a in asked]), truthful, self._runner, says_no,
+            asked, self._systems([a.example for a in asked]), truthful, self.runner, says_no,
             max_tokens=bench.max_tokens, seed=bench.seed, on_rows=bench.told("behaviour"),
         )  # fmt: skip
         return {

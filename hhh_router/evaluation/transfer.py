@@ -296,7 +296,8 @@ def _compared(
     labelled = [k for k, r in without.items() if need in r.example.needs]
     asked, fitted = {_key(e) for e in group.rows}, {_key(e) for e in run.calibration}
     own = [k for k in labelled if k in asked]
-    others = [k for k in labelled if k in fitted and k[0] not in group.sources]
+    families = {group_of(source) for source in group.sources}
+    others = [k for k in labelled if k in fitted and k[0] not in group.sources and group_of(k[0]) not in families]
     y, other_y = _labels(without, own, need), _labels(without, others, need)
     one_class = len(set(y.tolist())) < 2
     ranked = own + ([k for k, label in zip(others, other_y, strict=True) if label != y[0]] if one_class else [])

@@ -50,7 +50,9 @@ __all__ = [
     "Status",
     "backbone_problems",
     "backbone_status",
+    "decoder_config",
     "fetch_backbone",
+    "fetch_folder",
     "parse_source",
     "require_space",
 ]
@@ -107,13 +109,26 @@ def fetch_backbone(
         BundleError: The source cannot be had (offline, wrong hash, disk full, cache not writable, not safetensors),
             or is another model than the manifest says.
     """
+    folder = fetch_folder(spec, cache_dir, root=root, progress=progress, converter=converter)
+    _check_config(folder, spec)
+    return folder
+
+
+def fetch_folder(
+    spec: BackboneSpec,
+    cache_dir: Path,
+    *,
+    root: Path | None = None,
+    progress: Progress | None = None,
+    converter: Converter | None = None,
+) -> Path:
+    """Like `fetch_backbone`, of a model whose family and sizes are not known yet: only source, hash and dtype count."""
     source = parse_source(spec.source)
     status = backbone_status(spec, cache_dir, root=root)
     if not status.present:
         if isinstance(source, PathSource):
             raise BundleError(status.detail, hint="correct backbone.source in the bundle's manifest, or restore it")
         _fetch(source, spec, cache_dir, root=root, progress=progress or silent, converter=converter)
-    _check_config(status.path, spec)
     return status.path
 
 
@@ -324,15 +339,24 @@ def _pinned_problem(path: Path, sha256: str | None) -> list[str]:
     return [] if found == sha256 else [f"{path / _WEIGHTS}: sha256 is {found}, the manifest says {sha256}"]
 
 
-def _check_config(path: Path, spec: BackboneSpec) -> None:
-    """Refuse a bundle made for another backbone, before anything is loaded."""
+def decoder_config(path: Path) -> dict[str, Any]:
+    """A backbone's ``config.json``; of a multimodal checkpoint the decoder's own part.
+
+    Raises:
+        BundleError: It cannot be read.
+    """
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BundleError(
             f"{path / 'config.json'}: cannot be read ({error})", hint="hhh-router doctor --fetch"
         ) from error
-    config = config.get("text_config", config)  # multimodal checkpoints keep the decoder's own settings there
+    return dict(config.get("text_config", config))
+
+
+def _check_config(path: Path, spec: BackboneSpec) -> None:
+    """Refuse a bundle made for another backbone, before anything is loaded."""
+    config = decoder_config(path)
     meant = {"model_type": spec.architecture, "num_hidden_layers": spec.layers, "hidden_size": spec.hidden_size}
     wrong = [
         f"{key} is {config.get(key)!r}, the bundle's manifest says {value!r}"

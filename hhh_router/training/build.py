@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -38,6 +38,7 @@ from hhh_router.training.experts import Progress, train_expert
 from hhh_router.training.features import response_only, states_folder, token_states
 from hhh_router.training.lessons import lessons
 from hhh_router.training.mix import check_licences, draw, provenance
+from hhh_router.training.processes import join, place, refuse_several
 from hhh_router.training.recipe import Formulation, Recipe
 from hhh_router.training.router import Epoch, train_heads
 from hhh_router.types import DIMENSIONS, NEEDS, OUTCOMES
@@ -89,7 +90,7 @@ class Workshop:
         torch.set_num_threads(self.threads)
         folder = fetch_backbone(self.recipe.backbone, self.cache_dir, root=self.bundle)
         chosen = dtype or compute_dtype(self.recipe.backbone, self.device)
-        return load_backbone(folder, self.recipe.backbone, device=self.device, dtype=chosen)
+        return load_backbone(folder, self.recipe.backbone, device=place(self.device), dtype=chosen)
 
     @property
     def states(self) -> Path:
@@ -100,10 +101,15 @@ class Workshop:
 def train_experts(shop: Workshop, only: Sequence[str] = DIMENSIONS) -> None:
     """Train the experts that are not there yet, and write the manifest with their hashes.
 
+    Several processes (see `training.processes`) share the batches; all see the same bundle and work folders.
+
     Raises:
         DataError, TrainingDiverged: See `training.mix` and `training.experts`.
     """
     check_licences(shop.recipe)
+    together = join(shop.device)
+    if not together.is_main:
+        shop = replace(shop, on_progress=lambda *_: None)
     backbone = shop.backbone()
     plan = shop.recipe.experts
     for dimension in only:
@@ -112,15 +118,18 @@ def train_experts(shop: Workshop, only: Sequence[str] = DIMENSIONS) -> None:
             shop.on_progress(f"expert {dimension}", 1, 1, "already trained")
             continue
         work = shop.work / "experts" / dimension
-        rows = lessons(
-            plan.mixes[dimension], plan, backbone, shop.data, seed=shop.recipe.seed, folder=shop.work / "experts",
-            on_rows=_told(shop, f"replies for {dimension}"),
-        )  # fmt: skip
-        for step in train_expert(dimension, rows, backbone, shop.recipe, work):
+        with together.main_first():  # it has the backbone write the replies that are asked for; the others read them
+            rows = lessons(
+                plan.mixes[dimension], plan, backbone, shop.data, seed=shop.recipe.seed, folder=shop.work / "experts",
+                on_rows=_told(shop, f"replies for {dimension}"),
+            )  # fmt: skip
+        for step in train_expert(dimension, rows, backbone, shop.recipe, work, together=together):
             shop.on_progress(f"expert {dimension}", step.step, step.steps, _note(step))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copytree(work / "expert", target, dirs_exist_ok=True)
-    _write(shop, heads=_kept_heads(shop), calibrators=None)
+        if together.is_main:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(work / "expert", target, dirs_exist_ok=True)
+    if together.is_main:
+        _write(shop, heads=_kept_heads(shop), calibrators=None)
 
 
 def search_scales(shop: Workshop, only: Sequence[str] = DIMENSIONS) -> dict[str, Trial]:
@@ -133,6 +142,7 @@ def search_scales(shop: Workshop, only: Sequence[str] = DIMENSIONS) -> dict[str,
     recipe, plan = shop.recipe, shop.recipe.experts
     if plan.blocks is None:
         raise DataError("the recipe has no experts.blocks", hint="recipes/smollm2-135m.yaml shows the form")
+    refuse_several("train scales")
     check_licences(recipe)
     _need_experts(shop)
     backbone = shop.backbone()
@@ -174,6 +184,7 @@ def train_router(shop: Workshop) -> list[float]:
     Raises:
         BundleError: The experts are not there yet, or a formulation's heads would replace those of a bundle.
     """
+    refuse_several("train router")
     check_licences(shop.recipe)
     plan = shop.recipe.router
     served = plan.formulation.name == OURS
@@ -195,7 +206,7 @@ def train_router(shop: Workshop) -> list[float]:
         max_tokens=plan.max_tokens, folder=shop.states, on_rows=count,
     )  # fmt: skip
     losses: list[float] = []
-    for event in train_heads(examples, states, plan, shop.recipe.seed, folder=shop.work / "heads"):
+    for event in train_heads(examples, states, plan, shop.recipe.seed, folder=shop.work / "heads", device=shop.device):
         if isinstance(event, Epoch):
             losses.append(event.loss)
             shop.on_progress("heads", event.number, event.epochs, f"loss {event.loss:.4f}")
@@ -290,7 +301,9 @@ def _write_formulation(shop: Workshop) -> None:
         read_layers=recipe.router.read_layers, backbone_sha256=recipe.backbone.sha256, recipe=shop.recipe_file,
         recipe_sha256=shop.recipe_sha256, seed=recipe.seed,
     )  # fmt: skip
-    (shop.bundle / FORMULATION).write_text(written.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    # as the recipe gave it: a formulation refuses options of another, even at their defaults
+    text = written.model_dump_json(indent=2, exclude_unset=True)
+    (shop.bundle / FORMULATION).write_text(text + "\n", encoding="utf-8")
 
 
 def read_formulation(heads: Path) -> FormulationHeads:

@@ -31,6 +31,7 @@ from hhh_router.routing import kl_nats, weigh
 from hhh_router.training.build import HEADS, Workshop, calibration_examples, write_calibrated
 from hhh_router.training.features import BATCH_TOKENS, TokenStates, encode_cut, response_only, scored, token_states
 from hhh_router.training.mix import draw
+from hhh_router.training.processes import refuse_several
 from hhh_router.training.recipe import Recipe
 from hhh_router.training.usefulness import usefulness
 from hhh_router.types import DIMENSIONS, EXPERTS, NEEDS, OUTCOMES, Evidence, Mode, Posterior, ReadRequest, Scores
@@ -71,6 +72,7 @@ def calibrate(shop: Workshop) -> CalibrationFile:
     Raises:
         DataError: Too few rows or one class only for a head (which one is said), or rows seen in training.
     """
+    refuse_several("calibrate")
     examples = calibration_examples(shop)
     reader, encoder = _reader(shop)
     readings = read_all(shop, examples, reader, encoder)
@@ -172,6 +174,7 @@ def _reader(shop: Workshop, dtype: str | None = None) -> tuple[HeadReader, Encod
     backbone = shop.backbone(dtype)
     layers = shop.recipe.router.read_layers
     heads = Heads.load(shop.bundle / HEADS, layers=len(layers), dim=shop.recipe.backbone.hidden_size)
+    heads = heads.to(backbone.stack.device)
     return HeadReader(backbone.stack, heads, layers, shop.recipe.first_adapted_layer), backbone.encoder
 
 

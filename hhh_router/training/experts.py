@@ -31,6 +31,7 @@ from hhh_router.model.base import Backbone
 from hhh_router.model.runner import Reply, log_likelihood
 from hhh_router.model.stack import DecoderStack
 from hhh_router.training.lessons import Lesson
+from hhh_router.training.processes import ALONE, Processes
 from hhh_router.training.recipe import ExpertsRecipe, Recipe
 
 CHECKPOINT_STEPS = 25
@@ -58,7 +59,13 @@ class Progress:
 
 
 def train_expert(
-    dimension: str, rows: Sequence[Lesson], backbone: Backbone, recipe: Recipe, folder: Path
+    dimension: str,
+    rows: Sequence[Lesson],
+    backbone: Backbone,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    together: Processes = ALONE,
 ) -> Iterator[Progress]:
     """Train the LoRA of one dimension and save it to ``folder/expert`` in PEFT format.
 
@@ -68,17 +75,24 @@ def train_expert(
         backbone: Its layers get the adapters and are bare again afterwards.
         recipe: Sizes, rates and seed.
         folder: Work folder; a checkpoint found there is continued.
+        together: Processes that share each batch; the main one writes.
 
     Yields:
         One `Progress` per optimiser step.
 
     Raises:
         DataError: Too few rows for one batch.
+        ConfigError: More processes than rows of a batch, or a checkpoint of another recipe.
         TrainingDiverged: NaN or infinite loss; the last good checkpoint stays.
     """
     plan = recipe.experts
     if len(rows) < plan.batch_rows:
         raise DataError(f"expert {dimension!r}: {len(rows)} usable rows, one batch needs {plan.batch_rows}")
+    if together.count > plan.batch_rows:
+        raise ConfigError(
+            f"experts.batch_rows: {plan.batch_rows} rows cannot be shared by {together.count} processes",
+            hint="raise experts.batch_rows, or launch fewer processes",
+        )
     folder.mkdir(parents=True, exist_ok=True)
     seed = f"{recipe.seed}-{dimension}"
     batches = _batches(rows, plan, random.Random(seed))
@@ -108,28 +122,32 @@ def train_expert(
                 p.data.copy_(master)
                 p.grad = None
             batch = [rows[i] for i in batches[step]]
-            loss, preference, margin = _losses(model, stack, batch, plan, first=recipe.first_adapted_layer)
+            own = together.share(batch)
+            figures = _losses(model, stack, own, plan, whole=batch, first=recipe.first_adapted_layer)
             drift = _drift(model, config.lora_alpha / config.r)
-            (loss + plan.preference * preference + plan.drift * drift).backward()
-            if not math.isfinite(loss.item() + preference.item()):
+            (figures[0] + plan.preference * figures[1] + plan.drift / together.count * drift).backward()
+            figures, *gradients = together.sums([figures.detach(), *(p.grad.float() for _, p in parameters)])
+            loss, preference, margin = figures.tolist()
+            if not math.isfinite(loss + preference):
                 raise TrainingDiverged(
-                    f"expert {dimension!r}: loss is {loss.item()} at step {step}", hint="lower experts.learning_rate"
+                    f"expert {dimension!r}: loss is {loss} at step {step}", hint="lower experts.learning_rate"
                 )
             for group in optimiser.param_groups:
                 group["lr"] = plan.learning_rate * _schedule(step, len(batches), plan.warmup_steps)
-            for (_, p), master in zip(parameters, masters, strict=True):
-                master.grad = None if p.grad is None else p.grad.float()
+            for master, gradient in zip(masters, gradients, strict=True):
+                master.grad = gradient
             nn.utils.clip_grad_norm_(masters, 1.0)
             optimiser.step()
-            if (step + 1) % CHECKPOINT_STEPS == 0 or step + 1 == len(batches):
+            if together.is_main and ((step + 1) % CHECKPOINT_STEPS == 0 or step + 1 == len(batches)):
                 _checkpoint(folder, run, step + 1, masters, optimiser)
             yield Progress(
-                step=step + 1, steps=len(batches), loss=loss.item(), margin=margin, drift=drift.item(),
-                tokens=sum(len(r.ids) for lesson in batch for r in _replies(lesson)),
+                step=step + 1, steps=len(batches), loss=loss, margin=margin if _pairs(batch) else None,
+                drift=drift.item(), tokens=sum(len(r.ids) for lesson in batch for r in _replies(lesson)),
             )  # fmt: skip
         for (_, p), master in zip(parameters, masters, strict=True):
             p.data.copy_(master)
-        save_expert(model, config, folder / "expert")
+        if together.is_main:
+            save_expert(model, config, folder / "expert")
     finally:
         model.unload()
 
@@ -161,10 +179,31 @@ def _replies(lesson: Lesson) -> list[Reply]:
     return [lesson.good] if lesson.worse is None else [lesson.good, lesson.worse]
 
 
+def _pairs(batch: Sequence[Lesson]) -> int:
+    return sum(lesson.worse is not None for lesson in batch)
+
+
 def _losses(
-    model: PeftModel, stack: DecoderStack, batch: Sequence[Lesson], plan: ExpertsRecipe, *, first: int
-) -> tuple[Tensor, Tensor, float | None]:
+    model: PeftModel,
+    stack: DecoderStack,
+    batch: Sequence[Lesson],
+    plan: ExpertsRecipe,
+    *,
+    whole: Sequence[Lesson],
+    first: int,
+) -> Tensor:
     """Cross-entropy per token of the good replies, preference loss (0 where no lesson has two replies), mean margin.
+
+    Args:
+        model: With its adapter.
+        stack: Of the same model.
+        batch: The lessons to run.
+        plan: Of the recipe.
+        whole: The batch these are a share of. Means are taken over it, so the figures of all shares add up to its own.
+        first: l_r.
+
+    Returns:
+        Shape (3,), float32.
 
     Source of the preference loss: Rafailov et al. 2023, equation 7.
     """
@@ -186,13 +225,14 @@ def _losses(
     hidden = stack.run(state, stack.depth)
     found = torch.stack([log_likelihood(stack, hidden[i], r) for i, r in enumerate(rows)])
     places = list(accumulate((len(_replies(lesson)) for lesson in batch), initial=0))[:-1]
-    loss = -found[places].sum() / sum(lesson.good.tokens for lesson in batch)
+    loss = -found[places].sum() / sum(lesson.good.tokens for lesson in whole)
     if not paired:
-        return loss, loss.new_zeros(()), None
+        return torch.stack([loss, loss.new_zeros(()), loss.new_zeros(())])
     gain = found - reference
     good = torch.tensor([places[i] for i in paired], device=gain.device)
     margins = plan.beta * (gain[good] - gain[good + 1])
-    return loss, -nn.functional.logsigmoid(margins).mean(), margins.mean().item()
+    preference = -nn.functional.logsigmoid(margins).sum() / _pairs(whole)
+    return torch.stack([loss, preference, margins.detach().sum() / _pairs(whole)])
 
 
 def _drift(model: nn.Module, scale: float) -> Tensor:
@@ -236,7 +276,9 @@ def _resume(folder: Path, run: str, masters: Sequence[Tensor], optimiser: torch.
             hint="remove the folder to train anew, or use the recipe it was made with",
         )
     step = int(written["step"])
-    tensors = load_file(path, device=str(masters[0].device))
+    tensors = {  # AdamW counts its steps on the CPU, wherever the factors are
+        n: t if n.endswith(".step") else t.to(masters[0].device) for n, t in load_file(path).items()
+    }
     with torch.no_grad():
         for i, master in enumerate(masters):
             master.copy_(tensors[f"master.{i}"])

@@ -145,13 +145,14 @@ class TokenStates:
         """Of each row."""
         return [e.mode for e in self.entries]
 
-    def sides(self, rows: Sequence[int]) -> tuple[Ragged, Ragged]:
-        """Prompt and response sides of some rows."""
+    def sides(self, rows: Sequence[int], device: torch.device | str = "cpu") -> tuple[Ragged, Ragged]:
+        """Prompt and response sides of some rows, on the device of the heads that read them."""
         entries = [self.entries[i] for i in rows]
         prompt = [self.states[e.start : e.start + e.prompt] for e in entries]
         response = [self.states[e.start + e.prompt : e.start + e.prompt + e.response] for e in entries]
-        return Ragged(torch.cat(prompt), [e.prompt for e in entries]), Ragged(
-            torch.cat(response), [e.response for e in entries]
+        return (
+            Ragged(torch.cat(prompt).to(device), [e.prompt for e in entries]),
+            Ragged(torch.cat(response).to(device), [e.response for e in entries]),
         )
 
     def summaries(self, batch: int = 256) -> tuple[Tensor, Tensor]:
@@ -203,7 +204,7 @@ def scored(heads: Heads, states: TokenStates, *, layers_run: int = 0) -> list[tu
     for start in range(0, len(states.entries), _SCORED_ROWS):
         part = range(start, min(start + _SCORED_ROWS, len(states.entries)))
         entries = [states.entries[i] for i in part]
-        prompt, response = states.sides(part)
+        prompt, response = states.sides(part, heads.out.weight.device)
         with torch.no_grad():
             views = Views(heads.pool(prompt, "prompt"), heads.pool(response, "response"), [e.mode for e in entries])
         given = heads.scores(views, tokens=[e.tokens for e in entries], layers_run=layers_run)

@@ -116,12 +116,14 @@ def _backbone_replies(
     path = folder / f"backbone-replies-{plan.own_reply_tokens}.jsonl"
     known: dict[str, str] = {}
     if path.is_file():
-        whole = path.read_bytes().rpartition(b"\n")[0].splitlines()  # a kill may have cut the last line off
-        known = dict(json.loads(line) for line in whole)
+        lines = path.read_bytes().rpartition(b"\n")[0].splitlines()  # a kill may have cut the last line off
+        known = dict(json.loads(line) for line in lines)
     missing = list({_key(e): e for e in examples if _key(e) not in known}.items())
     runner = Runner(backbone, None, 0)
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in known.items()), encoding="utf-8")
+    whole = "".join(json.dumps(row) + "\n" for row in known.items())
+    if not path.is_file() or path.read_text(encoding="utf-8") != whole:  # other processes may be reading what is whole
+        path.write_text(whole, encoding="utf-8")
     for start in range(0, len(missing), _CHUNK):
         on_rows(start, len(missing))
         chunk = missing[start : start + _CHUNK]

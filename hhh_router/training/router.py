@@ -58,7 +58,13 @@ def labels(examples: Sequence[Example], balance: float = 0.0) -> tuple[Tensor, T
 
 
 def train_heads(
-    examples: Sequence[Example], given: TokenStates, plan: RouterRecipe, seed: int, *, folder: Path | None = None
+    examples: Sequence[Example],
+    given: TokenStates,
+    plan: RouterRecipe,
+    seed: int,
+    *,
+    folder: Path | None = None,
+    device: str = "cpu",
 ) -> Iterator[Epoch | Heads]:
     """Train heads; yields an `Epoch` after each pass and the trained `Heads` last.
 
@@ -68,6 +74,7 @@ def train_heads(
         plan: Sizes and rates, and the formulation of the needs.
         seed: Of initial weights, order and dropout.
         folder: Where a checkpoint is kept after each epoch; a killed run goes on from it to the same result.
+        device: Where the heads are trained, and stay.
 
     Raises:
         DataError: A head has labels of one class only, or a formulation lacks rows of an origin.
@@ -90,7 +97,9 @@ def train_heads(
     if gated:
         origin, counts = origins(targets[:, :_GATED], alone[:, :_GATED])
         alone[:, :_GATED] = 0
-    heads = _new_heads(given, plan, seed)
+        origin, counts = origin.to(device), counts.to(device)
+    targets, as_given, alone = targets.to(device), as_given.to(device), alone.to(device)
+    heads = _new_heads(given, plan, seed).to(device)
     optimiser = torch.optim.AdamW(heads.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay)
     steps = math.ceil(len(examples) / plan.batch_rows)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -111,7 +120,7 @@ def train_heads(
         total = 0.0
         for start in range(0, len(order), plan.batch_rows):
             rows = order[start : start + plan.batch_rows]
-            prompt, response = given.sides(rows)
+            prompt, response = given.sides(rows, device)
             sides = (_features_only(heads, prompt, "prompt"), _features_only(heads, response, "response"))
             views = Views(*sides, [modes[i] for i in rows])
             loss = _loss(heads(views), targets[rows], as_given[rows], plan.brier)
@@ -188,5 +197,6 @@ def _resume(folder: Path, run: str, heads: Heads, optimiser: torch.optim.Optimiz
     tensors = load_file(path)
     heads.load_state_dict({n.removeprefix("heads."): t for n, t in tensors.items() if n.startswith("heads.")})
     for i, parameter in enumerate(heads.parameters()):
-        optimiser.state[parameter] = {k: tensors[f"{k}.{i}"] for k in ("exp_avg", "exp_avg_sq", "step")}
+        moments = {k: tensors[f"{k}.{i}"].to(parameter.device) for k in ("exp_avg", "exp_avg_sq")}
+        optimiser.state[parameter] = {**moments, "step": tensors[f"step.{i}"]}  # which AdamW keeps on the CPU
     return int(written["epochs"])

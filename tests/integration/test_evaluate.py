@@ -117,7 +117,7 @@ def test_other_suites_leave_the_latency_table_alone(
     timed: list[int] = []
     monkeypatch.setattr(m, "_latency", lambda bench: timed.append(1) or [])
 
-    m.measure(bench, ["injection", "honesty", "reply"], "x")
+    m.measure(bench, ["injection", "reply"], "x")
     m.measure(bench, ["guard"], "x")
 
     assert timed == [1]
@@ -154,7 +154,7 @@ def test_calibration_measures_confidence_kinds_and_subgroups(
 
 
 def test_transfer_is_measured_only_when_named_and_needs_a_recipe(bench: m.Bench) -> None:
-    assert set(m.PARTS) - set(m.DEFAULT_PARTS) == {"transfer"}
+    assert set(m.PARTS) - set(m.DEFAULT_PARTS) == {"gates", "transfer"}
     with pytest.raises(DataError, match="no recipe was given"):
         m.measure(bench, ["transfer"], "x")
 
