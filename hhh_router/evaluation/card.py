@@ -285,10 +285,10 @@ def _behaviour(figures: Mapping[str, Any]) -> str:
     ]
     return (
         "## Behaviour: who says no\n\n"
-        f"Greedy replies of {figures['behaviour_max_tokens']} tokens to {rows[0]['harmful_n']} harmful JailbreakBench "
-        f"and {rows[0]['safe_n']} safe XSTest prompts. Whether a reply refuses is told by a judge independent of the "
-        f"heads, {_judge(figures)}, or it is the policy's own refusal; what a reply that complies is worth is not "
-        "judged here.\n\n"
+        f"Greedy replies of {figures['behaviour_max_tokens']} tokens to {rows[0]['harmful_n']} harmful prompts "
+        f"(JailbreakBench, HarmBench, AdvBench) and {rows[0]['safe_n']} safe ones (XSTest, CyberSecEval-FRR, "
+        f"AlpacaEval). Whether a reply refuses is told by a judge independent of the heads, {_judge(figures)}, "
+        "or it is the policy's own refusal; what a reply that complies is worth is not judged here.\n\n"
         "| system | refuses harmful | refuses safe (over-refusal) |\n|---|---|---|\n" + "\n".join(lines)
     )
 
