@@ -277,7 +277,7 @@ def _kinds(bench: Bench) -> list[dict[str, Any]]:
 
 def _gates(bench: Bench, steering: Steering) -> list[dict[str, Any]]:
     """Gates compared on the recipe's usefulness rows; the experts are on the backbone already."""
-    return gate_figures(bench, steering._runner, _recipe(bench)[1], formulations=bench.formulations)
+    return gate_figures(bench, steering.runner, _recipe(bench)[1], formulations=bench.formulations)
 
 
 def _recipe(bench: Bench) -> tuple[Path, Recipe, str]:

@@ -299,6 +299,7 @@ def test_a_conversation_on_a_terminal_answers_explains_and_quits(tiny: Bundle) -
 
 
 def test_an_interrupt_ends_with_130_and_no_traceback(tiny: Bundle) -> None:
+    subprocess.run([COMMAND, "--help"], check=True, capture_output=True)  # byte code: a first start takes seconds
     child = subprocess.Popen(
         [COMMAND, "chat", "hello", "--bundle", str(tiny.root), "--max-tokens", "400"],
         stdout=subprocess.PIPE,

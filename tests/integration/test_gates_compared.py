@@ -103,7 +103,7 @@ def bench(trained: Workshop, folder: Path, formulations: dict[str, Path]) -> m.B
 
 @pytest.fixture(scope="module")
 def runner(bench: m.Bench) -> Runner:
-    return Steering(bench)._runner
+    return Steering(bench).runner
 
 
 @pytest.fixture(scope="module")
