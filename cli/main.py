@@ -7,6 +7,7 @@ heavier at its top, so that ``--help`` stays quick.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from importlib import import_module
 from typing import Any, NoReturn
@@ -67,6 +68,8 @@ class Commands(TyperGroup):
         except KeyboardInterrupt:
             sys.exit(EXIT_INTERRUPTED)
         except Exception as error:  # the outermost door: nothing above could handle it better
+            if _interrupts:  # an interrupt while a library is imported comes out as any error, of a missing one say
+                sys.exit(EXIT_INTERRUPTED)
             _fail(error)
 
 
@@ -118,6 +121,16 @@ def _options(
     """Guard, route and steer LLM requests with a calibrated mixture of helpful, harmless and honest experts."""
 
 
+_interrupts: list[int] = []
+
+
+def _interrupt(number: int, frame: object) -> NoReturn:
+    _interrupts.append(number)
+    raise KeyboardInterrupt
+
+
 def run() -> None:
     """Entry point of the console script."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _interrupt)
     app()

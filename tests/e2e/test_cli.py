@@ -313,5 +313,5 @@ def test_an_interrupt_ends_with_130_and_no_traceback(tiny: Bundle) -> None:
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=60)
 
-    assert child.returncode == 130
+    assert child.returncode == 130, err
     assert b"Traceback" not in err
