@@ -83,6 +83,49 @@ def scales(recipe: Recipe, data: Data, out: Out = None, work: Work = None) -> No
 
 
 @app.command()
+def sweep(
+    recipe: Recipe,
+    data: Data,
+    expert: Annotated[str, typer.Option(help="Which expert is trained, each time anew.")] = "harmless",
+    rate: Annotated[list[float] | None, typer.Option("--rate", help="Learning rate; may be repeated.")] = None,
+    optimizer: Annotated[list[str] | None, typer.Option("--optimizer", help="adamw, muon; may be repeated.")] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Batches a run.")] = 24,
+    work: Work = None,
+) -> None:
+    """Compare optimisers at learning rates: short runs on the same lessons, judged on pairs kept apart."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from hhh_router.errors import SettingsError
+    from hhh_router.training.sweep import Run, write_runs
+    from hhh_router.training.sweep import sweep as runs_of
+    from hhh_router.types import DIMENSIONS
+
+    chosen = optimizer or ["adamw", "muon"]
+    if expert not in DIMENSIONS or set(chosen) - {"adamw", "muon"}:
+        raise SettingsError(
+            f"--expert {expert}, --optimizer {', '.join(chosen)}: not known",
+            hint=f"experts are {', '.join(DIMENSIONS)}, optimisers adamw and muon",
+        )
+    runs: list[Run] = []
+    with stage_bars() as told:
+        shop = workshop(recipe, data, None, work, told)
+        base = shop.recipe.experts.rate(expert)
+        path = shop.work / "sweep" / f"{expert}.tsv"
+        for run in runs_of(shop, expert, optimizers=chosen, rates=rate or [base / 2, base, base * 2], steps=steps):  # type: ignore[arg-type]
+            runs.append(run)
+            write_runs(path, runs)
+    table = Table("optimizer", "rate", "loss", "drift", "reward", "tax", "objective", box=None)
+    for run in runs:
+        trial = run.trial
+        found = (run.loss, run.drift, *((trial.reward, trial.tax, trial.objective) if trial else (None,) * 3))
+        shown = ("diverged" if x is None else f"{x:.3f}" for x in found)
+        table.add_row(run.optimizer, f"{run.learning_rate:g}", *shown)
+    Console(highlight=False).print(table)
+    typer.echo(f"written to {path}; the best goes into experts.optimizer and experts.learning_rates of the recipe")
+
+
+@app.command()
 def router(recipe: Recipe, data: Data, out: Out = None, work: Work = None) -> None:
     """Train the need and outcome heads on the frozen lower layers' states, which are read once and kept."""
     from hhh_router.training.build import train_router
@@ -91,7 +134,7 @@ def router(recipe: Recipe, data: Data, out: Out = None, work: Work = None) -> No
         shop = workshop(recipe, data, out, work, told)
         losses = train_router(shop)
     said = f"loss {losses[0]:.3f} to {losses[-1]:.3f}" if losses else "nothing left to do"
-    served = shop.recipe.router.formulation.name == "mocae"
+    served = shop.recipe.router.formulation.is_ours
     then = "hhh-router calibrate" if served else "hhh-router evaluate --suite gates --formulation …"
     typer.echo(f"heads trained, {said}; next: {then}")
 

@@ -200,23 +200,6 @@ class CalibrationFile(_Part):
         draft = self.model_copy(update={"also_dtypes": dict(checks)})
         return draft.model_copy(update={"id": draft.content_id()})
 
-    def with_gate(self, gate: Gate, *, train_prior: Posterior) -> CalibrationFile:
-        """The same calibrators under another gate.
-
-        Confidence models stay. Two of their features, the weights' entropy and the policy shift, answer to the gate,
-        so a gate that moves shares far asks for confidence to be fitted again, see `training.calibrate`.
-
-        Args:
-            gate: ``odds``, or a fitted one.
-            train_prior: Mean posterior over the calibration rows under this gate. A policy's prior is compared with
-                it, so that of another gate would shift every weight.
-
-        Raises:
-            pydantic.ValidationError: A share of the prior is not above 0.
-        """
-        draft = self.model_validate(self.model_dump() | {"id": "", "gate": gate, "train_prior": train_prior.as_dict()})
-        return draft.model_copy(update={"id": draft.content_id()})
-
     def content_id(self) -> str:
         """``cal-`` and 12 hex digits of the sha256 of the canonical JSON (sorted keys, no blanks) without ``id``."""
         content = self.model_dump(mode="json", exclude={"id"})

@@ -102,15 +102,11 @@ def behaviour_figures(
     jobs: dict[tuple[int, Weights], str] = {}
     for system in systems:
         jobs |= {(i, w): "" for i, (w, stop) in enumerate(zip(system.weights, system.stops, strict=True)) if not stop}
-    done = 0
-
-    def told(rows: int) -> None:
-        nonlocal done
-        done += rows
-        on_rows(done, len(jobs), "replies")
-
     keys = list(jobs)
-    replies = runner.generate([prompts[i] for i, _ in keys], [w for _, w in keys], max_tokens=max_tokens, on_rows=told)
+    replies = runner.generate(
+        [prompts[i] for i, _ in keys], [w for _, w in keys], max_tokens=max_tokens,
+        on_rows=lambda done, total: on_rows(done, total, "replies"),
+    )  # fmt: skip
     said = dict(zip(keys, says_no(replies), strict=True))
     refused = {
         s.name: np.array(

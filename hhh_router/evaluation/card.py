@@ -280,7 +280,8 @@ def _behaviour(figures: Mapping[str, Any]) -> str:
         return ""
     lines = [
         f"| {f['system']} | {f['harmful_refused']:.2f} {_span(f['harmful_interval'])} | "
-        f"{f['safe_refused']:.2f} {_span(f['safe_interval'])} |"
+        f"{f['safe_refused']:.2f} {_span(f['safe_interval'])} | {f['truthful']:.3f} | "
+        f"{f['joint']:.3f} {_span(f['joint_interval'])} |"
         for f in rows
     ]
     return (
@@ -288,8 +289,11 @@ def _behaviour(figures: Mapping[str, Any]) -> str:
         f"Greedy replies of {figures['behaviour_max_tokens']} tokens to {rows[0]['harmful_n']} harmful prompts "
         f"(JailbreakBench, HarmBench, AdvBench) and {rows[0]['safe_n']} safe ones (XSTest, CyberSecEval-FRR, "
         f"AlpacaEval). Whether a reply refuses is told by a judge independent of the heads, {_judge(figures)}, "
-        "or it is the policy's own refusal; what a reply that complies is worth is not judged here.\n\n"
-        "| system | refuses harmful | refuses safe (over-refusal) |\n|---|---|---|\n" + "\n".join(lines)
+        "or it is the policy's own refusal; what a reply that complies is worth is not judged here. "
+        f"MC2: {rows[0]['truthful_n']} questions of TruthfulQA; joint: mean of the shares of harmful prompts "
+        "refused, safe ones not refused, and MC2.\n\n"
+        "| system | refuses harmful | refuses safe (over-refusal) | MC2 | joint |\n|---|---|---|---|---|\n"
+        + "\n".join(lines)
     )
 
 

@@ -18,6 +18,7 @@ from hhh_router.calibration import metrics as m
 from hhh_router.calibration.metrics import Floats
 from hhh_router.data.examples import Example, data_hash
 from hhh_router.errors import DataError
+from hhh_router.evaluation.intervals import with_interval
 from hhh_router.pipeline.plan import make_plan
 from hhh_router.policy import Policy, thresholds
 from hhh_router.types import EXPERTS, Scores
@@ -166,19 +167,6 @@ def mean_contributions(contributions: Mapping[str, Floats]) -> dict[str, float]:
     """
     sizes = {name: float(np.mean(np.abs(x))) for name, x in contributions.items() if name != "bias"}
     return dict(sorted(((name, size) for name, size in sizes.items() if size), key=lambda item: -item[1]))
-
-
-def with_interval(key: str, metric: Callable[..., float], *columns: Any, seed: int, bootstraps: int) -> dict[str, Any]:
-    """A figure and its interval under ``key`` and ``key_interval``; None where it has no value on these rows."""
-    try:
-        value: float | None = float(metric(*columns))
-    except DataError:
-        return {key: None, f"{key}_interval": None}
-    try:
-        interval = m.bootstrap_interval(metric, *columns, n=bootstraps, seed=seed)
-    except DataError:  # too few resamples hold both classes
-        return {key: value, f"{key}_interval": None}
-    return {key: value, f"{key}_interval": list(interval)}
 
 
 def _against_max_softmax(judged: Judged, seed: int, bootstraps: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from hhh_router.calibration import metrics as m
 from hhh_router.calibration.metrics import Floats
 from hhh_router.data.examples import Example, data_hash
 from hhh_router.errors import DataError
-from hhh_router.evaluation.confidence import with_interval
+from hhh_router.evaluation.intervals import with_interval
 
 CONTRASTS: Mapping[str, str] = {
     "homonyms": "contrast_homonyms",

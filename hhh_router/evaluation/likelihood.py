@@ -95,14 +95,10 @@ def item_values(
         on_rows: Progress: replies scored, of how many, the suite's name.
     """
     kept, replies, owners = _replies(items, runner.backbone, suite.max_tokens)
-    done = 0
-
-    def told(rows: int) -> None:
-        nonlocal done
-        done += rows
-        on_rows(done, len(replies), suite.name)
-
-    scores = runner.log_likelihoods(replies, {n: [w[o] for o in owners] for n, w in systems.items()}, on_rows=told)
+    scores = runner.log_likelihoods(
+        replies, {n: [w[o] for o in owners] for n, w in systems.items()},
+        on_rows=lambda done, total: on_rows(done, total, suite.name),
+    )  # fmt: skip
     return {name: _values(suite, items, kept, replies, owners, found) for name, found in scores.items()}
 
 

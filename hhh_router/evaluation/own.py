@@ -12,13 +12,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
 from hhh_router.calibration import metrics as m
 from hhh_router.calibration.metrics import Floats
 from hhh_router.data.examples import Example, data_hash
 from hhh_router.data.own import NEED_LABELS, OUTCOME_LABELS
 from hhh_router.errors import DataError, HHHRouterError, MissingExtra, SettingsError
+from hhh_router.evaluation.intervals import with_interval
 from hhh_router.evaluation.systems import System, Told
 from hhh_router.types import Mode, ReadRequest
 
@@ -228,12 +227,12 @@ def probability_figures(p: Sequence[float], y: Sequence[float], *, limit: float,
         return {}
     figures: dict[str, Any] = {}
     if len(set(y)) == 2:
-        figures |= _figure("auroc", m.auroc, p, y, seed=seed)
-        figures |= _figure("auprc", average_precision, p, y, seed=seed)
-        figures |= _figure("recall_at_fpr_01", _recall_at_fpr, p, y, seed=seed)
+        figures |= with_interval("auroc", m.auroc, p, y, seed=seed, bootstraps=BOOTSTRAPS)
+        figures |= with_interval("auprc", average_precision, p, y, seed=seed, bootstraps=BOOTSTRAPS)
+        figures |= with_interval("recall_at_fpr_01", _recall_at_fpr, p, y, seed=seed, bootstraps=BOOTSTRAPS)
     figures |= verdict_figures([float(value >= limit) for value in p], y, seed=seed)
-    figures |= _figure("brier", m.brier, p, y, seed=seed)
-    figures |= _figure("ece", m.ece, p, y, seed=seed)
+    figures |= with_interval("brier", m.brier, p, y, seed=seed, bootstraps=BOOTSTRAPS)
+    figures |= with_interval("ece", m.ece, p, y, seed=seed, bootstraps=BOOTSTRAPS)
     if len(set(y)) == 2:
         figures |= {"roc": _rounded(m.roc_points(p, y)), "pr": _rounded(m.pr_points(p, y))}
     return figures | {"reliability": _rounded(m.reliability(p, y))}
@@ -256,47 +255,27 @@ def verdict_figures(flags: Sequence[float], y: Sequence[float], *, seed: int) ->
     """
     figures: dict[str, Any] = {}
     if len(set(y)) == 2:
-        figures |= _figure("f1", _f1, flags, y, seed=seed)
-        figures |= _figure("precision", _precision, flags, y, seed=seed)
+        figures |= with_interval("f1", _f1, flags, y, seed=seed, bootstraps=BOOTSTRAPS)
+        figures |= with_interval("precision", _precision, flags, y, seed=seed, bootstraps=BOOTSTRAPS)
     if 1 in y:
-        figures |= _figure("recall", _recall, flags, y, seed=seed)
-        figures |= _figure("harm_passed", _passed, flags, y, seed=seed)
+        figures |= with_interval("recall", _recall, flags, y, seed=seed, bootstraps=BOOTSTRAPS)
+        figures |= with_interval("harm_passed", _passed, flags, y, seed=seed, bootstraps=BOOTSTRAPS)
     if 0 in y:
-        figures |= _figure("benign_refused", _false_alarms, flags, y, seed=seed)
+        figures |= with_interval("benign_refused", _false_alarms, flags, y, seed=seed, bootstraps=BOOTSTRAPS)
     return figures
 
 
-def average_precision(scores: Sequence[float], labels: Sequence[float]) -> float:
-    """Area under the precision–recall curve as a step function, rows of equal score together.
-
-    >>> round(average_precision([0.9, 0.8, 0.7, 0.1], [1, 0, 1, 0]), 4)
-    0.8333
-
-    Source: average precision as in Davis & Goadrich 2006, who warn of joining its points by lines.
+def average_precision(scores: Floats, labels: Floats) -> float:
+    """Area under the precision–recall curve as a step function.
 
     Raises:
         DataError: No row is labelled 1.
     """
-    s, y = np.asarray(scores, dtype=np.float64), np.asarray(labels, dtype=np.float64)
-    if not y.any():
+    from sklearn.metrics import average_precision_score  # takes a second to import, and few runs need it
+
+    if not any(labels):
         raise DataError("AUPRC needs rows labelled 1; found none", hint="add positives")
-    _, place, counts = np.unique(s, return_inverse=True, return_counts=True)
-    found = np.bincount(place, weights=y)[::-1].cumsum()
-    precision = found / counts[::-1].cumsum()
-    return float((np.diff(np.r_[0.0, found]) * precision).sum() / y.sum())
-
-
-def _figure(name: str, metric: Metric, x: Sequence[float], y: Sequence[float], *, seed: int) -> dict[str, Any]:
-    """A figure and its interval; None where there is none, such as the precision of what flags nothing."""
-    try:
-        value = metric(np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64))
-    except DataError:
-        return {name: None}
-    try:
-        interval = [*m.bootstrap_interval(metric, x, y, n=BOOTSTRAPS, seed=seed)]
-    except DataError:  # most resamples have one class only
-        return {name: value, f"{name}_interval": None}
-    return {name: value, f"{name}_interval": interval}
+    return float(average_precision_score(labels, scores))
 
 
 def _recall_at_fpr(p: Floats, y: Floats) -> float:

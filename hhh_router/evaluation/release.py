@@ -12,8 +12,9 @@ FIGURES = "figures.json"
 
 
 def parts_hash(bundle: Bundle) -> str:
-    """Names exactly what was measured: experts, heads and calibrators, not the figures beside them."""
-    return hashlib.sha256("".join(sorted(bundle.files().values())).encode()).hexdigest()
+    """Names exactly what was measured: experts and their scales, heads and calibrators, not the figures beside them."""
+    scales = [f"{d}{spec.blocks}" for d, spec in sorted(bundle.manifest.experts.items()) if spec.blocks]
+    return hashlib.sha256("".join([*sorted(bundle.files().values()), *scales]).encode()).hexdigest()
 
 
 def release_mistakes(bundle: Bundle) -> list[str]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from hhh_router.data.examples import Example, ask
@@ -25,7 +23,7 @@ from hhh_router.model.base import Backbone
 from hhh_router.model.experts import load_experts
 from hhh_router.model.mixture import install_mixture
 from hhh_router.model.runner import Runner
-from hhh_router.policy import Policy, list_policies, load_policy
+from hhh_router.policy import list_policies, load_policy, parse_policy
 from hhh_router.training.features import BATCH_TOKENS, encode_cut
 from hhh_router.types import ReadRequest, Scores
 
@@ -62,7 +60,7 @@ class Steering:
         gates = install_mixture(stack.model, load_experts(bench.bundle))
         backbone = Backbone(stack=stack, encoder=bench.detector.encoder)
         self.runner = Runner(backbone, gates, bench.bundle.manifest.first_adapted_layer)
-        self._unbound = _unbound()
+        self._unbound = parse_policy(_UNBOUND, source="unbound")
         self._policies = [load_policy(name) for name in list_policies()]
 
     def part(self, name: str) -> dict[str, Any]:
@@ -140,13 +138,6 @@ class Steering:
         for batch in reader.batches(texts, BATCH_TOKENS):
             found |= dict(zip(batch, reader.score([texts[i] for i in batch]), strict=True))
         return [found[i] for i in range(len(texts))]
-
-
-def _unbound() -> Policy:
-    with TemporaryDirectory() as folder:
-        path = Path(folder) / "unbound.yaml"
-        path.write_text(_UNBOUND, encoding="utf-8")
-        return load_policy(str(path))
 
 
 def _as_example(suite: LikelihoodSuite, item: Item) -> Example:

@@ -27,7 +27,7 @@ from hhh_router.calibration.metrics import Floats
 from hhh_router.data.examples import Example, data_hash, drop_overlap, prompt_hash
 from hhh_router.data.sets import SETS, read_set
 from hhh_router.errors import DataError
-from hhh_router.evaluation.confidence import with_interval
+from hhh_router.evaluation.intervals import with_interval
 from hhh_router.model.encode import Encoder
 from hhh_router.model.heads import Heads
 from hhh_router.model.reader import HeadReader

@@ -67,16 +67,11 @@ class HeadReader:
     def sides(self, texts: Sequence[Encoded]) -> tuple[Ragged, Ragged]:
         """Token states of prompts (from the last turn's text on) and of responses, from one padded pass."""
         shared = _shared(texts) if self.stack.attends_to_all else ()
-        longest = max(len(t.ids) for t in texts)
-        ids = torch.zeros((len(texts), longest), dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, text in enumerate(texts):
-            ids[row, : len(text.ids)] = torch.tensor(text.ids)
-            mask[row, : len(text.ids)] = 1
-        padded = bool((mask == 0).any())
+        ids, mask = self.stack.padded([t.ids for t in texts])
+        padded = len({len(t.ids) for t in texts}) > 1
         state = self.stack.begin(
-            ids[:, len(shared) :].to(self.stack.device),
-            attention_mask=mask.to(self.stack.device) if padded else None,
+            ids[:, len(shared) :],
+            attention_mask=mask if padded else None,
             cache=self._prefix(shared, len(texts)) if shared else None,
         )
         layers = list(self.states(state))

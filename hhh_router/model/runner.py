@@ -83,7 +83,7 @@ class Runner:
         replies: Sequence[Reply],
         systems: Mapping[str, Sequence[Weights]],
         *,
-        on_rows: Callable[[int], None] = lambda n: None,
+        on_rows: Callable[[int, int], None] = lambda done, total: None,
     ) -> dict[str, list[float]]:
         """Sum of the log-probabilities of each reply's tokens, in nats, per system.
 
@@ -91,12 +91,14 @@ class Runner:
             replies: What is scored; a reply without tokens scores 0.
             systems: Name → weights of each reply. The lower layers run once for all of them, and a row whose weights
                 two systems share is run once.
-            on_rows: Told how many replies have been scored under all systems.
+            on_rows: Told how many replies have been scored under all systems, of how many.
         """
         found = {name: [0.0] * len(replies) for name in systems}
+        done = 0
         for batch in _by_length([len(r.ids) for r in replies], BATCH_TOKENS):
             rows = [replies[i] for i in batch]
-            state = self._begin(rows)
+            ids, mask = self._stack.padded([r.ids for r in rows])
+            state = self._stack.begin(ids, attention_mask=mask)
             lower = self._stack.run(state, self._first)
             known: dict[tuple[int, Weights], float] = {}
             for name, weights in systems.items():
@@ -106,17 +108,9 @@ class Runner:
                     known |= {(k, weights[batch[k]]): s for k, s in zip(wanted, scores, strict=True)}
                 for k, i in enumerate(batch):
                     found[name][i] = known[k, weights[i]]
-            on_rows(len(batch))
+            done += len(batch)
+            on_rows(done, len(replies))
         return found
-
-    def _begin(self, rows: Sequence[Reply]) -> Pass:
-        longest = max(len(r.ids) for r in rows)
-        ids = torch.zeros((len(rows), longest), dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for i, row in enumerate(rows):
-            ids[i, : len(row.ids)] = torch.tensor(row.ids)
-            mask[i, : len(row.ids)] = 1
-        return self._stack.begin(ids.to(self._stack.device), attention_mask=mask.to(self._stack.device))
 
     def _upper(
         self, state: Pass, lower: Tensor, rows: Sequence[Reply], wanted: Sequence[int], weights: Sequence[Weights]
@@ -142,7 +136,7 @@ class Runner:
         weights: Sequence[Weights] | None,
         *,
         max_tokens: int,
-        on_rows: Callable[[int], None] = lambda n: None,
+        on_rows: Callable[[int, int], None] = lambda done, total: None,
     ) -> list[str]:
         """Greedy replies, in order.
 
@@ -150,15 +144,17 @@ class Runner:
             prompts: Tokens of each prompt, the template's opening of the reply included.
             weights: Of each prompt; None for the bare backbone.
             max_tokens: Most tokens of a reply.
-            on_rows: Told how many replies are done.
+            on_rows: Told how many replies are done, of how many.
         """
         replies = [""] * len(prompts)
         budget = GENERATED_ROWS * (256 + max_tokens)
+        done = 0
         for batch in _by_length([len(p) + max_tokens for p in prompts], budget, most=GENERATED_ROWS):
             given = None if weights is None else [weights[i] for i in batch]
             for i, tokens in zip(batch, self._continue([prompts[i] for i in batch], given, max_tokens), strict=True):
                 replies[i] = self.backbone.encoder.tokenizer.decode(tokens, skip_special_tokens=True).strip()
-            on_rows(len(batch))
+            done += len(batch)
+            on_rows(done, len(prompts))
         return replies
 
     def _continue(
@@ -166,12 +162,7 @@ class Runner:
     ) -> list[list[int]]:
         """Tokens of the replies of one batch; rows that have ended leave the batch when half of it has."""
         stack = self._stack
-        longest = max(len(p) for p in prompts)
-        ids = torch.zeros((len(prompts), longest), dtype=torch.long, device=stack.device)
-        mask = torch.zeros_like(ids)
-        for i, prompt in enumerate(prompts):  # padded on the left, so that all replies begin at one place
-            ids[i, longest - len(prompt) :] = torch.tensor(list(prompt))
-            mask[i, longest - len(prompt) :] = 1
+        ids, mask = stack.padded(prompts, left=True)
         replies: list[list[int]] = [[] for _ in prompts]
         rows = list(range(len(prompts)))
         cache = stack.new_cache()

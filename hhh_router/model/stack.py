@@ -6,6 +6,7 @@ rest, so the loop is ours; embeddings, layers, rotary tables, masks and norm are
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -107,6 +108,22 @@ class DecoderStack:
             rotary={kind: self._rotary(embeds, position_ids, kind) for kind in kinds},
             cache=cache,
         )
+
+    def padded(self, rows: Sequence[Sequence[int]], *, left: bool = False) -> tuple[Tensor, Tensor]:
+        """Token ids of several rows as one batch, and which of them count: both (B, T), on the weights' device.
+
+        Args:
+            rows: Tokens of each row.
+            left: Pad before the row, so that all rows end at one place; else behind it.
+        """
+        longest = max(map(len, rows))
+        ids = torch.zeros((len(rows), longest), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for i, row in enumerate(rows):
+            place = slice(longest - len(row), None) if left else slice(len(row))
+            ids[i, place] = torch.tensor(list(row))
+            mask[i, place] = 1
+        return ids.to(self.device), mask.to(self.device)
 
     def run(self, state: Pass, stop: int) -> Tensor:
         """Run layers ``state.next_layer`` to ``stop`` (exclusive); the states entering layer ``stop``, (B, T, D)."""

@@ -85,7 +85,7 @@ def tiny_bundle(root: Path, *, family: str = "llama", seed: int = 0, **config: A
             init_lora_weights=False,
         )
         adapted = get_peft_model(model, lora)
-        save_expert(adapted, lora, root / "experts" / dimension)
+        save_expert(adapted, lora, root / "experts" / dimension, torch.float32)
         model = adapted.unload()
         weights = root / "experts" / dimension / "adapter_model.safetensors"
         experts[dimension] = ExpertSpec(

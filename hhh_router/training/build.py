@@ -33,21 +33,20 @@ from hhh_router.model.experts import load_expert
 from hhh_router.model.fetch import fetch_backbone
 from hhh_router.model.heads import Heads
 from hhh_router.model.reader import HeadReader
+from hhh_router.model.runner import Reply
 from hhh_router.training.blocks import Trial, read_blocks, search_blocks, write_trials
 from hhh_router.training.experts import Progress, train_expert
 from hhh_router.training.features import response_only, states_folder, token_states
-from hhh_router.training.lessons import lessons
+from hhh_router.training.lessons import Lesson, lesson_rows, lessons
 from hhh_router.training.mix import check_licences, draw, provenance
 from hhh_router.training.processes import join, place, refuse_several
-from hhh_router.training.recipe import Formulation, Recipe
+from hhh_router.training.recipe import Formulation, Recipe, Share
 from hhh_router.training.router import Epoch, train_heads
 from hhh_router.types import DIMENSIONS, NEEDS, OUTCOMES
 
 SEEN = "trained_prompts.json"
 HEADS = "heads.safetensors"
 FORMULATION = "formulation.json"
-OURS = "mocae"
-"""The formulation whose heads a bundle serves."""
 
 
 class FormulationHeads(BaseModel):
@@ -121,13 +120,14 @@ def train_experts(shop: Workshop, only: Sequence[str] = DIMENSIONS) -> None:
         with together.main_first():  # it has the backbone write the replies that are asked for; the others read them
             rows = lessons(
                 plan.mixes[dimension], plan, backbone, shop.data, seed=shop.recipe.seed, folder=shop.work / "experts",
-                on_rows=_told(shop, f"replies for {dimension}"),
+                on_rows=told(shop, f"replies for {dimension}"),
             )  # fmt: skip
         for step in train_expert(dimension, rows, backbone, shop.recipe, work, together=together):
             shop.on_progress(f"expert {dimension}", step.step, step.steps, _note(step))
         if together.is_main:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copytree(work / "expert", target, dirs_exist_ok=True)
+            _scales(shop, dimension).unlink(missing_ok=True)  # of the expert that was there before
     if together.is_main:
         _write(shop, heads=_kept_heads(shop), calibrators=None)
 
@@ -146,28 +146,41 @@ def search_scales(shop: Workshop, only: Sequence[str] = DIMENSIONS) -> dict[str,
     check_licences(recipe)
     _need_experts(shop)
     backbone = shop.backbone()
-    folder = shop.work / "experts"
-    benign = lessons(
-        plan.blocks.benign, plan, backbone, shop.data, seed=recipe.seed, folder=folder, on_rows=_told(shop, "replies")
-    )
     chosen: dict[str, Trial] = {}
     for dimension in (d for d in only if d in plan.blocks.pairs):
-        pairs = lessons(
-            plan.blocks.pairs[dimension], plan, backbone, shop.data, seed=recipe.seed, folder=folder,
-            on_rows=_told(shop, f"replies for {dimension}"),
-        )  # fmt: skip
+        pairs, benign = scale_rows(shop, dimension, backbone)
         expert = load_expert(shop.bundle / "experts" / dimension, dimension)
         trials: list[Trial] = []
         for trial in search_blocks(
-            expert, backbone, pairs, [b.good for b in benign], plan.blocks,
-            first=recipe.first_adapted_layer, beta=plan.beta,
-        ):  # fmt: skip
+            expert, backbone, pairs, benign, plan.blocks, first=recipe.first_adapted_layer, beta=plan.beta
+        ):
             trials.append(trial)
             shop.on_progress(f"scales of {dimension}", len(trials), len(trials), f"objective {trial.objective:.3f}")
         chosen[dimension] = trials[-1]
         write_trials(_scales(shop, dimension), trials)
     _write(shop, heads=_kept_heads(shop), calibrators=None)
     return chosen
+
+
+def scale_rows(shop: Workshop, dimension: str, backbone: Backbone) -> tuple[list[Lesson], list[Reply]]:
+    """Pairs that judge an expert, and the backbone's own replies to benign prompts, by ``experts.blocks``.
+
+    Raises:
+        DataError: The recipe has none for this expert.
+    """
+    recipe, plan = shop.recipe, shop.recipe.experts
+    if plan.blocks is None or dimension not in plan.blocks.pairs:
+        raise DataError(
+            f"the recipe has no experts.blocks.pairs.{dimension}", hint="recipes/smollm2-135m.yaml shows the form"
+        )
+    pairs, benign = (
+        lessons(
+            shares, plan, backbone, shop.data, seed=recipe.seed, folder=shop.work / "experts",
+            on_rows=told(shop, f"replies to judge {dimension}"),
+        )
+        for shares in (plan.blocks.pairs[dimension], plan.blocks.benign)
+    )  # fmt: skip
+    return pairs, [b.good for b in benign]
 
 
 def _scales(shop: Workshop, dimension: str) -> Path:
@@ -187,7 +200,7 @@ def train_router(shop: Workshop) -> list[float]:
     refuse_several("train router")
     check_licences(shop.recipe)
     plan = shop.recipe.router
-    served = plan.formulation.name == OURS
+    served = plan.formulation.is_ours
     if served:
         _need_experts(shop)
     else:
@@ -269,7 +282,8 @@ def _bare_reader(shop: Workshop) -> tuple[HeadReader, Backbone]:
     return HeadReader(backbone.stack, unused, layers, shop.recipe.first_adapted_layer), backbone
 
 
-def _told(shop: Workshop, stage: str) -> Callable[[int, int], None]:
+def told(shop: Workshop, stage: str) -> Callable[[int, int], None]:
+    """`Workshop.on_progress` of one stage, for what counts rows."""
     return lambda done, total: shop.on_progress(stage, done, total, "")
 
 
@@ -373,12 +387,20 @@ def _provenance(shop: Workshop) -> list[DataSpec]:
     recipe = shop.recipe
     used: list[DataSpec] = []
     for dimension in DIMENSIONS:
-        shares = recipe.experts.mixes[dimension]
-        used += provenance(draw(shares, shop.data, seed=recipe.seed), f"expert {dimension}")
-    if recipe.experts.blocks is not None:
-        for dimension, shares in recipe.experts.blocks.pairs.items():
-            used += provenance(draw(shares, shop.data, seed=recipe.seed), f"scales of {dimension}")
+        used += _shown(shop, recipe.experts.mixes[dimension], f"expert {dimension}")
+    for dimension, shares in (recipe.experts.blocks.pairs if recipe.experts.blocks else {}).items():
+        if _scales(shop, dimension).is_file():
+            used += _shown(shop, shares, f"scales of {dimension}")
     used += provenance(draw(recipe.router.mix, shop.data, seed=recipe.seed), "router")
-    return used + provenance(
-        draw(recipe.calibration.mix, shop.data, split="calibrate", seed=recipe.seed), "calibration"
-    )
+    fitted = [(recipe.calibration.mix, "calibration")]
+    if recipe.calibration.usefulness is not None:
+        fitted.append((recipe.calibration.usefulness.mix, "gate"))
+    for mix, use in fitted:
+        used += provenance(draw(mix, shop.data, split="calibrate", seed=recipe.seed), use)
+    return used
+
+
+def _shown(shop: Workshop, shares: Sequence[Share], use: str) -> list[DataSpec]:
+    """What an expert was shown: a pair of replies counts as one row."""
+    rows = [e for share in shares for e, _ in lesson_rows(share, shop.data, shop.recipe.seed)]
+    return provenance(rows, use)

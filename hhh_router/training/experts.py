@@ -114,8 +114,10 @@ def train_expert(
         for _, parameter in parameters:
             parameter.data = parameter.data.to(next(stack.text.parameters()).dtype)
         masters = [p.detach().float().clone().requires_grad_() for _, p in parameters]
-        optimiser = _optimiser(masters, plan)
-        run = hashlib.sha256(f"{seed}{plan.model_dump_json(exclude={'mixes', 'blocks'})}{rows}".encode()).hexdigest()
+        rate = plan.rate(dimension)
+        optimiser = _optimiser(masters, plan.optimizer, rate)
+        sizes = plan.model_dump_json(exclude={"mixes", "blocks", "learning_rates"})
+        run = hashlib.sha256(f"{seed}{sizes}{rate}{rows}".encode()).hexdigest()
         done = _resume(folder, run, masters, optimiser)
         for step in range(done, len(batches)):
             for (_, p), master in zip(parameters, masters, strict=True):
@@ -133,7 +135,7 @@ def train_expert(
                     f"expert {dimension!r}: loss is {loss} at step {step}", hint="lower experts.learning_rate"
                 )
             for group in optimiser.param_groups:
-                group["lr"] = plan.learning_rate * _schedule(step, len(batches), plan.warmup_steps)
+                group["lr"] = rate * _schedule(step, len(batches), plan.warmup_steps)
             for master, gradient in zip(masters, gradients, strict=True):
                 master.grad = gradient
             nn.utils.clip_grad_norm_(masters, 1.0)
@@ -147,28 +149,33 @@ def train_expert(
         for (_, p), master in zip(parameters, masters, strict=True):
             p.data.copy_(master)
         if together.is_main:
-            save_expert(model, config, folder / "expert")
+            save_expert(model, config, folder / "expert", getattr(torch, recipe.backbone.dtype))
     finally:
         model.unload()
 
 
-def _optimiser(masters: Sequence[Tensor], plan: ExpertsRecipe) -> torch.optim.Optimizer:
-    if plan.optimizer == "muon":
+def _optimiser(masters: Sequence[Tensor], name: str, rate: float) -> torch.optim.Optimizer:
+    if name == "muon":
         if not hasattr(torch.optim, "Muon"):
             raise ConfigError(
                 f"experts.optimizer: torch {torch.__version__} has no Muon",
                 hint="install torch 2.9 or newer, or use adamw",
             )
         # steps as large as AdamW's, so that learning rates mean the same: Liu et al. 2025, section 2.2
-        return torch.optim.Muon(masters, lr=plan.learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
-    return torch.optim.AdamW(masters, lr=plan.learning_rate, weight_decay=0.0)
+        return torch.optim.Muon(masters, lr=rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw")
+    return torch.optim.AdamW(masters, lr=rate, weight_decay=0.0)
 
 
 def _batches(rows: Sequence[Lesson], plan: ExpertsRecipe, rng: random.Random) -> list[list[int]]:
-    """Batches of rows of similar length, in random order."""
+    """Batches of rows of similar length, in random order.
+
+    Of two replies the longer one counts: lessons that teach a reply meet those that teach to avoid its like.
+    """
     batches: list[list[int]] = []
     for _ in range(plan.epochs):
-        jittered = sorted(range(len(rows)), key=lambda i: len(rows[i].good.ids) + rng.uniform(-8, 8))
+        jittered = sorted(
+            range(len(rows)), key=lambda i: max(len(r.ids) for r in _replies(rows[i])) + rng.uniform(-8, 8)
+        )
         epoch = [jittered[i : i + plan.batch_rows] for i in range(0, len(rows) - plan.batch_rows + 1, plan.batch_rows)]
         rng.shuffle(epoch)
         batches += epoch
@@ -208,13 +215,8 @@ def _losses(
     Source of the preference loss: Rafailov et al. 2023, equation 7.
     """
     rows = [r for lesson in batch for r in _replies(lesson)]
-    longest = max(len(r.ids) for r in rows)
-    ids = torch.full((len(rows), longest), stack.config.pad_token_id or 0)
-    mask = torch.zeros_like(ids)
-    for i, row in enumerate(rows):
-        ids[i, : len(row.ids)] = torch.tensor(row.ids)
-        mask[i, : len(row.ids)] = 1
-    state = stack.begin(ids.to(stack.device), attention_mask=mask.to(stack.device))
+    ids, mask = stack.padded([r.ids for r in rows])
+    state = stack.begin(ids, attention_mask=mask)
     paired = [i for i, lesson in enumerate(batch) if lesson.worse is not None]
     with torch.no_grad():  # nothing below the first adapted layer learns
         stack.run(state, first)
@@ -287,10 +289,17 @@ def _resume(folder: Path, run: str, masters: Sequence[Tensor], optimiser: torch.
     return step
 
 
-def save_expert(model: nn.Module, config: LoraConfig, folder: Path) -> None:
-    """Write an adapter in plain PEFT format: ``adapter_model.safetensors`` and ``adapter_config.json``."""
+def save_expert(model: nn.Module, config: LoraConfig, folder: Path, dtype: torch.dtype) -> None:
+    """Write an adapter in plain PEFT format: ``adapter_model.safetensors`` and ``adapter_config.json``.
+
+    Args:
+        model: With the adapter.
+        config: Of the adapter.
+        folder: Written into.
+        dtype: The backbone's as the bundle states it, whatever precision this machine trained in.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    state = {k: v.contiguous() for k, v in get_peft_model_state_dict(model).items()}
+    state = {k: v.to(dtype).contiguous() for k, v in get_peft_model_state_dict(model).items()}
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config.inference_mode = True
     saved = json.loads(json.dumps(config.to_dict(), default=lambda o: sorted(o) if isinstance(o, set) else str(o)))

@@ -12,55 +12,15 @@ do otherwise is said where it matters.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
-from hhh_router.data.examples import Example
 from hhh_router.errors import DataError
-from hhh_router.model.heads import Heads
-from hhh_router.training.features import TokenStates
-from hhh_router.training.recipe import Formulation, RouterRecipe
+from hhh_router.training.recipe import Formulation
 from hhh_router.types import DIMENSIONS, EXPERTS, Dimension
-
-if TYPE_CHECKING:
-    from hhh_router.training.router import Epoch
 
 PRECEDENCE: tuple[Dimension, ...] = ("harmless", "honest", "helpful")
 """Which dimension a row is taken to come from where it needs several: the rarer and graver first."""
-
-
-def train_formulation(
-    name: str,
-    examples: Sequence[Example],
-    given: TokenStates,
-    plan: RouterRecipe,
-    options: Formulation,
-    seed: int,
-    *,
-    folder: Path | None = None,
-) -> Iterator[Epoch | Heads]:
-    """Train heads under a formulation; yields as `router.train_heads`, whose loop and errors these are.
-
-    The logits of the three needs feed the formulation, see `formulation_posterior`; of rows without an origin they
-    learn nothing. Injection and the outcomes are trained as in ours.
-
-    Args:
-        name: ``mocae`` (ours), ``trinityx`` or ``h3fusion``; whatever ``options`` is called.
-        examples: See `router.train_heads`, likewise ``given``, ``seed`` and ``folder``.
-        given: Their token states.
-        plan: Sizes and rates; its own formulation is left aside.
-        options: Of the formulation.
-        seed: Of initial weights, order and dropout.
-        folder: Of the checkpoint.
-    """
-    from hhh_router.training.router import train_heads  # which takes the losses below: at the top it would be a circle
-
-    chosen = plan.model_copy(update={"formulation": options.model_copy(update={"name": name})})
-    yield from train_heads(examples, given, chosen, seed, folder=folder)
 
 
 def formulation_posterior(name: str, logits: Tensor, options: Formulation) -> Tensor:

@@ -55,21 +55,31 @@ def lessons(
     Raises:
         DataError: A share asks for faulty replies and its set has none.
     """
-    drawn = [(share, draw([share], data, seed=seed)) for share in shares]
-    wanted = [e for share, rows in drawn if "backbone" in (share.reply, share.against) for e in rows]
+    taken = [(share, lesson_rows(share, data, seed)) for share in shares]
+    wanted = [e for share, rows in taken if "backbone" in (share.reply, share.against) for e, _ in rows]
     own = _backbone_replies(wanted, plan, backbone, folder, on_rows) if wanted else {}
     found: list[Lesson] = []
-    for share, rows in drawn:
+    for share, rows in taken:
         rng = random.Random(f"{seed}-{share.set}-{share.against}")
-        if share.against == "faulty":
-            texts = _pairs(rows, share)[share.taken]
-        elif share.reply == "backbone":
-            texts = [(e, own[_key(e)], _rival(share, e, own, rng)) for e in rows]
-        else:
-            good = [e for e in rows if _is_good(e)]
-            texts = [(e, e.response or "", _rival(share, e, own, rng)) for e in good]
-        found += [lesson for text in texts if (lesson := _lesson(*text, plan, backbone)) is not None]
+        for example, worse in rows:
+            reply = own.get(_key(example))
+            good = reply if share.reply == "backbone" else example.response
+            rival = {"none": None, "faulty": worse, "refusal": refusal(rng), "backbone": reply}[share.against]
+            if (lesson := _lesson(example, good, rival, plan, backbone)) is not None:
+                found.append(lesson)
     return found
+
+
+def lesson_rows(share: Share, data: Path, seed: int) -> list[tuple[Example, str | None]]:
+    """The rows a share takes, each with the faulty reply that it is set against, if it is.
+
+    Raises:
+        DataError: The share asks for faulty replies and its set has none.
+    """
+    rows = draw([share], data, seed=seed)
+    if share.against == "faulty":
+        return _pairs(rows, share)[share.taken]
+    return [(e, None) for e in rows if share.reply == "backbone" or _is_good(e)]
 
 
 def _is_good(example: Example) -> bool:
@@ -77,32 +87,32 @@ def _is_good(example: Example) -> bool:
     return example.response is not None and labelled and not any(example.outcomes.values())
 
 
-def _rival(share: Share, example: Example, own: dict[str, str], rng: random.Random) -> str | None:
-    return {"none": None, "refusal": refusal(rng), "backbone": own.get(_key(example))}[share.against]
-
-
-def _pairs(rows: Sequence[Example], share: Share) -> list[tuple[Example, str, str | None]]:
-    """Each faulty reply with a good reply to the same prompt."""
+def _pairs(rows: Sequence[Example], share: Share) -> list[tuple[Example, str | None]]:
+    """A good reply to each prompt with each faulty reply to it."""
     good = {e.messages: e for e in rows if _is_good(e)}
     pairs = [
-        (e, good[e.messages].response or "", e.response)
-        for e in rows
-        if e.response and any(e.outcomes.values()) and e.messages in good
+        (good[e.messages], e.response) for e in rows if e.response and any(e.outcomes.values()) and e.messages in good
     ]
     if not pairs:
         raise DataError(f"{share.set}: no prompt has both a good and a faulty reply", hint="leave out against: faulty")
     return pairs
 
 
-def _lesson(example: Example, good: str, worse: str | None, plan: ExpertsRecipe, backbone: Backbone) -> Lesson | None:
+def _lesson(
+    example: Example, good: str | None, worse: str | None, plan: ExpertsRecipe, backbone: Backbone
+) -> Lesson | None:
     """None where a prompt leaves no room for a reply."""
+    if good is None or not _has_room(example, plan, backbone):
+        return None
+    return Lesson(*(as_reply(backbone, example.messages, r, plan.max_tokens) for r in (good, worse) if r is not None))
+
+
+def _has_room(example: Example, plan: ExpertsRecipe, backbone: Backbone) -> bool:
     try:
-        replies = [as_reply(backbone, example.messages, r, plan.max_tokens) for r in (good, worse) if r is not None]
+        prompt = backbone.encoder.encode(ReadRequest(messages=example.messages)).ids
     except ContextTooLong:
-        return None
-    if any(r.tokens < min(_LEAST_REPLY, 2) or r.start + _LEAST_REPLY > plan.max_tokens for r in replies):
-        return None
-    return Lesson(*replies)
+        return False
+    return len(prompt) + _LEAST_REPLY <= plan.max_tokens
 
 
 def _backbone_replies(
@@ -118,7 +128,8 @@ def _backbone_replies(
     if path.is_file():
         lines = path.read_bytes().rpartition(b"\n")[0].splitlines()  # a kill may have cut the last line off
         known = dict(json.loads(line) for line in lines)
-    missing = list({_key(e): e for e in examples if _key(e) not in known}.items())
+    new = {_key(e): e for e in examples if _key(e) not in known}
+    missing = [(key, e) for key, e in new.items() if _has_room(e, plan, backbone)]  # others become no lesson
     runner = Runner(backbone, None, 0)
     folder.mkdir(parents=True, exist_ok=True)
     whole = "".join(json.dumps(row) + "\n" for row in known.items())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -72,6 +72,8 @@ class ExpertsRecipe(_Part):
     alpha: float = Field(gt=0)
     target_modules: tuple[str, ...]
     learning_rate: float = Field(gt=0)
+    learning_rates: dict[Literal["helpful", "harmless", "honest"], Annotated[float, Field(gt=0)]] = {}
+    """For an expert that learns at another rate than the others."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """``muon``: momentum made orthogonal, for matrices, which all LoRA factors are."""
     batch_rows: int = Field(ge=1)
@@ -90,6 +92,11 @@ class ExpertsRecipe(_Part):
     mixes: dict[Literal["helpful", "harmless", "honest"], tuple[Share, ...]]
     blocks: BlocksRecipe | None = None
     """None: every block of layers has scale 1."""
+
+    def rate(self, dimension: str) -> float:
+        """The learning rate of one expert."""
+        own: Mapping[str, float] = {**self.learning_rates}
+        return own.get(dimension, self.learning_rate)
 
 
 class Importance(_Part):
@@ -122,6 +129,11 @@ class Formulation(_Part):
     """trinityx: coefficient of KL(mean shares of this step ‖ those of the step before)."""
     gate_loss: float = Field(default=1.0, gt=0, allow_inf_nan=False)
     """h3fusion: λ, coefficient of the gate's cross-entropy beside the other heads' losses."""
+
+    @property
+    def is_ours(self) -> bool:
+        """True for the formulation whose heads a bundle serves."""
+        return self.name == "mocae"
 
     @model_validator(mode="after")
     def _check_options(self) -> Self:

@@ -93,7 +93,7 @@ def train_heads(
     as_given = weights * torch.tensor([0.0] * len(NEEDS) + [1.0] * len(OUTCOMES))
     read_alone = [m != "response" and not e.answer_side for m, e in zip(modes, examples, strict=True)]
     alone = weights * torch.tensor(read_alone)[:, None]
-    gated = plan.formulation.name != "mocae"  # the dimensions' needs share one softmax; all else is as in ours
+    gated = not plan.formulation.is_ours  # the dimensions' needs share one softmax; all else is as in ours
     if gated:
         origin, counts = origins(targets[:, :_GATED], alone[:, :_GATED])
         alone[:, :_GATED] = 0

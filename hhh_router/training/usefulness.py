@@ -70,14 +70,7 @@ def usefulness(
             replies.append(reply)
     if not replies:
         raise DataError("usefulness: no row is left", hint="raise max_tokens, or name other sets")
-    done = 0
-
-    def told(rows: int) -> None:
-        nonlocal done
-        done += rows
-        on_rows(done, len(replies))
-
-    found = runner.log_likelihoods(replies, {e: [w] * len(replies) for e, w in VERTICES.items()}, on_rows=told)
+    found = runner.log_likelihoods(replies, {e: [w] * len(replies) for e, w in VERTICES.items()}, on_rows=on_rows)
     tokens = np.array([r.tokens for r in replies], dtype=np.float64)
     nll = -np.stack([np.array(found[e]) / tokens for e in EXPERTS], axis=1)
     return Usefulness(tuple(kept), nll)

@@ -8,7 +8,7 @@ import pytest
 from hhh_router.bundle import Bundle
 from hhh_router.errors import BackendError, DataError
 from hhh_router.evaluation import measure as m
-from hhh_router.evaluation.release import release_mistakes
+from hhh_router.evaluation.release import parts_hash, release_mistakes
 from hhh_router.evaluation.tasks import TASKS, Task, task_rows
 from hhh_router.settings import Settings
 from hhh_router.types import ReadRequest
@@ -188,6 +188,14 @@ def test_behaviour_and_likelihood_compare_every_system_on_the_same_rows(
     report = (copy_of_tiny / "report.html").read_text()
     assert "policy balanced" in report
     assert "HellaSwag" in report
+
+
+def test_figures_of_other_scales_are_figures_of_another_bundle(copy_of_tiny: Path) -> None:
+    bundle = Bundle.load(copy_of_tiny)
+    spec = bundle.manifest.experts["honest"].model_copy(update={"blocks": (0.5, 1.0)})
+    scaled = bundle.manifest.model_copy(update={"experts": {**bundle.manifest.experts, "honest": spec}})
+
+    assert parts_hash(Bundle(bundle.root, scaled, bundle.sha256)) != parts_hash(bundle)
 
 
 def test_an_unknown_suite_is_named(bench: m.Bench) -> None:

@@ -1,6 +1,7 @@
 """TrinityX's and H3Fusion's routing on our states and network: their losses, their shares, and the recipes that ask."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from hhh_router.data.examples import Example, ask
 from hhh_router.errors import ConfigError, DataError
 from hhh_router.model.heads import Heads, Views
 from hhh_router.training.features import Entry, TokenStates
-from hhh_router.training.formulations import GateLoss, formulation_posterior, origins, train_formulation
+from hhh_router.training.formulations import GateLoss, formulation_posterior, origins
 from hhh_router.training.recipe import Formulation, Importance, RouterRecipe, load_recipe
 from hhh_router.training.router import Epoch, train_heads
 from hhh_router.types import DIMENSIONS, EXPERTS, NEEDS, OUTCOMES
@@ -54,6 +55,14 @@ def rows(count: int, seed: int = 0) -> tuple[list[Example], TokenStates]:
         start = sum(e.prompt + e.response for e in entries)
         entries.append(Entry(start, length, len(response), length + len(response)))
     return examples, TokenStates(torch.cat(states).bfloat16(), entries)
+
+
+def train_formulation(
+    name: str, examples: list[Example], given: TokenStates, plan: RouterRecipe, options: Formulation, *, seed: int,
+    folder: Path | None = None,
+) -> Iterator[Epoch | Heads]:  # fmt: skip
+    chosen = plan.model_copy(update={"formulation": options.model_copy(update={"name": name})})
+    yield from train_heads(examples, given, chosen, seed, folder=folder)
 
 
 def trained(name: str, options: Formulation, folder: Path | None = None) -> Heads:

@@ -1,20 +1,23 @@
 """Train → calibrate → serve on small data that the project makes itself, and what goes wrong on the way."""
 
+import gzip
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
-from hhh_router.bundle import Bundle, file_sha256
+from hhh_router.bundle import Bundle, Manifest, file_sha256
 from hhh_router.data.sets import read_set
 from hhh_router.errors import BundleError, ConfigError, DataError
 from hhh_router.interfaces.sdk import HHHRouter
 from hhh_router.model.base import Backbone, load_backbone
 from hhh_router.model.experts import load_expert, load_experts
 from hhh_router.training.blocks import Trial, search_blocks
-from hhh_router.training.build import Workshop, calibration_examples, train_experts, train_router
+from hhh_router.training.build import Workshop, _provenance, calibration_examples, train_experts, train_router
 from hhh_router.training.calibrate import _reader, calibrate, read_all
 from hhh_router.training.experts import TrainingDiverged, train_expert
 from hhh_router.training.lessons import Lesson, lessons
@@ -205,6 +208,44 @@ def test_a_lesson_takes_the_backbones_own_reply_and_keeps_it(shop: Workshop) -> 
 
     assert again == first
     assert len(kept.read_text().splitlines()) == 3
+
+
+def test_experts_are_written_in_the_bundles_precision_and_without_the_scales_of_older_ones(
+    shop: Workshop,
+) -> None:
+    half = shop.recipe.backbone.model_copy(update={"dtype": "bfloat16"})
+    shop = replace(shop, recipe=shop.recipe.model_copy(update={"backbone": half}))
+    stale = shop.bundle / "experts/helpful/blocks.tsv"
+    stale.parent.mkdir(parents=True)
+    stale.write_text("blocks\n0,0\n")
+
+    train_experts(shop, ("helpful",))
+
+    written = load_file(stale.parent / "adapter_model.safetensors")
+    assert {t.dtype for t in written.values()} == {torch.bfloat16}
+    assert not stale.exists()
+    assert Manifest.model_validate_json((shop.bundle / "manifest.json").read_text()).experts["helpful"].blocks == ()
+
+
+def test_the_manifest_counts_a_pair_of_replies_once_and_names_no_search_that_was_not_made(shop: Workshop) -> None:
+    experts = shop.recipe.experts
+    mix = (Share(set="truthfulqa/judged", rows=3, against="faulty"),)
+    scales = BlocksRecipe(benign=(), pairs={"honest": (Share(set="made", rows=5),)})
+    changed = experts.model_copy(update={"mixes": {**experts.mixes, "honest": mix}, "blocks": scales})
+    rows = [
+        {"question": "What is it?", "answer": answer, "truthful": truth, "informative": 1, "split": "train"}
+        for answer, truth in (("A hat.", 1), ("A fish.", 0), ("A cow.", 0), ("A pig.", 0), ("A fly.", 0))
+    ]
+    data = shop.work / "sets"
+    shutil.copytree(shop.data, data)
+    with gzip.open(data / "truthfulqa/judged_answers.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    shop = replace(shop, data=data, recipe=shop.recipe.model_copy(update={"experts": changed}))
+
+    used = {(d.name, d.use): d.rows for d in _provenance(shop)}
+
+    assert used["truthfulqa/judged", "expert honest"] == 3
+    assert not [use for _, use in used if use.startswith("scales")]
 
 
 def test_faulty_replies_stand_beside_good_ones_to_the_same_prompt(shop: Workshop) -> None:
