@@ -19,7 +19,8 @@ from hhh_router.types import Evidence, Weights
 FEATURES: tuple[str, ...] = (
     "min_margin",  # smallest |logit p − logit limit| over the checkpoint's limits
     "nearest_margin",  # the same with its sign: > 0 where p lies above the nearest limit
-    "no_limits",  # 1 where the checkpoint compares no number; both margins are then 0
+    "least_claim",  # logit of the least p, or 1 − p below its limit: how sure the least sure verdict is by itself
+    "no_limits",  # 1 where the checkpoint compares no number; margins and claim are then 0
     "max_outcome_logit",
     "unsafe_logit",
     "untruthful_logit",
@@ -128,12 +129,14 @@ def confidence_features(
         limits: (probability found, limit it is compared with) for each numeric condition of the checkpoint.
         logprobs: Of the reply's tokens so far, in nats; those that are no number are left out.
     """
+    claims = [logit_of(p if p >= limit else 1 - p) for p, limit in limits]
     nearest = min((logit_of(p) - logit_of(limit) for p, limit in limits), key=abs, default=0.0)
     outcomes = {name: logit_of(p) for name, p in evidence.outcomes.items()}
     known = [max(lp, _LOGPROB_FLOOR) for lp in logprobs if not math.isnan(lp)]
     return {
         "min_margin": abs(nearest),
         "nearest_margin": nearest,
+        "least_claim": min(claims, default=0.0),
         "no_limits": float(not limits),
         "max_outcome_logit": max(outcomes.values(), default=0.0),
         "unsafe_logit": outcomes.get("unsafe", 0.0),

@@ -141,10 +141,14 @@ def attempts(policy: Policy, checkpoint: str, facts: Facts) -> list[Attempt]:
 
 
 def thresholds(policy: Policy, checkpoint: str) -> tuple[Threshold, ...]:
-    """The numeric limits on needs and outcomes that a checkpoint's rules use, each once, in order."""
+    """The numeric limits on needs and outcomes at which a checkpoint's rules act, each once, in order.
+
+    A rule that allows or flags enforces nothing, so its limits are left out.
+    """
     limits = {
         Threshold(quantity=c.quantity, op=c.op, value=float(c.value)): None
         for rule in _rules(policy, checkpoint)
+        if rule.then not in (Action.ALLOW, Action.FLAG)
         for c in rule.when
         if c.quantity.startswith(("needs.", "outcomes.")) and QUANTITIES[c.quantity].kind == "number"
     }

@@ -49,6 +49,12 @@ def test_margins_are_those_of_the_nearest_limit():
     assert features()["no_limits"] == 0.0
 
 
+def test_the_least_claim_is_the_least_sure_verdict_and_may_lie_far_from_its_limit():
+    assert features(limits=[(0.2, 0.9), (0.3, 0.5)])["least_claim"] == pytest.approx(logit(0.7))
+    assert features(limits=[(0.6, 0.7)])["least_claim"] == pytest.approx(logit(0.4))  # let through, and likely harmful
+    assert features(limits=[])["least_claim"] == 0.0
+
+
 def test_a_checkpoint_without_numbers_says_so_instead_of_claiming_a_margin():
     found = features(limits=[])
 

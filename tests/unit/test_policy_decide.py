@@ -157,11 +157,12 @@ def test_a_shadow_policy_decides_like_one_that_enforces():
     )
 
 
-def test_thresholds_are_the_numbers_on_needs_and_outcomes_each_once():
+def test_thresholds_are_the_numbers_on_needs_and_outcomes_that_rules_act_on_each_once():
     rules = (
         '[{when: {needs.harmless: ">= 0.9", confidence: "< 0.5", mode: prompt}, then: refuse}, '
-        '{when: {needs.harmless: ">= 0.9", weights.base: "> 0.5"}, then: flag}, '
-        '{when: {outcomes.unsafe: "> 0.6"}, then: flag}, {then: allow}]'
+        '{when: {needs.harmless: ">= 0.9", weights.base: "> 0.5"}, then: block}, '
+        '{when: {outcomes.unsafe: "> 0.6"}, then: escalate}, '
+        '{when: {outcomes.unsafe: "> 0.3"}, then: flag}, {when: {needs.honest: "> 0.2"}, then: allow}, {then: allow}]'
     )
 
     assert thresholds(policy(rules=rules), "input") == (
