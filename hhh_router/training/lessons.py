@@ -65,7 +65,7 @@ def lessons(
             reply = own.get(_key(example))
             good = reply if share.reply == "backbone" else example.response
             rival = {"none": None, "faulty": worse, "refusal": refusal(rng), "backbone": reply}[share.against]
-            if (lesson := _lesson(example, good, rival, plan, backbone)) is not None:
+            if (lesson := _lesson(example, good, rival, reply, plan, backbone)) is not None:
                 found.append(lesson)
     return found
 
@@ -99,12 +99,22 @@ def _pairs(rows: Sequence[Example], share: Share) -> list[tuple[Example, str | N
 
 
 def _lesson(
-    example: Example, good: str | None, worse: str | None, plan: ExpertsRecipe, backbone: Backbone
+    example: Example, good: str | None, worse: str | None, own: str | None, plan: ExpertsRecipe, backbone: Backbone
 ) -> Lesson | None:
-    """None where a prompt leaves no room for a reply."""
+    """None where a prompt leaves no room for a reply.
+
+    The backbone's own reply, ``own``, gets no end mark where it was cut off: nothing should learn to stop mid-sentence.
+    """
     if good is None or not _has_room(example, plan, backbone):
         return None
-    return Lesson(*(as_reply(backbone, example.messages, r, plan.max_tokens) for r in (good, worse) if r is not None))
+    replies = [r for r in (good, worse) if r is not None]
+    cut = [r == own and len(backbone.encoder.response_ids(r)) >= plan.own_reply_tokens - 1 for r in replies]
+    return Lesson(
+        *(
+            as_reply(backbone, example.messages, r, plan.max_tokens, end=not c)
+            for r, c in zip(replies, cut, strict=True)
+        )
+    )
 
 
 def _has_room(example: Example, plan: ExpertsRecipe, backbone: Backbone) -> bool:
