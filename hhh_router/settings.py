@@ -48,6 +48,12 @@ class Settings(BaseSettings):
     """Start although no calibrator fits; every number is then labelled ``calibrated: false``."""
     guard_batch_tokens: int = Field(default=2048, ge=64)
     """Most tokens (padding included) of one guard batch."""
+    max_rows: int = Field(default=16, ge=1)
+    """Replies that are decoded together."""
+    kv_tokens: int = Field(default=32_768, ge=256)
+    """Room for keys and values of all replies together: rows times the longest prompt + reply among them, in tokens."""
+    max_waiting: int = Field(default=256, ge=1)
+    """Chats that may wait for a row; one more is turned away."""
     max_batch_items: int = Field(default=10_000, ge=1)
     """Most texts one ``guard`` or ``route`` call may hold."""
     max_body_bytes: int = Field(default=4_000_000, ge=1024)

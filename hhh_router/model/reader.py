@@ -125,8 +125,17 @@ class RunningReply:
     def add(self, states: Sequence[Tensor]) -> None:
         """Add one token's states, one (1, 1, D) per read layer."""
         flat = torch.stack([s[0, -1] for s in states])[None]  # (1, L, D)
-        self._tokens.append(self._reader.heads.tokens(flat, "response"))
-        self._last = flat[0, -1].float()
+        self.append(self._reader.heads.tokens(flat, "response"), flat[0, -1])
+
+    def append(self, features: Tensor, topmost: Tensor) -> None:
+        """Add one token that was read in a batch.
+
+        Args:
+            features: Of `Heads.tokens`, (1, W).
+            topmost: State of the last read layer, (D,).
+        """
+        self._tokens.append(features)
+        self._last = topmost.float()
         self._sum = self._last if self._sum is None else self._sum + self._last
 
     @torch.inference_mode()

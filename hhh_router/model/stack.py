@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from hhh_router.errors import BundleError
+from hhh_router.model.slots import Opening, Slots, Step
 
 SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
 """transformers ``model_type`` values whose loop this file reproduces; a test compares each with transformers' own."""
@@ -34,7 +35,7 @@ class Pass:
     """Layer type → attention mask as the family's layers want it."""
     rotary: dict[str, tuple[Tensor, Tensor]]
     """Layer type → cosines and sines."""
-    cache: Cache | None
+    cache: Cache | Opening | Step | None
     next_layer: int = 0
 
 
@@ -108,6 +109,27 @@ class DecoderStack:
             rotary={kind: self._rotary(embeds, position_ids, kind) for kind in kinds},
             cache=cache,
         )
+
+    def step(self, tokens: Sequence[int], slots: Slots, rows: Sequence[int]) -> Pass:
+        """Embed one new token of some of the rows in ``slots``, and prepare masks; no layer has run yet."""
+        embeds = self.text.embed_tokens(torch.tensor(tokens, device=self.device)[:, None])
+        cache = slots.step(rows)
+        position_ids = torch.tensor(cache.lengths, device=self.device)[:, None]
+        windows = {"full_attention": None, "sliding_attention": getattr(self.config, "sliding_window", None)}
+        kinds = set(self._layer_types)
+        return Pass(
+            hidden=embeds,
+            position_ids=position_ids,
+            masks={kind: self._mask(cache.visible(windows[kind], self.device), embeds.dtype) for kind in kinds},
+            rotary={kind: self._rotary(embeds, position_ids, kind) for kind in kinds},
+            cache=cache,
+        )
+
+    def _mask(self, seen: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        """What is seen, as this model's attention takes it."""
+        if seen is None or self.config._attn_implementation != "eager":
+            return seen
+        return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, torch.finfo(dtype).min)
 
     def padded(self, rows: Sequence[Sequence[int]], *, left: bool = False) -> tuple[Tensor, Tensor]:
         """Token ids of several rows as one batch, and which of them count: both (B, T), on the weights' device.

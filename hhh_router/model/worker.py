@@ -1,173 +1,199 @@
 """The only thread that touches the model, and the asynchronous faces of reader and generator in front of it.
 
-Requests are Python generators that yield after every token (or every batch read); the thread gives each one step in
-turn, so that a guard call does not wait for a whole chat. Gates are set anew for every pass.
+The thread takes turns: one batch of texts that are only to be read, then one decode step of all replies under way, so
+that a guard call waits for a step, not for a chat.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import queue
 import threading
-from collections import deque
-from collections.abc import AsyncGenerator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 
 from hhh_router.bundle import Bundle
-from hhh_router.errors import BundleError, ContextTooLong, GeneratorError, HHHRouterError, InvalidRequest, ReaderError
+from hhh_router.errors import BundleError, GeneratorError, HHHRouterError, Overloaded, ReaderError
 from hhh_router.model.base import compute_dtype, load_backbone
+from hhh_router.model.batcher import Batcher, ChatJob, Load
 from hhh_router.model.encode import Encoder
 from hhh_router.model.experts import load_experts
 from hhh_router.model.fetch import fetch_backbone
-from hhh_router.model.generator import MixtureGenerator
 from hhh_router.model.heads import Heads
 from hhh_router.model.mixture import install_mixture
 from hhh_router.model.reader import HeadReader
+from hhh_router.model.reads import ReadJob, Reads
 from hhh_router.protocols import Event, Planner
 from hhh_router.settings import Settings
 from hhh_router.types import ChatRequest, ReadRequest, Scores
 
-_log = logging.getLogger(__name__)
-T = TypeVar("T")
-_DONE = object()
-
-
-@dataclass(slots=True, eq=False)
-class _Job(Generic[T]):
-    steps: Iterator[T]
-    events: asyncio.Queue[Any]
-    loop: asyncio.AbstractEventLoop
-    failure: type[HHHRouterError]
-    cancelled: bool = False
-
-    def tell(self, event: Any) -> None:
-        try:
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
-        except RuntimeError:  # the caller's loop is closed: nobody waits for this any more
-            self.cancelled = True
+_UNREAD_EVENTS = 4096  # a caller that far behind is not reading; its reply would pile up in memory
 
 
 class Worker:
-    """Runs jobs on one thread, a step each in turn."""
+    """Runs reads and replies on one thread, a turn each."""
 
-    def __init__(self, name: str = "hhh-router-model") -> None:
-        self._inbox: queue.SimpleQueue[_Job[Any] | None] = queue.SimpleQueue()
+    def __init__(
+        self, reads: Reads, batcher: Batcher, *, max_waiting: int = 256, name: str = "hhh-router-model"
+    ) -> None:
+        """Start the thread.
+
+        Args:
+            reads: Texts to be scored.
+            batcher: Replies under way.
+            max_waiting: Chats that may wait for a row; one more is turned away.
+            name: Of the thread.
+        """
+        self._reads = reads
+        self._batcher = batcher
+        self._max_waiting = max_waiting
+        self._inbox: queue.SimpleQueue[ReadJob | ChatJob | None] = queue.SimpleQueue()
+        self._open = threading.Lock()
+        self._accepts = True
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
 
-    async def stream(self, steps: Iterator[T], failure: type[HHHRouterError]) -> AsyncGenerator[T, None]:
-        """Run an iterator on the model's thread and yield what it yields.
+    @property
+    def load(self) -> Load:
+        """How busy the replies' part is; read from any thread, so a moment old."""
+        return self._batcher.load
 
-        Closing the stream ends the iterator at its next step. Unexpected errors arrive as ``failure``.
+    async def read(self, requests: Sequence[ReadRequest]) -> list[Scores]:
+        """Score texts, in order.
+
+        Raises:
+            ContextTooLong, InvalidRequest: A text cannot be read as it stands.
+            ReaderError: The reading failed, or the model was closed.
         """
-        job: _Job[T] = _Job(steps, asyncio.Queue(), asyncio.get_running_loop(), failure)
-        if not self._thread.is_alive():
-            raise failure("the model has been closed", hint="open a new router")
-        self._inbox.put(job)
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[list[Scores]] = loop.create_future()
+
+        def settle(found: list[Scores] | Exception) -> None:
+            if done.done():
+                return
+            if isinstance(found, Exception):
+                done.set_exception(found)
+            else:
+                done.set_result(found)
+
+        job = ReadJob(requests=requests, end=lambda found: _call(loop, settle, found))
+        self._put(job, ReaderError)
         try:
-            while (event := await job.events.get()) is not _DONE:
-                if isinstance(event, BaseException):
+            return await done
+        finally:
+            job.cancelled = True
+
+    async def chat(self, request: ChatRequest, planner: Planner, *, window_tokens: int) -> AsyncGenerator[Event, None]:
+        """The events of one reply; closing the stream frees its row before the next step.
+
+        Raises:
+            ContextTooLong, InvalidRequest: The prompt cannot be answered as it stands.
+            Overloaded: Too many chats wait already.
+            GeneratorError: The reply failed, or nobody read it.
+        """
+        if (waiting := self._batcher.load.waiting) >= self._max_waiting:
+            raise Overloaded(f"{waiting} chats are waiting", hint="try again in a moment")
+        loop = asyncio.get_running_loop()
+        events: asyncio.Queue[Any] = asyncio.Queue()
+
+        def tell(event: Event) -> None:
+            if events.qsize() > _UNREAD_EVENTS:
+                raise GeneratorError(f"{_UNREAD_EVENTS} events of the reply have not been read", hint="read faster")
+            if not _call(loop, events.put_nowait, event):
+                job.cancelled = True
+
+        job = ChatJob(
+            request=request, planner=planner, window_tokens=window_tokens, tell=tell,
+            end=lambda error: _call(loop, events.put_nowait, error or _END),
+        )  # fmt: skip
+        self._put(job, GeneratorError)
+        try:
+            while (event := await events.get()) is not _END:
+                if isinstance(event, Exception):
                     raise event
                 yield event
         finally:
             job.cancelled = True
 
     async def aclose(self) -> None:
-        """End the thread after the step it is in; jobs still open fail."""
+        """End the thread after the turn it is in; jobs still open fail."""
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join, 30)
 
+    def _put(self, job: ReadJob | ChatJob, failure: type[HHHRouterError]) -> None:
+        with self._open:
+            if not self._accepts:
+                raise failure("the model has been closed", hint="open a new router")
+            self._inbox.put(job)
+
     def _serve(self) -> None:
-        jobs: deque[_Job[Any]] = deque()
         while True:
             try:
                 while True:
-                    arrived = self._inbox.get(block=not jobs)
-                    if arrived is None:
-                        for job in jobs:
-                            job.tell(job.failure("the model was closed"))
+                    job = self._inbox.get(block=not (self._reads.busy or self._batcher.busy))
+                    if job is None:
+                        self._close()
                         return
-                    jobs.append(arrived)
+                    part: Any = self._reads if isinstance(job, ReadJob) else self._batcher
+                    part.put(job)
             except queue.Empty:
                 pass
-            job = jobs.popleft()
-            if self._step(job):
-                jobs.append(job)
+            self._reads.turn()
+            self._batcher.turn()
 
-    @staticmethod
-    def _step(job: _Job[Any]) -> bool:
-        """Advance one job; True while there is more to do."""
-        try:
-            if job.cancelled:
-                getattr(job.steps, "close", lambda: None)()
-                return False
-            job.tell(next(job.steps))
-            return True
-        except StopIteration:
-            job.tell(_DONE)
-        except HHHRouterError as error:
-            job.tell(error)
-        except Exception as error:  # a seam: whatever broke in the model must reach its caller, not kill the thread
-            _log.exception("the model failed")
-            wrapped = job.failure(f"the model failed: {type(error).__name__}: {error}")
-            wrapped.__cause__ = error
-            job.tell(wrapped)
+    def _close(self) -> None:
+        """End what is under way and what has arrived since."""
+        with self._open:
+            self._accepts = False
+        while not self._inbox.empty():
+            job = self._inbox.get()
+            if job is not None:
+                part: Any = self._reads if isinstance(job, ReadJob) else self._batcher
+                part.put(job)
+        self._reads.close(ReaderError("the model was closed"))
+        self._batcher.close(GeneratorError("the model was closed"))
+
+
+_END = object()
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *given: Any) -> bool:
+    """Call something on a loop's thread; False where the loop is closed, so that nobody waits there any more."""
+    try:
+        loop.call_soon_threadsafe(function, *given)
+    except RuntimeError:
         return False
+    return True
 
 
 class EmbeddedReader:
     """`Reader` on the embedded model."""
 
-    def __init__(self, worker: Worker, reader: HeadReader, encoder: Encoder, batch_tokens: int) -> None:
+    def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self._reader = reader
-        self._encoder = encoder
-        self._batch_tokens = batch_tokens
 
     async def read(self, requests: Sequence[ReadRequest]) -> list[Scores]:
-        """Score each text, in order; texts of similar length share a padded pass."""
-        results: list[Scores | None] = [None] * len(requests)
-        stream = self._worker.stream(self._steps(requests), ReaderError)
-        async for indices, scores in stream:
-            for index, score in zip(indices, scores, strict=True):
-                results[index] = score
-        return [r for r in results if r is not None]
-
-    def _steps(self, requests: Sequence[ReadRequest]) -> Iterator[tuple[list[int], list[Scores]]]:
-        texts = []
-        for index, request in enumerate(requests):
-            try:
-                texts.append(self._encoder.encode(request))
-            except (ContextTooLong, InvalidRequest) as error:
-                if len(requests) == 1:
-                    raise
-                raise type(error)(f"text {index} of {len(requests)}: {error.message}", hint=error.hint) from error
-        for batch in self._reader.batches(texts, self._batch_tokens):
-            yield batch, self._reader.score([texts[i] for i in batch])
+        """Score each text, in order; texts of like length, whoever sent them, share a padded pass."""
+        return await self._worker.read(requests)
 
 
 class EmbeddedGenerator:
     """`Generator` on the embedded model."""
 
-    def __init__(self, worker: Worker, generator: MixtureGenerator) -> None:
+    def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self._generator = generator
 
     async def generate(
         self, request: ChatRequest, planner: Planner, *, window_tokens: int
     ) -> AsyncGenerator[Event, None]:
         """See `hhh_router.protocols.Generator.generate`."""
-        steps = self._generator.run(request, planner, window_tokens=window_tokens)
-        stream = self._worker.stream(steps, GeneratorError)
-        try:
-            async for event in stream:
+        async with aclosing(self._worker.chat(request, planner, window_tokens=window_tokens)) as events:
+            async for event in events:
                 yield event
-        finally:
-            await stream.aclose()
 
 
 @dataclass(slots=True)
@@ -222,11 +248,13 @@ def load_embedded(bundle: Bundle, settings: Settings) -> EmbeddedModel:
     reader, encoder = open_reader(bundle, settings)
     stack = reader.stack
     gates = install_mixture(stack.model, load_experts(bundle))
-    generator = MixtureGenerator(stack, encoder, reader, gates)
-    worker = Worker()
+    batcher = Batcher(
+        reader=reader, encoder=encoder, gates=gates, max_rows=settings.max_rows, max_tokens=settings.kv_tokens
+    )
+    worker = Worker(Reads(reader, encoder, settings.guard_batch_tokens), batcher, max_waiting=settings.max_waiting)
     return EmbeddedModel(
-        reader=EmbeddedReader(worker, reader, encoder, settings.guard_batch_tokens),
-        generator=EmbeddedGenerator(worker, generator),
+        reader=EmbeddedReader(worker),
+        generator=EmbeddedGenerator(worker),
         worker=worker,
         encoder=encoder,
         description={

@@ -67,7 +67,7 @@ def text_of(found: list[Event]) -> str:
 
 async def test_a_stop_leaves_the_upper_layers_unrun(model: EmbeddedModel) -> None:
     calls: list[int] = []
-    layers = model.generator._generator._stack.layers
+    layers = model.worker._batcher.reader.stack.layers
     for index, layer in enumerate(layers):
         layer.register_forward_hook(lambda *_, index=index: calls.append(index))
 
@@ -80,7 +80,7 @@ async def test_a_stop_leaves_the_upper_layers_unrun(model: EmbeddedModel) -> Non
 
 async def test_going_on_runs_every_layer_once_for_the_prompt(model: EmbeddedModel) -> None:
     calls: list[int] = []
-    layers = model.generator._generator._stack.layers
+    layers = model.worker._batcher.reader.stack.layers
     for index, layer in enumerate(layers):
         layer.register_forward_hook(lambda *_, index=index: calls.append(index))
 

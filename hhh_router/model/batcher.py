@@ -1,0 +1,346 @@
+"""Many replies at once, each under its own mixture: rows join and leave between decode steps.
+
+A request is read to l_r, planned, and taken on through the upper layers by itself, then its row joins the batch. Each
+step draws a token for every row, runs the bare lower layers on all of them together, pools them for the output heads,
+and runs the upper layers with each row's own gates. What a row says does not depend on who shares its step; a row that
+fails leaves alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from hhh_router.errors import ContextTooLong, GeneratorError, HHHRouterError
+from hhh_router.model.encode import Encoded, Encoder
+from hhh_router.model.heads import Views
+from hhh_router.model.mixture import Gates
+from hhh_router.model.reader import HeadReader, RunningReply
+from hhh_router.model.sampler import Sampler, TextStream
+from hhh_router.model.slots import Opening, Slots
+from hhh_router.protocols import Delta, Event, Finished, FinishReason, Planned, Planner, Window
+from hhh_router.types import ChatRequest, ReadRequest, Weights
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class ChatJob:
+    """One request on its way through the batch."""
+
+    request: ChatRequest
+    planner: Planner
+    window_tokens: int
+    tell: Callable[[Event], None]
+    """Takes each event; called on the model's thread."""
+    end: Callable[[Exception | None], None]
+    """Called once, when there are no more events; with what went wrong, if anything did."""
+    cancelled: bool = False
+    """Set by any thread: nobody waits for this any more."""
+    text: Encoded | None = None
+    """The prompt, once it is encoded."""
+    budget: int = 0
+    """Tokens of the reply at most."""
+
+    @property
+    def need(self) -> int:
+        """Tokens of prompt and longest reply."""
+        assert self.text is not None
+        return len(self.text.ids) + self.budget
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Row:
+    job: ChatJob
+    weights: Weights
+    sampler: Sampler
+    stream: TextStream
+    reply: RunningReply
+    timing: dict[str, float]
+    prefilled_at: float
+    logits: Tensor
+    """(V,), of the next token."""
+    drawn: int = 0
+    token: int = 0
+    """The one being read."""
+    reason: FinishReason | None = None
+    """Set when no further token is to come."""
+    empty: bool = False
+    """The reply ended before its first token; an end marker is read in its place."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """What one step made of one row."""
+
+    features: Tensor
+    topmost: Tensor
+    logits: Tensor | None
+    """None where no row of the step went on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """How busy a batcher is."""
+
+    rows: int
+    waiting: int
+    slot_tokens: int
+    """Tokens that keys and values have room for."""
+
+
+@dataclass(slots=True)
+class Batcher:
+    """Decodes all requests under way together. Used by one thread, the model's own."""
+
+    reader: HeadReader
+    encoder: Encoder
+    gates: Gates
+    max_rows: int = 16
+    """Replies decoded together."""
+    max_tokens: int = 32_768
+    """Room for keys and values, rows times their longest prompt + reply."""
+    _rows: list[_Row] = field(default_factory=list)
+    """In slot order."""
+    _waiting: deque[ChatJob] = field(default_factory=deque)
+    _slots: Slots = field(default_factory=Slots)
+    _ends: frozenset[int] = frozenset()
+
+    def __post_init__(self) -> None:
+        listed = self.reader.stack.model.generation_config.eos_token_id
+        others = listed if isinstance(listed, list) else [listed]
+        self._ends = frozenset({self.encoder.end_id, *(e for e in others if e is not None)})
+
+    @property
+    def busy(self) -> bool:
+        """True while `turn` has something to do."""
+        return bool(self._rows or self._waiting)
+
+    @property
+    def load(self) -> Load:
+        """Rows decoding, jobs waiting, room taken."""
+        return Load(rows=len(self._rows), waiting=len(self._waiting), slot_tokens=self._slots.tokens)
+
+    def put(self, job: ChatJob) -> None:
+        """Queue a request, or end it at once where it can never be answered."""
+        try:
+            job.text = self.encoder.encode(ReadRequest(messages=job.request.messages))
+            prompt = len(job.text.ids)
+            job.budget = min(job.request.sampling.max_tokens, self.encoder.context_tokens - prompt)
+            if job.budget < 1:
+                raise ContextTooLong(
+                    f"the prompt is {prompt} tokens and fills the model's window of {self.encoder.context_tokens}",
+                    hint="shorten the conversation",
+                )
+            if job.need > self.max_tokens:
+                raise ContextTooLong(
+                    f"{prompt} tokens of prompt and up to {job.budget} of reply, there is room for {self.max_tokens}",
+                    hint="ask for fewer tokens, or raise HHH_ROUTER_KV_TOKENS",
+                )
+        except Exception as error:  # a seam: it must reach its caller, not kill the thread
+            job.end(_known(error))
+            return
+        self._waiting.append(job)
+
+    def turn(self) -> None:
+        """Drop what is cancelled, let one request in if there is room, and decode one token of every row."""
+        self._drop_cancelled()
+        if self._waiting and self._has_room(self._waiting[0]):
+            self._admit(self._waiting.popleft())
+        if self._rows:
+            self._decode()
+        if not self._rows and not self._waiting:
+            self._slots.reserve(1, 1)  # lets go of room that only long requests needed
+
+    def close(self, error: Exception) -> None:
+        """End everything under way with an error."""
+        for job in [*(r.job for r in self._rows), *self._waiting]:
+            job.end(error)
+        self._rows.clear()
+        self._waiting.clear()
+        self._slots.clear()
+
+    # -- joining and leaving ------------------------------------------------------------------------------------------
+
+    def _drop_cancelled(self) -> None:
+        for job in [j for j in self._waiting if j.cancelled]:
+            self._waiting.remove(job)
+            job.end(None)
+        for row in [r for r in self._rows if r.job.cancelled]:
+            self._leave(row)
+            row.job.end(None)
+
+    def _has_room(self, job: ChatJob) -> bool:
+        rows = len(self._rows) + 1
+        longest = max([job.need, *(r.job.need for r in self._rows)])
+        return rows <= self.max_rows and (rows == 1 or rows * longest <= self.max_tokens)
+
+    def _admit(self, job: ChatJob) -> None:
+        self._slots.reserve(len(self._rows) + 1, max([job.need, *(r.job.need for r in self._rows)]))
+        opening = self._slots.opening()
+        row = None
+        try:
+            row = self._prefill(job, opening)
+        except Exception as error:  # a seam, as above
+            job.end(_known(error))
+        if row is None:
+            self._slots.forget(opening)
+        else:
+            self._slots.keep(opening)
+            self._rows.append(row)
+
+    @torch.inference_mode()
+    def _prefill(self, job: ChatJob, opening: Opening) -> _Row | None:
+        """Read the prompt, ask the planner, and go on with the mixture; None where the plan stops."""
+        text, stack = job.text, self.reader.stack
+        assert text is not None
+        started = time.perf_counter()
+        state = stack.begin(torch.tensor([text.ids], device=stack.device))
+        state.cache = opening
+        prompt = self.reader.prompt(list(self.reader.states(state)), text)
+        views = Views(prompt=prompt, response=prompt, modes=["prompt"])  # mode prompt looks at no response
+        read = state.next_layer
+        scores = self.reader.heads.scores(views, tokens=[len(text.ids)], layers_run=read)[0]
+        plan = job.planner(scores)
+        planned_at = time.perf_counter()
+        logits = None
+        if not plan.stops:
+            self.gates.set([plan.weights])
+            hidden = stack.run(state, stack.depth)
+            logits = stack.logits(hidden[0, -1])
+        prefilled_at = time.perf_counter()
+        timing = {"read": 1000 * (planned_at - started), "prefill": 1000 * (prefilled_at - started)}
+        job.tell(Planned(plan=plan, prompt_tokens=len(text.ids), layers_run=state.next_layer, read_ms=timing["read"]))
+        if logits is None:
+            job.tell(
+                Finished(reason="content_filter", prompt_tokens=len(text.ids), completion_tokens=0, timing_ms=timing)
+            )
+            job.end(None)
+            return None
+        return _Row(
+            job=job,
+            weights=plan.weights,
+            sampler=Sampler(job.request.sampling, stack.device),
+            stream=TextStream(self.encoder.tokenizer, job.request.sampling.stop),
+            reply=RunningReply(self.reader, prompt, len(text.ids)),
+            timing=timing,
+            prefilled_at=prefilled_at,
+            logits=logits,
+        )
+
+    def _leave(self, row: _Row) -> None:
+        slot = self._rows.index(row)
+        self._slots.release(slot)
+        last = self._rows.pop()
+        if last is not row:
+            self._rows[slot] = last
+
+    def _fail(self, row: _Row, error: Exception) -> None:
+        self._leave(row)
+        row.job.end(_known(error))
+
+    # -- one step -----------------------------------------------------------------------------------------------------
+
+    def _decode(self) -> None:
+        for row in list(self._rows):
+            try:
+                self._draw(row)
+            except Exception as error:  # a row with NaN logits, say: the others go on
+                self._fail(row, error)
+        for row in [r for r in self._rows if r.reason == "stop" and not (r.empty or r.stream.stopped)]:
+            self._finish(row)  # its end marker is no part of the reply
+        if not self._rows:
+            return
+        places = range(len(self._rows))
+        try:
+            found: list[_Read | Exception] = [*self._pass(places)]
+        except Exception:  # whose fault it is shows when each is tried alone
+            _log.exception("a step of %d rows failed; trying them one by one", len(self._rows))
+            found = [self._alone(i) for i in places]
+        self._slots.advance()
+        for row, read in zip(list(self._rows), found, strict=True):
+            try:
+                if isinstance(read, Exception):
+                    raise read
+                self._take(row, read)
+            except Exception as error:  # a seam, as above
+                self._fail(row, error)
+        for row in [r for r in self._rows if r.reason is not None]:
+            self._finish(row)
+
+    def _alone(self, slot: int) -> _Read | Exception:
+        try:
+            return self._pass([slot])[0]
+        except Exception as error:  # this row's own, then
+            return error
+
+    def _draw(self, row: _Row) -> None:
+        token, logprob = row.sampler.draw(row.logits)
+        if token in self._ends:
+            row.reason = "stop"
+            row.empty = row.drawn == 0
+            row.token = self.encoder.end_id
+            return
+        row.drawn += 1
+        row.token = token
+        row.job.tell(Delta(text=row.stream.push(token), logprob=logprob))
+        if row.stream.stopped:
+            row.reason = "stop"
+        elif row.drawn == row.job.budget:
+            row.reason = "length"
+
+    @torch.inference_mode()
+    def _pass(self, slots: Sequence[int]) -> list[_Read]:
+        """Run some rows' new tokens through the lower layers, and on through the upper ones where a reply goes on."""
+        stack = self.reader.stack
+        rows = [self._rows[i] for i in slots]
+        self.gates.set(None)
+        state = stack.step([r.token for r in rows], self._slots, slots)
+        layers = torch.stack([s[:, 0] for s in self.reader.states(state)], dim=1)  # (B, L, D)
+        features = self.reader.heads.tokens(layers, "response")
+        logits: Sequence[Tensor | None] = [None] * len(rows)
+        if any(r.reason is None for r in rows):
+            self.gates.set([r.weights for r in rows])
+            logits = list(stack.logits(stack.run(state, stack.depth)[:, -1]))
+        return [_Read(features[i : i + 1], layers[i, -1], logits[i]) for i in range(len(rows))]
+
+    def _take(self, row: _Row, read: _Read) -> None:
+        row.reply.append(read.features, read.topmost)
+        if read.logits is not None:
+            row.logits = read.logits
+        if row.drawn and not row.stream.stopped and row.drawn % row.job.window_tokens == 0:
+            row.job.tell(Window(scores=row.reply.scores(), completion_tokens=row.drawn, is_final=False))
+
+    def _finish(self, row: _Row) -> None:
+        """Send what is left of a reply, and its last reading."""
+        try:
+            if rest := row.stream.flush():
+                row.job.tell(Delta(text=rest, tokens=0))
+            row.job.tell(Window(scores=row.reply.scores(), completion_tokens=row.drawn, is_final=True))
+        except Exception as error:  # a seam, as above
+            self._fail(row, error)
+            return
+        row.timing["decode"] = 1000 * (time.perf_counter() - row.prefilled_at)
+        text = row.job.text
+        assert text is not None
+        assert row.reason is not None
+        row.job.tell(
+            Finished(reason=row.reason, prompt_tokens=len(text.ids), completion_tokens=row.drawn, timing_ms=row.timing)
+        )
+        self._leave(row)
+        row.job.end(None)
+
+
+def _known(error: Exception) -> HHHRouterError:
+    if isinstance(error, HHHRouterError):
+        return error
+    _log.error("the model failed", exc_info=error)
+    wrapped = GeneratorError(f"the model failed: {type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped

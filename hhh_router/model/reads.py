@@ -1,0 +1,166 @@
+"""Texts that are only to be scored: those of all callers share padded passes that stop at l_r."""
+
+from __future__ import annotations
+
+import bisect
+import logging
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from hhh_router.errors import ContextTooLong, HHHRouterError, InvalidRequest, ReaderError
+from hhh_router.model.encode import Encoded, Encoder
+from hhh_router.model.reader import HeadReader
+from hhh_router.types import ReadRequest, Scores
+
+_log = logging.getLogger(__name__)
+_REMEMBERED = 4096
+"""Readings that are kept. They are raw scores of token sequences, so no calibrator or policy makes them stale."""
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class ReadJob:
+    """The texts of one caller."""
+
+    requests: Sequence[ReadRequest]
+    end: Callable[[list[Scores] | Exception], None]
+    """Called once, on the model's thread, with all scores in order, or with what went wrong."""
+    cancelled: bool = False
+    """Set by any thread: nobody waits for this any more."""
+    found: list[Scores | None] = field(default_factory=list)
+    left: int = 0
+    """Texts still to be read."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class _Waiting:
+    length: int
+    number: int
+    """Of arrival; makes every entry different."""
+    job: ReadJob = field(compare=False)
+    index: int = field(compare=False)
+    text: Encoded = field(compare=False)
+
+
+class Reads:
+    """Scores texts in batches of like length, whoever they came from. Used by one thread, the model's own."""
+
+    def __init__(self, reader: HeadReader, encoder: Encoder, batch_tokens: int) -> None:
+        """Batches hold at most ``batch_tokens`` with padding, or one text."""
+        self._reader = reader
+        self._encoder = encoder
+        self._batch_tokens = batch_tokens
+        self._by_length: list[_Waiting] = []
+        self._by_age: deque[_Waiting] = deque()
+        self._known: OrderedDict[Encoded, Scores] = OrderedDict()
+        self._arrived = 0
+
+    @property
+    def busy(self) -> bool:
+        """True while `turn` has something to do."""
+        return bool(self._by_length)
+
+    def put(self, job: ReadJob) -> None:
+        """Queue a caller's texts; what was read before is answered from memory."""
+        try:
+            texts = [self._encoded(job, i) for i in range(len(job.requests))]
+        except Exception as error:  # a seam: it must reach its caller, not kill the thread
+            job.end(_known(error))
+            return
+        job.found = [self._remembered(t) for t in texts]
+        for index, text in enumerate(texts):
+            if job.found[index] is None:
+                self._arrived += 1
+                entry = _Waiting(len(text.ids), self._arrived, job, index, text)
+                bisect.insort(self._by_length, entry)
+                self._by_age.append(entry)
+                job.left += 1
+        self._finish(job)
+
+    def turn(self) -> None:
+        """Read one batch: the text that has waited longest, and others of like length."""
+        batch = self._next_batch()
+        if not batch:
+            return
+        try:
+            found: list[Scores | Exception] = [*self._reader.score([e.text for e in batch])]
+        except Exception:  # whose fault it is shows when each is read alone
+            _log.exception("reading a batch of %d failed; trying them one by one", len(batch))
+            found = [self._alone(e) for e in batch]
+        for entry, scores in zip(batch, found, strict=True):
+            job = entry.job
+            if isinstance(scores, Exception):
+                if not job.cancelled:
+                    job.cancelled = True  # its other texts need not be read any more
+                    job.end(_known(scores))
+                continue
+            self._known[entry.text] = job.found[entry.index] = scores
+            while len(self._known) > _REMEMBERED:
+                self._known.popitem(last=False)
+            job.left -= 1
+            self._finish(job)
+
+    def close(self, error: Exception) -> None:
+        """End everything that waits with an error."""
+        for job in {id(e.job): e.job for e in self._by_length}.values():
+            if not job.cancelled:
+                job.end(error)
+        self._by_length.clear()
+        self._by_age.clear()
+
+    def _next_batch(self) -> list[_Waiting]:
+        self._by_length = [e for e in self._by_length if not e.job.cancelled]
+        while self._by_age and (self._by_age[0].job.cancelled or self._by_age[0].job.found[self._by_age[0].index]):
+            self._by_age.popleft()
+        if not self._by_age:
+            return []
+        last = bisect.bisect_left(self._by_length, self._by_age[0])
+        first = last
+        longest = self._by_length[last].length
+        while (
+            first > 0
+            and 2 * self._by_length[first - 1].length >= longest  # far shorter ones would mostly be padding
+            and longest * (last - first + 2) <= self._batch_tokens
+        ):
+            first -= 1
+        while last + 1 < len(self._by_length):
+            longest = self._by_length[last + 1].length
+            if longest * (last - first + 2) > self._batch_tokens:
+                break
+            last += 1
+        batch = self._by_length[first : last + 1]
+        del self._by_length[first : last + 1]
+        return batch
+
+    def _alone(self, entry: _Waiting) -> Scores | Exception:
+        try:
+            return self._reader.score([entry.text])[0]
+        except Exception as error:  # this text's own, then
+            return error
+
+    def _encoded(self, job: ReadJob, index: int) -> Encoded:
+        try:
+            return self._encoder.encode(job.requests[index])
+        except (ContextTooLong, InvalidRequest) as error:
+            if len(job.requests) == 1:
+                raise
+            raise type(error)(f"text {index} of {len(job.requests)}: {error.message}", hint=error.hint) from error
+
+    def _remembered(self, text: Encoded) -> Scores | None:
+        if text in self._known:
+            self._known.move_to_end(text)
+        return self._known.get(text)
+
+    @staticmethod
+    def _finish(job: ReadJob) -> None:
+        if not job.left and not job.cancelled:
+            job.end([s for s in job.found if s is not None])
+
+
+def _known(error: Exception) -> HHHRouterError:
+    if isinstance(error, HHHRouterError):
+        return error
+    _log.error("reading failed", exc_info=error)
+    wrapped = ReaderError(f"the model failed: {type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped
