@@ -1,0 +1,304 @@
+"""Many replies at once: what each row says must not depend on who shares its steps."""
+
+import itertools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from hhh_router.bundle import Bundle
+from hhh_router.errors import ContextTooLong, GeneratorError, HHHRouterError
+from hhh_router.model.batcher import Batcher, ChatJob
+from hhh_router.model.experts import load_experts
+from hhh_router.model.generator import MixtureGenerator
+from hhh_router.model.mixture import install_mixture
+from hhh_router.model.worker import open_reader
+from hhh_router.protocols import Delta, Event, Finished, Planned, Window
+from hhh_router.settings import Settings
+from hhh_router.types import Action, ChatRequest, Message, Sampling, Weights
+
+from .test_one_pass import planner
+
+pytestmark = pytest.mark.integration
+Collected = dict[str, list[Event | Exception | None]]
+
+
+class Engine:
+    """A batcher beside the plain generator, on one model."""
+
+    def __init__(self, bundle: Bundle, cache: Path, **sizes: int) -> None:
+        reader, encoder = open_reader(bundle, Settings.load(cache_dir=cache, threads=1))
+        gates = install_mixture(reader.stack.model, load_experts(bundle))
+        self.plain = MixtureGenerator(reader.stack, encoder, reader, gates)
+        self.batcher = Batcher(reader=reader, encoder=encoder, gates=gates, **sizes)
+        self.found: Collected = {}
+        self.jobs: dict[str, ChatJob] = {}
+
+    def put(self, request: ChatRequest, weights: Weights, *, action: Action = Action.ALLOW, window: int = 5) -> None:
+        events = self.found[request.request_id] = []
+        job = ChatJob(
+            request=request, planner=planner(action, weights), window_tokens=window, tell=events.append,
+            end=events.append,
+        )  # fmt: skip
+        self.jobs[request.request_id] = job
+        self.batcher.put(job)
+
+    def finish(self, limit: int = 2000) -> None:
+        for _ in range(limit):
+            if not self.batcher.busy:
+                return
+            self.batcher.turn()
+        raise AssertionError("the batch never ended")
+
+    def alone(self, request: ChatRequest, weights: Weights, window: int = 5) -> list[Event]:
+        return list(self.plain.run(request, planner(weights=weights), window_tokens=window))
+
+
+@pytest.fixture
+def engine(tiny: Bundle, tmp_path: Path) -> Engine:
+    return Engine(tiny, tmp_path)
+
+
+def ask(text: str, name: str, **sampling: object) -> ChatRequest:
+    given = {"max_tokens": 12} | sampling
+    return ChatRequest(
+        messages=(Message(role="user", content=text),), sampling=Sampling(**given), request_id=name  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def many(count: int) -> list[tuple[ChatRequest, Weights]]:
+    """Requests of different lengths, each with a mixture of its own."""
+    mixtures = itertools.islice(
+        (Weights.from_mixture(f"hhh@{16 - a - b - c}-{a}-{b}-{c}") for a in range(0, 9, 2) for b in range(0, 5)
+         for c in range(0, 4)), count,
+    )  # fmt: skip
+    return [
+        (ask("tell me " + "more " * (i % 7) + str(i), f"r{i}", max_tokens=4 + (i * 5) % 17), weights)
+        for i, weights in enumerate(mixtures)
+    ]
+
+
+def shown(events: Sequence[Event | Exception | None]) -> list[object]:
+    """What a caller could tell apart, without times."""
+    kept: list[object] = []
+    for event in events:
+        if isinstance(event, Delta):
+            kept.append((event.text, event.tokens))
+        elif isinstance(event, Finished):
+            kept.append((event.reason, event.prompt_tokens, event.completion_tokens))
+        elif isinstance(event, Planned):
+            kept.append((event.plan.weights, event.prompt_tokens, event.layers_run))
+        elif isinstance(event, Window):
+            kept.append((event.completion_tokens, event.is_final))
+    return kept
+
+
+def check_same(together: Sequence[Event | Exception | None], alone: Sequence[Event]) -> None:
+    assert together[-1] is None  # it ended, and nothing went wrong
+    assert shown(together) == shown(alone)
+    for a, b in zip([e for e in together if e is not None], alone, strict=True):
+        if isinstance(a, Window) and isinstance(b, Window):
+            assert a.scores.outcomes == pytest.approx(b.scores.outcomes, abs=2e-3)
+        if isinstance(a, Delta) and isinstance(b, Delta) and a.logprob is not None:
+            assert a.logprob == pytest.approx(b.logprob, abs=1e-3)
+
+
+def test_32_staggered_requests_say_what_each_says_alone(any_tiny: Bundle, tmp_path: Path) -> None:
+    engine = Engine(any_tiny, tmp_path, max_rows=8)
+    asked = many(32)
+    assert len({w for _, w in asked}) == 32
+
+    for number, (request, weights) in enumerate(asked):
+        engine.put(request, weights)
+        for _ in range(number % 3):
+            engine.batcher.turn()
+    engine.finish()
+
+    for request, weights in asked:
+        check_same(engine.found[request.request_id], engine.alone(request, weights))
+
+
+def test_rows_share_steps(engine: Engine) -> None:
+    for request, weights in many(4):
+        engine.put(request, weights)
+    passes = count_calls(engine, lambda: engine.finish())
+
+    tokens = sum(isinstance(e, Delta) and e.tokens for events in engine.found.values() for e in events)
+    assert passes < tokens
+
+
+def count_calls(engine: Engine, act: Callable[[], None]) -> int:
+    calls = 0
+
+    def count(*_: object) -> None:
+        nonlocal calls
+        calls += 1
+
+    handle = engine.batcher.reader.stack.layers[-1].register_forward_hook(count)
+    act()
+    handle.remove()
+    return calls
+
+
+def test_a_stop_takes_no_slot(engine: Engine) -> None:
+    engine.put(ask("hello", "no"), Weights(1, 0, 0, 0), action=Action.REFUSE)
+    calls = count_calls(engine, engine.finish)
+
+    assert calls == 0
+    assert [type(e) for e in engine.found["no"]] == [Planned, Finished, type(None)]
+    assert engine.batcher.load.rows == 0
+
+
+def test_each_row_has_its_own_sampling(engine: Engine) -> None:
+    hot = {"temperature": 1.5, "top_p": 0.9}
+    for name, seed in (("a", 1), ("b", 2), ("again", 1)):
+        engine.put(ask("tell me something", name, seed=seed, **hot), Weights(0.1, 0.2, 0.3, 0.4))
+    engine.put(ask("tell me something", "cold"), Weights(0.1, 0.2, 0.3, 0.4))
+    engine.finish()
+
+    assert shown(engine.found["a"]) == shown(engine.found["again"]) != shown(engine.found["b"])
+    check_same(engine.found["cold"], engine.alone(ask("tell me something", "x"), Weights(0.1, 0.2, 0.3, 0.4)))
+
+
+def test_a_stop_string_ends_one_row_alone(engine: Engine) -> None:
+    weights = Weights(0.1, 0.2, 0.3, 0.4)
+    whole = "".join(e.text for e in engine.alone(ask("hi", "x", max_tokens=20), weights) if isinstance(e, Delta))
+    stopped = ask("hi", "stopped", max_tokens=20, stop=(whole[3:5],))
+    engine.put(stopped, weights)
+    engine.put(ask("hi", "whole", max_tokens=20), weights)
+    engine.finish()
+
+    check_same(engine.found["stopped"], engine.alone(stopped, weights))
+    check_same(engine.found["whole"], engine.alone(ask("hi", "x", max_tokens=20), weights))
+
+
+def test_a_cancelled_row_is_gone_at_the_next_turn(engine: Engine) -> None:
+    for request, weights in many(3):
+        engine.put(request, weights)
+    for _ in range(4):
+        engine.batcher.turn()
+    assert engine.batcher.load.rows == 3
+    engine.jobs["r1"].cancelled = True
+
+    engine.batcher.turn()
+
+    assert engine.batcher.load.rows == 2
+    engine.finish()
+    for name in ("r0", "r2"):
+        (request, weights), = [a for a in many(3) if a[0].request_id == name]  # fmt: skip
+        check_same(engine.found[name], engine.alone(request, weights))
+
+
+def test_a_poisoned_row_fails_alone_and_leaves_nothing_behind(engine: Engine) -> None:
+    asked = many(4)
+    for request, weights in asked[:3]:
+        engine.put(request, weights)
+    for _ in range(4):
+        engine.batcher.turn()
+    slot = next(i for i, row in enumerate(engine.batcher._rows) if row.job.request.request_id == "r1")
+    for keys, values in engine.batcher._slots._layers.values():
+        keys[slot, :, 0] = torch.nan
+        values[slot, :, 0] = torch.nan
+    engine.put(*asked[3])
+    engine.finish()
+
+    assert isinstance(engine.found["r1"][-1], HHHRouterError)
+    for request, weights in (asked[0], asked[2], asked[3]):
+        check_same(engine.found[request.request_id], engine.alone(request, weights))
+    engine.put(ask("after", "after"), asked[0][1])
+    engine.finish()
+    check_same(engine.found["after"], engine.alone(ask("after", "x"), asked[0][1]))
+
+
+def test_a_step_that_fails_costs_only_the_row_whose_fault_it_is(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = many(3)
+    for request, weights in asked:
+        engine.put(request, weights)
+    whole = Batcher._pass
+
+    def failing(batcher: Batcher, slots: Sequence[int]) -> object:
+        if any(batcher._rows[i].job.request.request_id == "r1" and batcher._rows[i].drawn == 3 for i in slots):
+            raise RuntimeError("boom")
+        return whole(batcher, slots)
+
+    monkeypatch.setattr(Batcher, "_pass", failing)
+    engine.finish()
+
+    (error,) = [e for e in engine.found["r1"] if isinstance(e, Exception)]
+    assert isinstance(error, GeneratorError)
+    assert "boom" in error.message
+    for request, weights in (asked[0], asked[2]):
+        check_same(engine.found[request.request_id], engine.alone(request, weights))
+
+
+def test_a_failing_planner_ends_its_own_request(engine: Engine) -> None:
+    request, weights = many(1)[0]
+    engine.put(request, weights)
+    events: list[Event | Exception | None] = []
+
+    def broken(scores: object) -> None:
+        raise RuntimeError("no plan")
+
+    engine.batcher.put(
+        ChatJob(request=ask("x", "x"), planner=broken, window_tokens=5, tell=events.append, end=events.append)  # type: ignore[arg-type]
+    )
+    engine.finish()
+
+    assert [type(e) for e in events] == [GeneratorError]
+    check_same(engine.found[request.request_id], engine.alone(request, weights))
+
+
+def test_requests_wait_for_room_and_none_is_forgotten(tiny: Bundle, tmp_path: Path) -> None:
+    engine = Engine(tiny, tmp_path, max_rows=8, max_tokens=200)
+    asked = many(10)
+    most = 0
+    for request, weights in asked:
+        engine.put(request, weights)
+    while engine.batcher.busy:
+        engine.batcher.turn()
+        rows = engine.batcher._rows
+        most = max(most, len(rows))
+        assert len(rows) * max((r.job.need for r in rows), default=0) <= 200
+
+    assert 1 < most < 8
+    for request, weights in asked:
+        check_same(engine.found[request.request_id], engine.alone(request, weights))
+
+
+def test_what_can_never_fit_is_refused_at_once(tiny: Bundle, tmp_path: Path) -> None:
+    engine = Engine(tiny, tmp_path, max_tokens=100)
+    engine.put(ask("x" * 600, "long"), Weights(1, 0, 0, 0))
+    engine.put(ask("x", "greedy", max_tokens=400), Weights(1, 0, 0, 0))
+
+    assert not engine.batcher.busy
+    for name, said in (("long", "fills|window"), ("greedy", "room for 100")):
+        (error,) = engine.found[name]
+        assert isinstance(error, ContextTooLong)
+        with pytest.raises(ContextTooLong, match=said):
+            raise error
+
+
+def test_room_that_one_long_request_needed_is_let_go(engine: Engine) -> None:
+    engine.put(ask("x" * 250, "long", max_tokens=200), Weights(0, 1, 0, 0))
+    engine.finish()
+    most = engine.batcher.load.slot_tokens
+    engine.put(ask("hi", "short", max_tokens=4), Weights(0, 1, 0, 0))
+    engine.finish()
+
+    assert engine.batcher.load.slot_tokens < most
+
+
+def test_32_staggered_requests_on_the_default_model(tmp_path: Path) -> None:
+    engine = Engine(Bundle.load("smollm2-135m"), Settings.load().cache_dir, max_rows=16)
+    asked = many(32)
+    for number, (request, weights) in enumerate(asked):
+        engine.put(request, weights)
+        if number % 2:
+            engine.batcher.turn()
+    engine.finish()
+
+    for request, weights in asked:
+        check_same(engine.found[request.request_id], engine.alone(request, weights))
