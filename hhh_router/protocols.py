@@ -48,6 +48,10 @@ class Delta:
     tokens: int = 1
     logprob: float | None = None
     """Log-probability of the drawn token, in nats; None from an upstream that tells none."""
+    token: int | None = None
+    """The drawn token's id; None from an upstream."""
+    likeliest: tuple[tuple[int, float], ...] = ()
+    """(token, log-probability) of as many as the request asked for, the likeliest first."""
     raw: Mapping[str, Any] | None = None
     """The upstream's own chunk, to be passed on unchanged."""
 

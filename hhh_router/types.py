@@ -160,8 +160,16 @@ class Sampling:
     """0 is greedy decoding."""
     top_p: float = 1.0
     """Nucleus mass, in (0, 1]."""
+    top_k: int = 0
+    """Only so many of the likeliest tokens are drawn from; 0 is no limit."""
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Token id → what is added to its logit, in [-100, 100]."""
     seed: int | None = None
     """Seed of this request's own generator; None draws one."""
+    top_logprobs: int | None = None
+    """Likeliest tokens that are told with each drawn one, 0 to 20; None tells no log-probability to the caller."""
+    json_schema: str | None = None
+    """JSON schema, as text, that the reply must follow."""
     stop: tuple[str, ...] = ()
     """Strings that end the reply; they are not part of it."""
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hhh_router.errors import ContextTooLong, GeneratorError, HHHRouterError
 from hhh_router.model.encode import Encoded, Encoder
+from hhh_router.model.grammar import Following, Grammars
 from hhh_router.model.heads import Views
 from hhh_router.model.mixture import Gates
 from hhh_router.model.reader import HeadReader, RunningReply
@@ -47,6 +48,8 @@ class ChatJob:
     """The prompt, once it is encoded."""
     budget: int = 0
     """Tokens of the reply at most."""
+    following: Following | None = None
+    """Of the schema that the reply must follow, if there is one."""
 
     @property
     def need(self) -> int:
@@ -111,11 +114,13 @@ class Batcher:
     _waiting: deque[ChatJob] = field(default_factory=deque)
     _slots: Slots = field(default_factory=Slots)
     _ends: frozenset[int] = frozenset()
+    _grammars: Grammars = field(init=False)
 
     def __post_init__(self) -> None:
         listed = self.reader.stack.model.generation_config.eos_token_id
         others = listed if isinstance(listed, list) else [listed]
         self._ends = frozenset({self.encoder.end_id, *(e for e in others if e is not None)})
+        self._grammars = Grammars(self.encoder.tokenizer, self.reader.stack.config.vocab_size, self._ends)
 
     @property
     def busy(self) -> bool:
@@ -138,6 +143,8 @@ class Batcher:
                     f"the prompt is {prompt} tokens and fills the model's window of {self.encoder.context_tokens}",
                     hint="shorten the conversation",
                 )
+            if job.request.sampling.json_schema:
+                job.following = self._grammars.follow(job.request.sampling.json_schema)
             if job.need > self.max_tokens:
                 raise ContextTooLong(
                     f"{prompt} tokens of prompt and up to {job.budget} of reply, there is room for {self.max_tokens}",
@@ -226,7 +233,7 @@ class Batcher:
         return _Row(
             job=job,
             weights=plan.weights,
-            sampler=Sampler(job.request.sampling, stack.device),
+            sampler=Sampler(job.request.sampling, stack.device, job.following),
             stream=TextStream(self.encoder.tokenizer, job.request.sampling.stop),
             reply=RunningReply(self.reader, prompt, len(text.ids)),
             timing=timing,
@@ -281,15 +288,19 @@ class Batcher:
             return error
 
     def _draw(self, row: _Row) -> None:
-        token, logprob = row.sampler.draw(row.logits)
-        if token in self._ends:
+        found = row.sampler.draw(row.logits)
+        if found.token in self._ends:
             row.reason = "stop"
             row.empty = row.drawn == 0
             row.token = self.encoder.end_id
             return
         row.drawn += 1
-        row.token = token
-        row.job.tell(Delta(text=row.stream.push(token), logprob=logprob))
+        row.token = found.token
+        row.job.tell(
+            Delta(
+                text=row.stream.push(found.token), logprob=found.logprob, token=found.token, likeliest=found.likeliest
+            )
+        )
         if row.stream.stopped:
             row.reason = "stop"
         elif row.drawn == row.job.budget:

@@ -16,6 +16,7 @@ from transformers.cache_utils import Cache
 
 from hhh_router.errors import ContextTooLong
 from hhh_router.model.encode import Encoder
+from hhh_router.model.grammar import Grammars
 from hhh_router.model.heads import Views
 from hhh_router.model.mixture import Gates
 from hhh_router.model.reader import HeadReader, RunningReply
@@ -47,7 +48,8 @@ class MixtureGenerator:
         self._gates = gates
         config_eos = stack.model.generation_config.eos_token_id
         listed = config_eos if isinstance(config_eos, list) else [config_eos]
-        self._ends = {encoder.end_id, *(e for e in listed if e is not None)}
+        self._ends = frozenset({encoder.end_id, *(e for e in listed if e is not None)})
+        self._grammars = Grammars(encoder.tokenizer, stack.config.vocab_size, self._ends)
 
     def run(self, request: ChatRequest, planner: Planner, *, window_tokens: int) -> Iterator[Event]:
         """Yield the events of one request, as `hhh_router.protocols.Generator` describes them."""
@@ -87,15 +89,18 @@ class MixtureGenerator:
         yield Finished(reason=reason, prompt_tokens=len(text.ids), completion_tokens=reply.tokens, timing_ms=timing)
 
     def _decode(self, steps: _Steps, logits: Tensor) -> Generator[Delta | Window, None, FinishReason]:
-        sampler = Sampler(steps.request.sampling, self._stack.device)
+        sampling = steps.request.sampling
+        following = self._grammars.follow(sampling.json_schema) if sampling.json_schema else None
+        sampler = Sampler(sampling, self._stack.device, following)
         stream = TextStream(self._encoder.tokenizer, steps.request.sampling.stop)
         reason: FinishReason = "length"
         for drawn in range(1, steps.budget + 1):
-            token, logprob = sampler.draw(logits)
+            found = sampler.draw(logits)
+            token = found.token
             if token in self._ends:
                 reason = "stop"
                 break
-            yield Delta(text=stream.push(token), logprob=logprob)
+            yield Delta(text=stream.push(token), logprob=found.logprob, token=token, likeliest=found.likeliest)
             state = self._read_token(token, steps)
             if stream.stopped:
                 reason = "stop"

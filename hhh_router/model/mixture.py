@@ -40,18 +40,54 @@ class Gates:
         return self._rows is not None
 
     def expand(self, ranks: tuple[int, ...]) -> Tensor:
-        """Each row's weights repeated over the experts' ranks: (B, 1, sum of ranks)."""
+        """Each row's weights repeated over the experts' ranks, one layer's after another's: (B, 1, sum of ranks)."""
         if ranks not in self._expanded:
             assert self._rows is not None
+            rows = self._rows.repeat(1, len(ranks) // self._rows.shape[1])
             repeats = torch.tensor(ranks, device=self._rows.device)
-            self._expanded[ranks] = self._rows.repeat_interleave(repeats, dim=1)[:, None].to(self._dtype)
+            self._expanded[ranks] = rows.repeat_interleave(repeats, dim=1)[:, None].to(self._dtype)
         return self._expanded[ranks]
+
+
+class SharedDown:
+    """The first half of the update for linear layers that read the same input, such as q, k and v: one product for all.
+
+    Their layers run one after the other on one tensor; the first of them works out what all of them need.
+    """
+
+    def __init__(self, gates: Gates) -> None:
+        self._gates = gates
+        self._down: Tensor | None = None  # (sum of R, in)
+        self._ranks: tuple[int, ...] = ()
+        self._places: list[slice] = []
+        self._input: Tensor | None = None
+        self._found: tuple[Tensor, ...] = ()
+
+    def add(self, down: Tensor, ranks: tuple[int, ...]) -> int:
+        """Take a layer's factors, (R, in), with the experts' ranks in it; returns the layer's place."""
+        start = sum(self._ranks)
+        self._down = down if self._down is None else torch.cat([self._down, down])
+        self._ranks += ranks
+        self._places.append(slice(start, start + sum(ranks)))
+        return len(self._places) - 1
+
+    def gated(self, x: Tensor, place: int) -> Tensor:
+        """A layer's gated low-rank states: (B, T, in) → (B, T, R)."""
+        if self._input is not x:
+            h = nn.functional.linear(x, self._down) * self._gates.expand(self._ranks)
+            self._input, self._found = x, tuple(h[..., p] for p in self._places)
+        found = self._found[place]
+        if place == len(self._places) - 1:  # the last one to ask: keep no activations alive
+            self._input, self._found = None, ()
+        return found
 
 
 class MixtureLinear(nn.Module):
     """A frozen linear layer with the experts' updates on top."""
 
-    def __init__(self, base: nn.Linear, experts: Sequence[Expert], module: str, gates: Gates) -> None:
+    def __init__(
+        self, base: nn.Linear, experts: Sequence[Expert], module: str, gates: Gates, shared: SharedDown
+    ) -> None:
         super().__init__()
         self.base = base
         self.gates = gates
@@ -66,7 +102,8 @@ class MixtureLinear(nn.Module):
                     f"{'x'.join(map(str, base.weight.shape))}",
                     hint="the bundle was trained on another backbone",
                 )
-        self.register_buffer("down", torch.cat([p.down for p in kept]).to(**place), persistent=False)  # (R, in)
+        self._shared = shared
+        self._place = shared.add(torch.cat([p.down for p in kept]).to(**place), self.ranks)
         self.register_buffer("up", torch.cat([p.up for p in kept], dim=1).to(**place), persistent=False)  # (out, R)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,8 +111,8 @@ class MixtureLinear(nn.Module):
         y = self.base(x)
         if not self.gates.active:
             return y
-        h = nn.functional.linear(x, self.down) * self.gates.expand(self.ranks)  # (B, T, R)
-        return y + nn.functional.linear(h, self.up)
+        h = self._shared.gated(x, self._place)
+        return y.view(-1, y.shape[-1]).addmm_(h.reshape(-1, h.shape[-1]), self.up.T).view(y.shape)
 
 
 def install_mixture(model: nn.Module, experts: Sequence[Expert]) -> Gates:
@@ -86,7 +123,8 @@ def install_mixture(model: nn.Module, experts: Sequence[Expert]) -> Gates:
     """
     reference = next(model.parameters())
     gates = Gates([e.scale for e in experts], reference.device, reference.dtype)
-    for module in sorted({m for e in experts for m in e.factors}):
+    groups: dict[tuple[str, int | str], SharedDown] = {}
+    for module in sorted({m for e in experts for m in e.factors}, key=_as_called):
         try:
             base = model.get_submodule(module)
         except AttributeError as error:
@@ -96,5 +134,16 @@ def install_mixture(model: nn.Module, experts: Sequence[Expert]) -> Gates:
         if not isinstance(base, nn.Linear):
             raise BundleError(f"{module} is a {type(base).__name__}, not a linear layer; it cannot be adapted")
         parent, _, name = module.rpartition(".")
-        setattr(model.get_submodule(parent), name, MixtureLinear(base, experts, module, gates))
+        together = next((i for i, names in enumerate(_SAME_INPUT) if name in names), name)
+        shared = groups.setdefault((parent, together), SharedDown(gates))
+        setattr(model.get_submodule(parent), name, MixtureLinear(base, experts, module, gates, shared))
     return gates
+
+
+_SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Linear layers of one block that every supported family calls on the same tensor, in this order."""
+
+
+def _as_called(module: str) -> tuple[str, int]:
+    parent, _, name = module.rpartition(".")
+    return parent, next((names.index(name) for names in _SAME_INPUT if name in names), 0)

@@ -3,22 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from tokenizers.decoders import DecodeStream
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
-from transformers.generation.logits_process import LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers.generation.logits_process import (
+    LogitsProcessorList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from hhh_router.errors import GeneratorError
+from hhh_router.model.grammar import Following
 from hhh_router.types import Sampling
 
 
-class Sampler:
-    """Draws one request's tokens with its own temperature, nucleus and seed."""
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """One token, and what the model thought of it."""
 
-    def __init__(self, sampling: Sampling, device: torch.device) -> None:
+    token: int
+    logprob: float
+    """In nats, before temperature, bias and schema."""
+    likeliest: tuple[tuple[int, float], ...] = ()
+    """(token, log-probability) of as many as were asked for, the likeliest first."""
+
+
+class Sampler:
+    """Draws one request's tokens with its own temperature, nucleus, bias, schema and seed."""
+
+    def __init__(self, sampling: Sampling, device: torch.device, following: Following | None = None) -> None:
+        """For one reply.
+
+        Args:
+            sampling: How to draw.
+            device: Where logits are.
+            following: Of ``sampling.json_schema``, if it has one.
+        """
         self._greedy = sampling.temperature == 0
+        self._told = sampling.top_logprobs or 0
+        self._following = following
+        self._biased = torch.tensor(list(sampling.logit_bias), dtype=torch.long, device=device)
+        self._bias = torch.tensor(list(sampling.logit_bias.values()), dtype=torch.float32, device=device)
         self._random = torch.Generator(device)
         if sampling.seed is None:
             self._random.seed()
@@ -27,27 +56,38 @@ class Sampler:
         self._warpers = LogitsProcessorList()
         if not self._greedy:
             self._warpers.append(TemperatureLogitsWarper(sampling.temperature))
+            if sampling.top_k:
+                self._warpers.append(TopKLogitsWarper(sampling.top_k))
             if sampling.top_p < 1:
                 self._warpers.append(TopPLogitsWarper(sampling.top_p))
 
-    def draw(self, logits: Tensor) -> tuple[int, float]:
-        """One token and its log-probability (nats) under the unwarped distribution.
+    def draw(self, logits: Tensor) -> Drawn:
+        """One token.
 
         Args:
             logits: (V,), any float dtype.
 
         Raises:
-            GeneratorError: A logit is NaN, or all are infinite.
+            GeneratorError: A logit is NaN, all are infinite, or the schema leaves nothing.
         """
         logprobs = torch.log_softmax(logits.float(), dim=-1)
         if torch.isnan(logprobs).any():
             raise GeneratorError("the model gave NaN logits", hint="hhh-router bundle verify checks the weights")
+        scores = logprobs
+        if len(self._biased):
+            scores = scores.index_add(0, self._biased, self._bias)
+        if self._following is not None:
+            scores = self._following.mask(scores)
         if self._greedy:
-            token = int(logprobs.argmax())
+            token = int(scores.argmax())
         else:
-            warped = self._warpers(torch.empty((1, 0), dtype=torch.long), logprobs[None])
+            warped = self._warpers(torch.empty((1, 0), dtype=torch.long), scores[None])
             token = int(torch.multinomial(warped[0].softmax(-1), 1, generator=self._random))
-        return token, float(logprobs[token])
+        if self._following is not None:
+            self._following.take(token)
+        best = logprobs.topk(self._told) if self._told else None
+        likeliest = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)) if best else ()
+        return Drawn(token, float(logprobs[token]), likeliest)
 
 
 class TextStream:

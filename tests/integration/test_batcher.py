@@ -176,7 +176,7 @@ def test_a_stop_string_ends_one_row_alone(engine: Engine) -> None:
 def test_a_cancelled_row_is_gone_at_the_next_turn(engine: Engine) -> None:
     for request, weights in many(3):
         engine.put(request, weights)
-    for _ in range(4):
+    for _ in range(3):
         engine.batcher.turn()
     assert engine.batcher.load.rows == 3
     engine.jobs["r1"].cancelled = True
@@ -194,7 +194,7 @@ def test_a_poisoned_row_fails_alone_and_leaves_nothing_behind(engine: Engine) ->
     asked = many(4)
     for request, weights in asked[:3]:
         engine.put(request, weights)
-    for _ in range(4):
+    for _ in range(3):
         engine.batcher.turn()
     slot = next(i for i, row in enumerate(engine.batcher._rows) if row.job.request.request_id == "r1")
     for keys, values in engine.batcher._slots._layers.values():
