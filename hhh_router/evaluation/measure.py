@@ -121,7 +121,7 @@ def measure(bench: Bench, parts: Sequence[str], command: str) -> list[Path]:
     check_parts(parts, bench.recipe, bench.formulations)
     root, manifest = bench.bundle.root, bench.bundle.manifest
     digest = parts_hash(bench.bundle)
-    figures = _earlier(root / FIGURES, digest) | {
+    figures = _earlier(root / FIGURES, digest, manifest.name) | {
         "command": command,
         "seed": bench.seed,
         "bootstraps": BOOTSTRAPS,
@@ -169,14 +169,14 @@ def _part(
     """The figures of one part, each row with the command that made it."""
     found: dict[str, Any] = {}
     if part in SUITES:
-        kept = [f for f in figures.get("detection", []) if f["suite"] != part]
-        found["detection"] = kept + _stamped(_detection(bench, part), command)
+        made = _stamped(_detection(bench, part), command)
+        found["detection"] = _still_true(figures.get("detection", []), made, part) + made
     if part == "guard":
         # timed once, with the suite that asks about prompts of every kind, so that no other run replaces the table
         found["latency"] = _stamped(_latency(bench), command)
     if part in STEERING:
-        made = steering().part(part)
-        found |= {k: _stamped(v, command) if isinstance(v, list) else v for k, v in made.items()}
+        steered = steering().part(part)
+        found |= {k: _stamped(v, command) if isinstance(v, list) else v for k, v in steered.items()}
     if "likelihood" in found:
         found["likelihood"] = [f for f in figures.get("likelihood", []) if f["suite"] != part] + found["likelihood"]
     if found:
@@ -190,13 +190,25 @@ def _part(
     return {"transfer": _stamped(_transfer(bench), command)}
 
 
-def _earlier(path: Path, bundle_parts: str) -> dict[str, Any]:
-    """Figures of the same bundle measured before; nothing of another."""
+def _still_true(earlier: Sequence[dict[str, Any]], made: Sequence[dict[str, Any]], suite: str) -> list[dict[str, Any]]:
+    """Rows of other suites, and rows of this one whose system was not measured now, on the very same prompts."""
+    measured, now = {f["system"] for f in made}, {(f["task"], f["data_sha256"]) for f in made if "error" not in f}
+    return [
+        f
+        for f in earlier
+        if f["suite"] != suite or (f["system"] not in measured and (f["task"], f.get("data_sha256")) in now)
+    ]
+
+
+def _earlier(path: Path, bundle_parts: str, bundle: str) -> dict[str, Any]:
+    """Figures of the same bundle measured before; of another one what baselines gave, which does not depend on it."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return dict(found) if found.get("bundle_parts") == bundle_parts else {}
+    if found.get("bundle_parts") == bundle_parts:
+        return dict(found)
+    return {"detection": [f for f in found.get("detection") or [] if f["system"] != bundle]}
 
 
 def _stamped(rows: Sequence[Mapping[str, Any]], command: str) -> list[dict[str, Any]]:

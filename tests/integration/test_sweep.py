@@ -76,4 +76,3 @@ def test_an_unknown_optimiser_is_refused(tiny: Bundle, data: Path, tmp_path: Pat
 
     assert result.exit_code != 0
     assert "sgd" in str(result.exception)
-
