@@ -26,7 +26,7 @@ from hhh_router.evaluation.detection import (
 from hhh_router.evaluation.evasion import evasion_figures
 from hhh_router.evaluation.gates import check_formulations, gate_figures
 from hhh_router.evaluation.kinds import pair_figures, subgroup_figures
-from hhh_router.evaluation.release import FIGURES, parts_hash
+from hhh_router.evaluation.release import FIGURES, parts_hash, reader_hash
 from hhh_router.evaluation.report import render_report
 from hhh_router.evaluation.routing import simplex, tradeoff
 from hhh_router.evaluation.steering import STEERING, Steering
@@ -121,11 +121,13 @@ def measure(bench: Bench, parts: Sequence[str], command: str) -> list[Path]:
     check_parts(parts, bench.recipe, bench.formulations)
     root, manifest = bench.bundle.root, bench.bundle.manifest
     digest = parts_hash(bench.bundle)
-    figures = _earlier(root / FIGURES, digest, manifest.name) | {
+    reader = reader_hash(bench.bundle)
+    figures = _earlier(root / FIGURES, digest, reader, manifest.name) | {
         "command": command,
         "seed": bench.seed,
         "bootstraps": BOOTSTRAPS,
         "bundle_parts": digest,
+        "bundle_reader": reader,
         "dtype": bench.detector.reader.dtype,
         "max_tokens": MAX_TOKENS,
         "versions": {p: version(p) for p in ("torch", "transformers", "peft", "hhh-router")},
@@ -200,14 +202,21 @@ def _still_true(earlier: Sequence[dict[str, Any]], made: Sequence[dict[str, Any]
     ]
 
 
-def _earlier(path: Path, bundle_parts: str, bundle: str) -> dict[str, Any]:
-    """Figures of the same bundle measured before; of another one what baselines gave, which does not depend on it."""
+_OF_READER = ("detection", "latency", "evasion", "subgroups", "kinds", "tradeoff")
+"""Parts of the figures that experts, gate and confidence have no part in."""
+
+
+def _earlier(path: Path, parts: str, reader: str, bundle: str) -> dict[str, Any]:
+    """Figures measured before that still hold: all of the same bundle, those of readings where heads and calibrators
+    are the same, and of any other bundle what baselines gave, which does not depend on it."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    if found.get("bundle_parts") == bundle_parts:
+    if found.get("bundle_parts") == parts:
         return dict(found)
+    if found.get("bundle_reader") == reader:
+        return {part: found[part] for part in _OF_READER if part in found}
     return {"detection": [f for f in found.get("detection") or [] if f["system"] != bundle]}
 
 
