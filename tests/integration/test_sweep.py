@@ -46,7 +46,8 @@ def test_the_same_sweep_gives_the_same_figures(shop: Workshop) -> None:  # noqa:
         list(sweep(judged(shop), "harmless", optimizers=["adamw"], rates=[0.01], steps=2)) for _ in range(2)
     )
 
-    assert first[0].trial == again[0].trial  # the second found the first one's checkpoint
+    assert first == again  # the second found the first one's checkpoint and had no step left to make
+    assert first[0].loss > 0  # type: ignore[operator]
 
 
 def test_a_run_that_diverges_is_told_and_the_others_go_on(shop: Workshop, tmp_path: Path) -> None:  # noqa: F811
