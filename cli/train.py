@@ -117,9 +117,7 @@ def sweep(
             write_runs(path, runs)
     table = Table("optimizer", "rate", "loss", "drift", "reward", "tax", "objective", box=None)
     for run in runs:
-        trial = run.trial
-        found = (run.loss, run.drift, *((trial.reward, trial.tax, trial.objective) if trial else (None,) * 3))
-        shown = ("diverged" if x is None else f"{x:.3f}" for x in found)
+        shown = ("diverged" if x is None else f"{x:.3f}" for x in run.figures.values())
         table.add_row(run.optimizer, f"{run.learning_rate:g}", *shown)
     Console(highlight=False).print(table)
     typer.echo(f"written to {path}; the best goes into experts.optimizer and experts.learning_rates of the recipe")

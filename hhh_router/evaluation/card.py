@@ -307,7 +307,8 @@ def _provenance(figures: Mapping[str, Any]) -> str:
     return (
         "## Provenance\n\n"
         f"Last run: `{figures['command']}`, seed {figures['seed']}, {figures['dtype']}, {figures['bootstraps']} "
-        f"bootstrap samples, bundle parts `{figures['bundle_parts'][:16]}`, torch {figures['versions']['torch']}, "
+        f"bootstrap samples, bundle parts `{figures['bundle_parts'][:16]}`, reader "
+        f"`{figures['bundle_reader'][:16]}`, torch {figures['versions']['torch']}, "
         f"transformers {figures['versions']['transformers']}. `figures.json` holds every number with its command and "
         "the hash of its rows."
     )

@@ -26,7 +26,7 @@ from hhh_router.evaluation.detection import (
 from hhh_router.evaluation.evasion import evasion_figures
 from hhh_router.evaluation.gates import check_formulations, gate_figures
 from hhh_router.evaluation.kinds import pair_figures, subgroup_figures
-from hhh_router.evaluation.release import FIGURES, parts_hash
+from hhh_router.evaluation.release import FIGURES, parts_hash, reader_hash
 from hhh_router.evaluation.report import render_report
 from hhh_router.evaluation.routing import simplex, tradeoff
 from hhh_router.evaluation.steering import STEERING, Steering
@@ -121,11 +121,13 @@ def measure(bench: Bench, parts: Sequence[str], command: str) -> list[Path]:
     check_parts(parts, bench.recipe, bench.formulations)
     root, manifest = bench.bundle.root, bench.bundle.manifest
     digest = parts_hash(bench.bundle)
-    figures = _earlier(root / FIGURES, digest) | {
+    reader = reader_hash(bench.bundle)
+    figures = _earlier(root / FIGURES, digest, reader, manifest.name) | {
         "command": command,
         "seed": bench.seed,
         "bootstraps": BOOTSTRAPS,
         "bundle_parts": digest,
+        "bundle_reader": reader,
         "dtype": bench.detector.reader.dtype,
         "max_tokens": MAX_TOKENS,
         "versions": {p: version(p) for p in ("torch", "transformers", "peft", "hhh-router")},
@@ -169,14 +171,14 @@ def _part(
     """The figures of one part, each row with the command that made it."""
     found: dict[str, Any] = {}
     if part in SUITES:
-        kept = [f for f in figures.get("detection", []) if f["suite"] != part]
-        found["detection"] = kept + _stamped(_detection(bench, part), command)
+        made = _stamped(_detection(bench, part), command)
+        found["detection"] = _still_true(figures.get("detection", []), made, part) + made
     if part == "guard":
         # timed once, with the suite that asks about prompts of every kind, so that no other run replaces the table
         found["latency"] = _stamped(_latency(bench), command)
     if part in STEERING:
-        made = steering().part(part)
-        found |= {k: _stamped(v, command) if isinstance(v, list) else v for k, v in made.items()}
+        steered = steering().part(part)
+        found |= {k: _stamped(v, command) if isinstance(v, list) else v for k, v in steered.items()}
     if "likelihood" in found:
         found["likelihood"] = [f for f in figures.get("likelihood", []) if f["suite"] != part] + found["likelihood"]
     if found:
@@ -190,13 +192,32 @@ def _part(
     return {"transfer": _stamped(_transfer(bench), command)}
 
 
-def _earlier(path: Path, bundle_parts: str) -> dict[str, Any]:
-    """Figures of the same bundle measured before; nothing of another."""
+def _still_true(earlier: Sequence[dict[str, Any]], made: Sequence[dict[str, Any]], suite: str) -> list[dict[str, Any]]:
+    """Rows of other suites, and rows of this one whose system was not measured now, on the very same prompts."""
+    measured, now = {f["system"] for f in made}, {(f["task"], f["data_sha256"]) for f in made if "error" not in f}
+    return [
+        f
+        for f in earlier
+        if f["suite"] != suite or (f["system"] not in measured and (f["task"], f.get("data_sha256")) in now)
+    ]
+
+
+_OF_READER = ("detection", "latency", "evasion", "subgroups", "kinds", "tradeoff")
+"""Parts of the figures that experts, gate and confidence have no part in."""
+
+
+def _earlier(path: Path, parts: str, reader: str, bundle: str) -> dict[str, Any]:
+    """Figures measured before that still hold: all of the same bundle, those of readings where heads and calibrators
+    are the same, and of any other bundle what baselines gave, which does not depend on it."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return dict(found) if found.get("bundle_parts") == bundle_parts else {}
+    if found.get("bundle_parts") == parts:
+        return dict(found)
+    if found.get("bundle_reader") == reader:
+        return {part: found[part] for part in _OF_READER if part in found}
+    return {"detection": [f for f in found.get("detection") or [] if f["system"] != bundle]}
 
 
 def _stamped(rows: Sequence[Mapping[str, Any]], command: str) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 
 from hhh_router.bundle import Bundle
+from hhh_router.calibration import CalibrationFile
 from hhh_router.evaluation.evasion import RELEASE_BUDGET, over_budget
 
 FIGURES = "figures.json"
@@ -15,6 +16,23 @@ def parts_hash(bundle: Bundle) -> str:
     """Names exactly what was measured: experts and their scales, heads and calibrators, not the figures beside them."""
     scales = [f"{d}{spec.blocks}" for d, spec in sorted(bundle.manifest.experts.items()) if spec.blocks]
     return hashlib.sha256("".join([*sorted(bundle.files().values()), *scales]).encode()).hexdigest()
+
+
+def reader_hash(bundle: Bundle) -> str:
+    """Names what a reading of a text alone depends on: heads, layers they read, and calibrators of needs and outcomes.
+
+    Experts, gate and confidence may change without it.
+    """
+    from hhh_router.model.heads import weights_sha256
+
+    manifest = bundle.manifest
+    assert manifest.heads is not None
+    assert manifest.calibrators is not None
+    fitted = CalibrationFile.read(bundle.root / manifest.calibrators.path)
+    modes = {name: mode.model_dump(mode="json", exclude={"confidence"}) for name, mode in fitted.modes.items()}
+    parts = [manifest.backbone.sha256, list(manifest.heads.read_layers), modes]
+    weights = weights_sha256(bundle.root / manifest.heads.path)
+    return hashlib.sha256(json.dumps([weights, *parts], sort_keys=True).encode()).hexdigest()
 
 
 def release_mistakes(bundle: Bundle) -> list[str]:

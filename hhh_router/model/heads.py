@@ -9,6 +9,7 @@ missing views; modality dropout teaches all three modes).
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -289,6 +290,17 @@ def summary(given: Ragged) -> Tensor:
         if len(part):
             result[row] = torch.cat([part.float().mean(0), part[-1].float()])
     return result
+
+
+def weights_sha256(path: Path) -> str:
+    """Names the weights in a file of heads.
+
+    Saved twice, the same heads are not the same file: safetensors orders its metadata at random.
+    """
+    found = hashlib.sha256()
+    for name, tensor in sorted(load_file(path).items()):
+        found.update(name.encode() + tensor.numpy().tobytes())
+    return found.hexdigest()
 
 
 def _residual(width: int, dropout: float) -> nn.Sequential:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from hhh_router.bundle import BackboneSpec
 from hhh_router.errors import ConfigError
+from hhh_router.types import Dimension
 
 
 class _Part(BaseModel):
@@ -72,7 +73,7 @@ class ExpertsRecipe(_Part):
     alpha: float = Field(gt=0)
     target_modules: tuple[str, ...]
     learning_rate: float = Field(gt=0)
-    learning_rates: dict[Literal["helpful", "harmless", "honest"], Annotated[float, Field(gt=0)]] = {}
+    learning_rates: dict[Dimension, Annotated[float, Field(gt=0)]] = {}
     """For an expert that learns at another rate than the others."""
     optimizer: Literal["adamw", "muon"] = "adamw"
     """``muon``: momentum made orthogonal, for matrices, which all LoRA factors are."""
@@ -93,10 +94,9 @@ class ExpertsRecipe(_Part):
     blocks: BlocksRecipe | None = None
     """None: every block of layers has scale 1."""
 
-    def rate(self, dimension: str) -> float:
+    def rate(self, dimension: Dimension) -> float:
         """The learning rate of one expert."""
-        own: Mapping[str, float] = {**self.learning_rates}
-        return own.get(dimension, self.learning_rate)
+        return self.learning_rates.get(dimension, self.learning_rate)
 
 
 class Importance(_Part):

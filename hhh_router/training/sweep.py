@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -31,6 +32,18 @@ class Run:
     """Sum of ||s B A||_F^2 at the end."""
     trial: Trial | None
     """Reward, tax and objective of the expert as trained, on ``experts.blocks`` of the recipe."""
+
+    @property
+    def figures(self) -> dict[str, float | None]:
+        """What is compared, by name; None where the run diverged."""
+        trial = self.trial
+        return {
+            "loss": self.loss,
+            "drift": self.drift,
+            "reward": trial and trial.reward,
+            "tax": trial and trial.tax,
+            "objective": trial and trial.objective,
+        }
 
 
 def sweep(
@@ -70,10 +83,12 @@ def sweep(
             changed = {"optimizer": optimizer, "learning_rate": rate, "learning_rates": {}, "epochs": 1}
             tried = recipe.model_copy(update={"experts": plan.model_copy(update=changed)})
             folder = shop.work / "sweep" / f"{dimension}-{optimizer}-{rate:g}-{steps}"
-            losses, drift = [0.0], 0.0
+            kept = folder / "steps.json"  # a run that goes on must not forget what it lost before
+            seen: list[tuple[float, float]] = json.loads(kept.read_bytes()) if kept.is_file() else []
             try:
                 for step in train_expert(dimension, rows, backbone, tried, folder):
-                    losses, drift = [*losses, step.loss], step.drift
+                    seen = [*seen[: step.step - 1], (step.loss, step.drift)]
+                    kept.write_text(json.dumps(seen), encoding="utf-8")
                     shop.on_progress(folder.name, step.step, step.steps, f"loss {step.loss:.3f}")
             except TrainingDiverged:
                 yield Run(optimizer=optimizer, learning_rate=rate, loss=None, drift=None, trial=None)
@@ -83,8 +98,10 @@ def sweep(
                 expert, backbone, pairs, benign, as_trained, first=recipe.first_adapted_layer, beta=plan.beta
             )
             trial = list(found)[-1]
-            last = losses[-max(1, steps // 4) :]
-            yield Run(optimizer=optimizer, learning_rate=rate, loss=sum(last) / len(last), drift=drift, trial=trial)
+            last = [loss for loss, _ in seen[-max(1, steps // 4) :]]
+            yield Run(
+                optimizer=optimizer, learning_rate=rate, loss=sum(last) / len(last), drift=seen[-1][1], trial=trial
+            )
 
 
 def write_runs(path: Path, runs: Sequence[Run]) -> None:
@@ -92,8 +109,6 @@ def write_runs(path: Path, runs: Sequence[Run]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ["optimizer\tlearning_rate\tloss\tdrift\treward\ttax\tobjective\n"]
     for run in runs:
-        trial = run.trial
-        figures = (run.loss, run.drift, *((trial.reward, trial.tax, trial.objective) if trial else (None,) * 3))
-        shown = ["diverged" if x is None else f"{x:.4f}" for x in figures]
+        shown = ["diverged" if x is None else f"{x:.4f}" for x in run.figures.values()]
         lines.append("\t".join([run.optimizer, f"{run.learning_rate:g}", *shown]) + "\n")
     path.write_text("".join(lines), encoding="utf-8")

@@ -16,7 +16,7 @@ from hhh_router.bundle import Bundle
 from hhh_router.errors import ContextTooLong, InvalidRequest, PolicyNotAllowed
 from hhh_router.interfaces.sdk import HHHRouter
 from hhh_router.model.base import compute_dtype, load_backbone
-from hhh_router.model.experts import load_experts
+from hhh_router.model.experts import block_of, load_experts
 from hhh_router.model.fetch import fetch_backbone
 from hhh_router.model.mixture import install_mixture
 from hhh_router.pipeline import Pipeline
@@ -131,6 +131,11 @@ def test_each_expert_alone_equals_peft_on_the_default_model(bundle: Bundle, back
     for dimension in DIMENSIONS:
         reference = AutoModelForCausalLM.from_pretrained(backbone_folder, dtype=torch.float32)
         reference = PeftModel.from_pretrained(reference, bundle.root / "experts" / dimension).eval()
+        blocks = bundle.manifest.experts[dimension].blocks
+        for name, module in reference.named_modules():  # PEFT knows no scales per block of layers
+            if blocks and hasattr(module, "lora_B"):
+                place = block_of(name, len(blocks), bundle.manifest.first_adapted_layer, backbone.stack.depth)
+                module.scaling = {adapter: s * blocks[place] for adapter, s in module.scaling.items()}
         gates.set([Weights.from_mapping({dimension: 1.0})])
         with torch.inference_mode():
             expected = reference(ids).logits

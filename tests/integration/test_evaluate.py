@@ -1,6 +1,7 @@
 """`hhh-router evaluate` on a tiny trained bundle and small sets: parts, provenance, the release gate."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -83,17 +84,47 @@ def test_every_figure_says_where_it_comes_from(bench: m.Bench, one_task: None) -
     assert "not available" in card
 
 
-def test_parts_add_up_for_the_same_bundle_and_are_dropped_for_another(bench: m.Bench, one_task: None) -> None:
+def test_parts_add_up_for_the_same_bundle_and_of_another_only_baselines_are_kept(
+    bench: m.Bench, one_task: None
+) -> None:
     m.measure(bench, ["guard"], "first")
     m.measure(bench, ["injection"], "second")  # no such task here: nothing new, nothing lost
     path = bench.bundle.root / "figures.json"
     kept = json.loads(path.read_text())
-    path.write_text(json.dumps(kept | {"bundle_parts": "of another bundle"}))
+    path.write_text(json.dumps(kept | {"bundle_parts": "of another bundle", "bundle_reader": "of other heads"}))
 
     m.measure(bench, ["injection"], "third")
 
     assert [f["command"] for f in kept["detection"]] == ["first"] * 3
-    assert json.loads(path.read_text())["detection"] == []  # what was measured on another bundle is gone
+    left = json.loads(path.read_text())["detection"]
+    assert [f["system"] for f in left] == ["coin", "absent"]  # what was measured on another bundle is gone
+
+
+def test_figures_of_readings_outlive_a_change_of_experts_and_others_do_not(bench: m.Bench, one_task: None) -> None:
+    m.measure(bench, ["guard"], "first")
+    path = bench.bundle.root / "figures.json"
+    kept = json.loads(path.read_text())
+    path.write_text(json.dumps(kept | {"bundle_parts": "with other experts", "behaviour": [{"system": "old"}]}))
+
+    m.measure(bench, ["injection"], "second")
+
+    found = json.loads(path.read_text())
+    assert [f["command"] for f in found["detection"]] == ["first"] * 3
+    assert "behaviour" not in found
+    assert found["bundle_parts"] == parts_hash(bench.bundle)
+
+
+def test_a_suite_without_baselines_leaves_those_measured_on_the_same_prompts(bench: m.Bench, one_task: None) -> None:
+    m.measure(bench, ["guard"], "first")
+    path = bench.bundle.root / "figures.json"
+    kept = json.loads(path.read_text())
+    kept["detection"].append(kept["detection"][1] | {"system": "stale", "data_sha256": "of other prompts"})
+    path.write_text(json.dumps(kept))
+
+    m.measure(replace(bench, baselines=()), ["guard"], "second")
+
+    found = {f["system"]: f["command"] for f in json.loads(path.read_text())["detection"]}
+    assert found == {"coin": "first", "absent": "first", bench.detector.name: "second"}
 
 
 def test_a_run_that_breaks_keeps_what_it_had_measured(

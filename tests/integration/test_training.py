@@ -210,6 +210,20 @@ def test_a_lesson_takes_the_backbones_own_reply_and_keeps_it(shop: Workshop) -> 
     assert len(kept.read_text().splitlines()) == 3
 
 
+def test_only_a_reply_that_came_to_its_end_teaches_the_end_mark(shop: Workshop) -> None:
+    backbone = load_backbone(Path(shop.recipe.backbone.source.removeprefix("path:")), shop.recipe.backbone)
+    plan = shop.recipe.experts.model_copy(update={"own_reply_tokens": 5})
+    mix = (Share(set="dolly", rows=4, reply="backbone", against="refusal"),)
+
+    shown = lessons(mix, plan, backbone, shop.data, seed=1, folder=shop.work)
+
+    end = backbone.encoder.end_id
+    assert all(lesson.worse is not None and lesson.worse.ids[-1] == end for lesson in shown)
+    written = [json.loads(row)[1] for row in (shop.work / "backbone-replies-5.jsonl").read_text().splitlines()]
+    whole = sum(len(backbone.encoder.response_ids(reply)) < 4 for reply in written)
+    assert sum(lesson.good.ids[-1] == end for lesson in shown) == whole < len(shown)
+
+
 def test_experts_are_written_in_the_bundles_precision_and_without_the_scales_of_older_ones(
     shop: Workshop,
 ) -> None:
