@@ -155,6 +155,7 @@ class Batcher:
             return
         self._waiting.append(job)
 
+    @torch.inference_mode()  # slots hold what passes made, and inference tensors may not be changed outside
     def turn(self) -> None:
         """Drop what is cancelled, let one request in if there is room, and decode one token of every row."""
         self._drop_cancelled()
@@ -171,7 +172,7 @@ class Batcher:
             job.end(error)
         self._rows.clear()
         self._waiting.clear()
-        self._slots.clear()
+        self._slots.clear()  # whatever went wrong may be in there
 
     # -- joining and leaving ------------------------------------------------------------------------------------------
 
