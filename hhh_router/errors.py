@@ -127,10 +127,29 @@ class BackendTimeout(BackendError):
     code = "timeout"
 
 
-class Overloaded(BackendError):
-    """Too much work is waiting."""
+class Quarantined(GeneratorError):
+    """This request made the model fail twice, so it is not tried again."""
+
+    code = "quarantined"
+
+
+class _ComeBack(BackendError):
+    def __init__(self, message: str, *, hint: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after_s = retry_after_s
+        """Seconds after which it may work; None where nobody can tell."""
+
+
+class Overloaded(_ComeBack):
+    """Too much work is waiting, or more than could be done before the caller's deadline."""
 
     code = "overloaded"
+
+
+class Unavailable(_ComeBack):
+    """The engine is starting again, or shutting down."""
+
+    code = "unavailable"
 
 
 class MissingExtra(HHHRouterError):
@@ -165,7 +184,9 @@ _OUTCOMES: tuple[tuple[type[HHHRouterError], int, int], ...] = (
     (PolicyNotAllowed, 403, EXIT_USAGE),
     (RequestError, 400, EXIT_USAGE),
     (ConfigError, 500, EXIT_USAGE),
-    (Overloaded, 503, EXIT_FAILURE),
+    (Overloaded, 429, EXIT_FAILURE),
+    (Unavailable, 503, EXIT_FAILURE),
+    (Quarantined, 500, EXIT_FAILURE),
     (BackendTimeout, 504, EXIT_FAILURE),
     (BackendError, 502, EXIT_FAILURE),
     (HHHRouterError, 500, EXIT_FAILURE),

@@ -54,6 +54,8 @@ class Settings(BaseSettings):
     """Room for keys and values of all replies together: rows times the longest prompt + reply among them, in tokens."""
     max_waiting: int = Field(default=256, ge=1)
     """Chats that may wait for a row; one more is turned away."""
+    max_waiting_tokens: int = Field(default=131_072, ge=256)
+    """Tokens of waiting chats' prompts; more are turned away."""
     max_batch_items: int = Field(default=10_000, ge=1)
     """Most texts one ``guard`` or ``route`` call may hold."""
     max_body_bytes: int = Field(default=4_000_000, ge=1024)

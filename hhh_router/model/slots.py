@@ -38,7 +38,7 @@ class Slots:
         Room that is far too large shrinks again when nothing is kept.
         """
         length = math.ceil(length / _STEP) * _STEP
-        if not self.lengths and self.tokens > 4 * rows * length:
+        if not self.lengths and self.tokens >= 4 * rows * length:
             self._layers.clear()
             self._room = (0, 0)
         if rows <= self._room[0] and length <= self._room[1]:
