@@ -22,8 +22,19 @@ class HHHRouterError(Exception):
         self.message = message
         self.hint = hint
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (type(self), self.args, self.__dict__)  # a subclass's own arguments need not be kept apart
+
     def __str__(self) -> str:
         return f"{self.message}\n  → {self.hint}" if self.hint else self.message
+
+
+def _again(kind: type[HHHRouterError], args: tuple[Any, ...], state: Mapping[str, Any]) -> HHHRouterError:
+    """An error that came from another process."""
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(state)
+    return error
 
 
 class ConfigError(HHHRouterError):

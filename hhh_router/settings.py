@@ -44,6 +44,11 @@ class Settings(BaseSettings):
     """torch device of the embedded model, such as ``cpu`` or ``cuda:0``."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Precision the backbone runs in. ``auto``: the bundle's, or ``float32`` on a CPU that has to emulate that."""
+    engine: Literal["auto", "thread", "process"] = "auto"
+    """Where the embedded model runs. ``auto``: behind a server in a process of its own, which is started again when it
+    dies; elsewhere on a thread of this process."""
+    engine_stuck_s: float = Field(default=120.0, gt=0)
+    """An engine's process that stays at one step for longer is stopped and started again, in seconds."""
     allow_uncalibrated: bool = False
     """Start although no calibrator fits; every number is then labelled ``calibrated: false``."""
     guard_batch_tokens: int = Field(default=2048, ge=64)

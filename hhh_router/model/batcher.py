@@ -27,14 +27,14 @@ from hhh_router.errors import (
     Quarantined,
 )
 from hhh_router.model.encode import Encoded, Encoder
-from hhh_router.model.engine import EndChat, Load, TellEvent
+from hhh_router.model.engine import EndChat, TellEvent
 from hhh_router.model.grammar import Following, Grammars
 from hhh_router.model.heads import Views
 from hhh_router.model.mixture import Gates
 from hhh_router.model.reader import HeadReader, RunningReply
 from hhh_router.model.sampler import Sampler, TextStream
 from hhh_router.model.slots import Opening, Slots
-from hhh_router.protocols import Delta, Finished, FinishReason, Planned, Planner, Window
+from hhh_router.protocols import Delta, Finished, FinishReason, Load, Planned, Planner, Window
 from hhh_router.types import ChatRequest, ReadRequest, Weights
 
 _log = logging.getLogger(__name__)
@@ -238,7 +238,7 @@ class Batcher:
         if self._rows:
             self._decode()
         if not self._rows and not self._waiting:
-            self._slots.reserve(1, 1)  # lets go of room that only long requests needed
+            self._slots.trim()
 
     def close(self, error: Exception) -> None:
         """End everything under way with an error."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 from hhh_router.errors import GeneratorError
-from hhh_router.protocols import Event, Planner
+from hhh_router.protocols import Event, Load, Planner
 from hhh_router.types import ChatRequest, ReadRequest, Scores
 
 _UNREAD_EVENTS = 4096  # a caller that far behind is not reading; its reply would pile up in memory
@@ -19,25 +19,6 @@ _UNREAD_EVENTS = 4096  # a caller that far behind is not reading; its reply woul
 TellEvent = Callable[[Event], None]
 EndChat = Callable[[Exception | None], None]
 EndRead = Callable[[list[Scores] | Exception], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
-    """How busy an engine is."""
-
-    state: Literal["ready", "starting", "draining"] = "ready"
-    rows: int = 0
-    """Replies being decoded."""
-    waiting: int = 0
-    """Chats waiting for a row."""
-    waiting_tokens: int = 0
-    """Of their prompts."""
-    waiting_texts: int = 0
-    """Texts waiting to be read."""
-    slot_tokens: int = 0
-    """Tokens that keys and values have room for."""
-    wait_s: float = 0.0
-    """About how long a chat that comes now waits for a row."""
 
 
 class Ticket(Protocol):
@@ -51,7 +32,8 @@ class Ticket(Protocol):
 class Engine(Protocol):
     """Reads texts and answers chats, many at once. Its methods may be called from any thread.
 
-    Everything that goes wrong with one piece of work goes to its ``end``, which is called exactly once.
+    Everything that goes wrong with one piece of work goes to its ``end``, which is called exactly once, or not at all
+    where the work was cancelled.
     """
 
     @property

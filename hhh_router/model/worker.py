@@ -17,23 +17,24 @@ from typing import Any
 import torch
 
 from hhh_router.bundle import Bundle
-from hhh_router.errors import BundleError, GeneratorError, ReaderError, Unavailable
+from hhh_router.errors import BundleError, GeneratorError, Overloaded, ReaderError, Unavailable
 from hhh_router.model.base import compute_dtype, load_backbone
 from hhh_router.model.batcher import Batcher, ChatJob
 from hhh_router.model.encode import Encoder
-from hhh_router.model.engine import EmbeddedModel, EndChat, EndRead, Load, TellEvent, Ticket
+from hhh_router.model.engine import EmbeddedModel, EndChat, EndRead, TellEvent, Ticket
 from hhh_router.model.experts import load_experts
 from hhh_router.model.fetch import fetch_backbone
 from hhh_router.model.heads import Heads
 from hhh_router.model.mixture import install_mixture
 from hhh_router.model.reader import HeadReader
 from hhh_router.model.reads import ReadJob, Reads
-from hhh_router.protocols import Planner
+from hhh_router.protocols import Load, Planner
 from hhh_router.settings import Settings
 from hhh_router.types import ChatRequest, ReadRequest
 
 _log = logging.getLogger(__name__)
 _POLL_S = 0.02  # between looks whether a draining engine is idle
+_ARRIVING = 4096  # pieces of work that may come in while a turn runs
 _END_S = 30  # for a turn to end when the thread is to stop
 
 
@@ -54,6 +55,7 @@ class Worker:
         self._open = threading.Lock()
         self._refusal: Unavailable | None = None  # what new work is told, once none is taken
         self._turning = False
+        self._began = 0.0
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
 
@@ -93,12 +95,21 @@ class Worker:
         self._inbox.put(None)
         self._thread.join(_END_S)
 
+    @property
+    def turn_s(self) -> float:
+        """Seconds since the turn under way began; 0 where none is."""
+        began = self._began
+        return time.monotonic() - began if began else 0.0
+
     def _put(self, job: ReadJob | ChatJob) -> None:
         with self._open:
-            if self._refusal is None:
+            refusal: Unavailable | Overloaded | None = self._refusal
+            if refusal is None and self._inbox.qsize() >= _ARRIVING:
+                refusal = Overloaded("more arrives than can be looked at", hint="try again", retry_after_s=1.0)
+            if refusal is None:
                 self._inbox.put(job)
                 return
-        job.end(self._refusal)
+        job.end(refusal)
 
     def _serve(self) -> None:
         while True:
@@ -113,6 +124,7 @@ class Worker:
                     self._take(job)
             except queue.Empty:
                 pass
+            self._began = time.monotonic()
             try:
                 self._reads.turn()
                 self._batcher.turn()
@@ -121,6 +133,7 @@ class Worker:
                 lost = f"the engine failed: {type(error).__name__}: {error}"
                 self._reads.close(ReaderError(lost))
                 self._batcher.close(GeneratorError(lost))
+            self._began = 0.0
 
     def _take(self, job: ReadJob | ChatJob) -> None:
         part: Any = self._reads if isinstance(job, ReadJob) else self._batcher
