@@ -7,12 +7,17 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from hhh_router.errors import ReaderError
-from hhh_router.types import ChatRequest, Plan, ReadRequest, Scores
+from hhh_router.types import ChatRequest, Plan, ReadRequest, Scores, Weights
 
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 
 Planner = Callable[[Scores], Plan]
 """Called once, mid-pass, with the router's reading of the prompt. Pure and fast: it runs on the model's thread."""
+
+
+Steerer = Callable[[Scores, Sequence[float]], Weights | None]
+"""Called at every window but the last, with its reading and the log-probabilities of the reply so far, in nats: other
+weights for the tokens that follow, or None to go on. As pure and fast as a planner, and on the same thread."""
 
 
 class Reader(Protocol):
@@ -69,6 +74,15 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Steered:
+    """The tokens that follow are drawn under other weights."""
+
+    weights: Weights
+    completion_tokens: int
+    """Tokens of the reply drawn before."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Finished:
     """Last event: the generator is done."""
 
@@ -94,16 +108,19 @@ class Unread:
     prompt_tokens: int = 0
 
 
-Event = Planned | Delta | Window | Unread | Finished
+Event = Planned | Delta | Window | Steered | Unread | Finished
 
 
 class Generator(Protocol):
     """Answers a request, asking the planner mid-pass."""
 
-    def generate(self, request: ChatRequest, planner: Planner, *, window_tokens: int) -> AsyncGenerator[Event, None]:
+    def generate(
+        self, request: ChatRequest, planner: Planner, *, window_tokens: int, steer: Steerer | None = None
+    ) -> AsyncGenerator[Event, None]:
         """Yield ``Planned``, then (unless the plan stops) ``Delta`` and ``Window`` events, then ``Finished``.
 
-        A ``Window`` with ``is_final`` always follows the last ``Delta``. Closing the iterator cancels the work.
+        A ``Window`` with ``is_final`` always follows the last ``Delta``; one after which the weights changed is
+        followed by ``Steered``. Closing the iterator cancels the work. An upstream has no weights to steer.
 
         Raises:
             ContextTooLong: The prompt does not fit the model's window.

@@ -38,6 +38,7 @@ class Action(StrEnum):
 
     ALLOW = "allow"
     FLAG = "flag"
+    STEER = "steer"
     REGENERATE = "regenerate"
     REFUSE = "refuse"
     ESCALATE = "escalate"
@@ -272,7 +273,7 @@ class Decision:
     message: str | None = None
     """What the caller is told when the action stops the reply."""
     raises: Mapping[str, float] = field(default_factory=dict)
-    """Lower bounds per expert under which a ``regenerate`` runs again."""
+    """Lower bounds per expert under which a ``regenerate`` runs again, or a ``steer`` goes on."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -31,10 +31,12 @@ from hhh_router.model.engine import EndChat, TellEvent
 from hhh_router.model.grammar import Following, Grammars
 from hhh_router.model.heads import Views
 from hhh_router.model.mixture import Gates
+from hhh_router.model.prefixes import BLOCK, Found, Prefixes
 from hhh_router.model.reader import HeadReader, RunningReply
 from hhh_router.model.sampler import Sampler, TextStream
 from hhh_router.model.slots import Opening, Slots
-from hhh_router.protocols import Delta, Finished, FinishReason, Load, Planned, Planner, Window
+from hhh_router.model.stack import Pass
+from hhh_router.protocols import Delta, Finished, FinishReason, Load, Planned, Planner, Steered, Steerer, Window
 from hhh_router.types import ChatRequest, ReadRequest, Weights
 
 _log = logging.getLogger(__name__)
@@ -51,6 +53,8 @@ class ChatJob:
     """Takes each event; called on the model's thread."""
     end: EndChat
     """Called once, when there are no more events; with what went wrong, if anything did."""
+    steer: Steerer | None = None
+    """Asked at every window but the last, on the model's thread, before the upper layers run."""
     deadline: float = field(init=False)
     """When nobody waits for it any more, by `time.monotonic`; counted from when it arrived."""
     cancelled: bool = False
@@ -100,16 +104,16 @@ class _Row:
     """Set when no further token is to come."""
     empty: bool = False
     """The reply ended before its first token; an end marker is read in its place."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Read:
-    """What one step made of one row."""
-
-    features: Tensor
-    topmost: Tensor
-    logits: Tensor | None
-    """None where no row of the step went on."""
+    logprobs: list[float] = field(default_factory=list)
+    """Of the tokens drawn, in nats."""
+    tokens: list[int] = field(default_factory=list)
+    """Of the reply."""
+    entering: list[Tensor]
+    """States that enter the layers above the boundary: (T, D) of the prompt's end, then (1, D) of each reply token."""
+    steered: bool = False
+    """Its weights have changed, so its states above the boundary are nobody else's."""
+    error: Exception | None = None
+    """What this row's part of a step ended in."""
 
 
 @dataclass(slots=True)
@@ -146,6 +150,8 @@ class Batcher:
     """Replies decoded together."""
     max_tokens: int = 32_768
     """Room for keys and values, rows times their longest prompt + reply."""
+    prefix_tokens: int = 8192
+    """Tokens of earlier prompts whose keys and values are kept for prompts that begin alike."""
     max_waiting: int = 256
     """Chats that may wait for a row."""
     max_waiting_tokens: int = 131_072
@@ -155,6 +161,7 @@ class Batcher:
     _waiting: deque[ChatJob] = field(default_factory=deque)
     _slots: Slots = field(default_factory=Slots)
     _pace: _Pace = field(default_factory=_Pace)
+    _prefixes: Prefixes = field(init=False)
     _ends: frozenset[int] = frozenset()
     _grammars: Grammars = field(init=False)
 
@@ -162,6 +169,8 @@ class Batcher:
         listed = self.reader.stack.model.generation_config.eos_token_id
         others = listed if isinstance(listed, list) else [listed]
         self._ends = frozenset({self.encoder.end_id, *(e for e in others if e is not None)})
+        boundary, depth = max(self.reader.read_layers), self.reader.stack.depth
+        self._prefixes = Prefixes(boundary, depth, self.prefix_tokens)
         self._grammars = Grammars(self.encoder.tokenizer, self.reader.stack.config.vocab_size, self._ends)
 
     @property
@@ -246,6 +255,7 @@ class Batcher:
             job.end(error)
         self._rows.clear()
         self._waiting.clear()
+        self._prefixes.clear()
         self._slots.clear()  # whatever went wrong may be in there
 
     # -- joining and leaving ------------------------------------------------------------------------------------------
@@ -290,23 +300,28 @@ class Batcher:
         text, stack = job.text, self.reader.stack
         assert text is not None
         started = time.perf_counter()
-        state = stack.begin(torch.tensor([text.ids], device=stack.device))
-        state.cache = opening
-        prompt = self.reader.prompt(list(self.reader.states(state)), text)
+        known = self._prefixes.below(text.ids, text.prompt_span[0])  # what the heads pool is read anew
+        state = self._begin(text.ids, opening, known)
+        prompt = self.reader.prompt(list(self.reader.states(state)), text, known.tokens)
+        entering = state.hidden[0]  # of the tokens that were not known
         views = Views(prompt=prompt, response=prompt, modes=["prompt"])  # mode prompt looks at no response
-        read = state.next_layer
-        scores = self.reader.heads.scores(views, tokens=[len(text.ids)], layers_run=read)[0]
+        layers_run = state.next_layer
+        scores = self.reader.heads.scores(views, tokens=[len(text.ids)], layers_run=layers_run)[0]
         plan = job.planner(scores)
         planned_at = time.perf_counter()
         logits = None
         if not plan.stops:
             self.gates.set([plan.weights])
-            hidden = stack.run(state, stack.depth)
+            known = self._prefixes.above(known, plan.weights)
+            hidden = stack.run(self._go_on(state, opening, known), stack.depth)
             logits = stack.logits(hidden[0, -1])
+            layers_run = stack.depth
+            if logits.isfinite().all():
+                self._prefixes.keep(text.ids, self._slots, opening.slot, entering, known.tokens, plan.weights)
         prefilled_at = time.perf_counter()
-        self._pace.prompt(len(text.ids), prefilled_at - started)
+        self._pace.prompt(len(text.ids) - known.tokens, prefilled_at - started)
         timing = {"read": 1000 * (planned_at - started), "prefill": 1000 * (prefilled_at - started)}
-        job.tell(Planned(plan=plan, prompt_tokens=len(text.ids), layers_run=state.next_layer, read_ms=timing["read"]))
+        job.tell(Planned(plan=plan, prompt_tokens=len(text.ids), layers_run=layers_run, read_ms=timing["read"]))
         if logits is None:
             job.tell(
                 Finished(reason="content_filter", prompt_tokens=len(text.ids), completion_tokens=0, timing_ms=timing)
@@ -322,7 +337,30 @@ class Batcher:
             timing=timing,
             prefilled_at=prefilled_at,
             logits=logits,
+            entering=[entering[_whole(len(text.ids)) - known.tokens :].clone()],
         )
+
+    def _begin(self, ids: Sequence[int], opening: Opening, known: Found) -> Pass:
+        """A pass over the tokens of a prompt that are not known below the boundary."""
+        stack = self.reader.stack
+        if not known.tokens:
+            state = stack.begin(torch.tensor([ids], device=stack.device))
+            state.cache = opening
+            return state
+        below = range(self._prefixes.boundary)
+        for number, block in enumerate(known.lower):
+            self._slots.put(opening.slot, slice(number * BLOCK, (number + 1) * BLOCK), below, block.lower)
+        return stack.resume(known.tokens, opening, input_ids=torch.tensor([ids[known.tokens :]], device=stack.device))
+
+    def _go_on(self, state: Pass, opening: Opening, known: Found) -> Pass:
+        """The same pass above the boundary, where fewer tokens may be known than below it."""
+        if (between := known.between) is None and not known.upper:
+            return state
+        above = range(self._prefixes.boundary, self.reader.stack.depth)
+        for number, kept in enumerate(known.upper):
+            self._slots.put(opening.slot, slice(number * BLOCK, (number + 1) * BLOCK), above, kept)
+        hidden = state.hidden if between is None else torch.cat([between[None], state.hidden], dim=1)
+        return self.reader.stack.resume(known.upper_tokens, opening, hidden=hidden, layer=self._prefixes.boundary)
 
     def _leave(self, row: _Row) -> None:
         slot = self._rows.index(row)
@@ -350,31 +388,28 @@ class Batcher:
             return
         places = range(len(self._rows))
         try:
-            found: list[_Read | Exception] = [*self._pass(places)]
+            self._pass(places)
         except Exception:  # whose fault it is shows when each is tried alone
             _log.exception("a step of %d rows failed; trying them one by one", len(self._rows))
-            found = [self._alone(i) for i in places]
+            for place in places:
+                self._alone(place)
         self._slots.advance()
-        for row, read in zip(list(self._rows), found, strict=True):
-            try:
-                if isinstance(read, Exception):
-                    raise read
-                self._take(row, read)
-            except Exception as error:  # a seam, as above
-                self._fail(row, error)
+        for row in [r for r in self._rows if r.error is not None]:
+            assert row.error is not None
+            self._fail(row, row.error)
         for row in [r for r in self._rows if r.reason is not None]:
             self._finish(row)
 
-    def _alone(self, slot: int) -> _Read | Exception:
+    def _alone(self, slot: int) -> None:
         try:
-            return self._pass([slot])[0]
+            self._pass([slot])
         except Exception as error:  # this row's own, then
             _log.error("a row failed twice", exc_info=error)
             found = Quarantined(
                 f"this request made the model fail twice: {type(error).__name__}: {error}", hint="do not send it again"
             )
             found.__cause__ = error
-            return found
+            self._rows[slot].error = found
 
     def _draw(self, row: _Row) -> None:
         found = row.sampler.draw(row.logits)
@@ -385,6 +420,8 @@ class Batcher:
             return
         row.drawn += 1
         row.token = found.token
+        row.logprobs.append(found.logprob)
+        row.tokens.append(found.token)
         row.job.tell(
             Delta(
                 text=row.stream.push(found.token), logprob=found.logprob, token=found.token, likeliest=found.likeliest
@@ -396,26 +433,43 @@ class Batcher:
             row.reason = "length"
 
     @torch.inference_mode()
-    def _pass(self, slots: Sequence[int]) -> list[_Read]:
-        """Run some rows' new tokens through the lower layers, and on through the upper ones where a reply goes on."""
+    def _pass(self, slots: Sequence[int]) -> None:
+        """Run some rows' new tokens through the lower layers, and on through the upper ones where a reply goes on.
+
+        A row may have been in a pass that failed: what it was told then is not told again.
+        """
         stack = self.reader.stack
         rows = [self._rows[i] for i in slots]
         self.gates.set(None)
         state = stack.step([r.token for r in rows], self._slots, slots)
         layers = torch.stack([s[:, 0] for s in self.reader.states(state)], dim=1)  # (B, L, D)
         features = self.reader.heads.tokens(layers, "response")
-        logits: Sequence[Tensor | None] = [None] * len(rows)
+        for i, row in enumerate(rows):
+            if row.reply.tokens < max(row.drawn, 1):
+                try:
+                    self._take(row, features[i : i + 1], layers[i, -1])
+                except Exception as error:  # a seam, as above
+                    row.error = error
         if any(r.reason is None for r in rows):
             self.gates.set([r.weights for r in rows])
-            logits = list(stack.logits(stack.run(state, stack.depth)[:, -1]))
-        return [_Read(features[i : i + 1], layers[i, -1], logits[i]) for i in range(len(rows))]
+            logits = stack.logits(stack.run(state, stack.depth)[:, -1])
+            for i, row in enumerate(rows):
+                row.logits = logits[i]
 
-    def _take(self, row: _Row, read: _Read) -> None:
-        row.reply.append(read.features, read.topmost)
-        if read.logits is not None:
-            row.logits = read.logits
-        if row.drawn and not row.stream.stopped and row.drawn % row.job.window_tokens == 0:
-            row.job.tell(Window(scores=row.reply.scores(), completion_tokens=row.drawn, is_final=False))
+    def _take(self, row: _Row, features: Tensor, topmost: Tensor) -> None:
+        """Add a token to what the heads read; at the end of a window tell what they say, and steer by it."""
+        row.reply.append(features, topmost)
+        row.entering.append(topmost[None].clone())
+        if not row.drawn or row.stream.stopped or row.drawn % row.job.window_tokens:
+            return
+        scores = row.reply.scores()
+        row.job.tell(Window(scores=scores, completion_tokens=row.drawn, is_final=False))
+        if row.job.steer is None or row.reason is not None:
+            return
+        weights = row.job.steer(scores, row.logprobs)
+        if weights is not None and weights != row.weights:
+            row.weights, row.steered = weights, True
+            row.job.tell(Steered(weights=weights, completion_tokens=row.drawn))
 
     def _finish(self, row: _Row) -> None:
         """Send what is left of a reply, and its last reading."""
@@ -429,12 +483,25 @@ class Batcher:
         row.timing["decode"] = 1000 * (time.perf_counter() - row.prefilled_at)
         text = row.job.text
         assert text is not None
+        if row.drawn > 1 and not row.steered:  # the last token's upper layers may not have run
+            ids, start = [*text.ids, *row.tokens[:-1]], _whole(len(text.ids))
+            slot = self._rows.index(row)
+            self._prefixes.keep(ids, self._slots, slot, torch.cat(row.entering), start, row.weights)
         assert row.reason is not None
         row.job.tell(
             Finished(reason=row.reason, prompt_tokens=len(text.ids), completion_tokens=row.drawn, timing_ms=row.timing)
         )
         self._leave(row)
         row.job.end(None)
+
+
+def _whole(tokens: int) -> int:
+    """Tokens of whole blocks.
+
+    >>> _whole(70)
+    64
+    """
+    return tokens // BLOCK * BLOCK
 
 
 def _too_late(job: ChatJob) -> BackendTimeout:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from hhh_router.errors import GeneratorError
-from hhh_router.protocols import Event, Load, Planner
+from hhh_router.protocols import Event, Load, Planner, Steerer
 from hhh_router.types import ChatRequest, ReadRequest, Scores
 
 _UNREAD_EVENTS = 4096  # a caller that far behind is not reading; its reply would pile up in memory
@@ -46,9 +46,16 @@ class Engine(Protocol):
         ...
 
     def chat(
-        self, request: ChatRequest, planner: Planner, *, window_tokens: int, tell: TellEvent, end: EndChat
+        self,
+        request: ChatRequest,
+        planner: Planner,
+        *,
+        window_tokens: int,
+        tell: TellEvent,
+        end: EndChat,
+        steer: Steerer | None = None,
     ) -> Ticket:
-        """Answer one request; ``tell`` and ``end`` are called on a thread of the engine. ``tell`` may raise."""
+        """Answer one request; all that is handed in is called on a thread of the engine. ``tell`` may raise."""
         ...
 
     def drain(self, timeout_s: float) -> bool:
@@ -100,7 +107,7 @@ class EngineGenerator:
         self._engine = engine
 
     async def generate(
-        self, request: ChatRequest, planner: Planner, *, window_tokens: int
+        self, request: ChatRequest, planner: Planner, *, window_tokens: int, steer: Steerer | None = None
     ) -> AsyncGenerator[Event, None]:
         """See `hhh_router.protocols.Generator.generate`; closing the stream frees its row before the next step.
 
@@ -124,7 +131,7 @@ class EngineGenerator:
                 raise GeneratorError("the caller's event loop is closed")
 
         ticket = self._engine.chat(
-            request, planner, window_tokens=window_tokens, tell=tell,
+            request, planner, window_tokens=window_tokens, tell=tell, steer=steer,
             end=lambda error: _call(loop, events.put_nowait, error or _END),
         )  # fmt: skip
         try:

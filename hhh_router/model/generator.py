@@ -22,7 +22,7 @@ from hhh_router.model.mixture import Gates
 from hhh_router.model.reader import HeadReader, RunningReply
 from hhh_router.model.sampler import Sampler, TextStream
 from hhh_router.model.stack import DecoderStack, Pass
-from hhh_router.protocols import Delta, Event, Finished, FinishReason, Planned, Planner, Window
+from hhh_router.protocols import Delta, Event, Finished, FinishReason, Planned, Planner, Steered, Steerer, Window
 from hhh_router.types import ChatRequest, ReadRequest, Weights
 
 
@@ -36,6 +36,7 @@ class _Steps:
     reply: RunningReply
     budget: int
     window_tokens: int
+    steer: Steerer | None
 
 
 class MixtureGenerator:
@@ -51,7 +52,9 @@ class MixtureGenerator:
         self._ends = frozenset({encoder.end_id, *(e for e in listed if e is not None)})
         self._grammars = Grammars(encoder.tokenizer, stack.config.vocab_size, self._ends)
 
-    def run(self, request: ChatRequest, planner: Planner, *, window_tokens: int) -> Iterator[Event]:
+    def run(
+        self, request: ChatRequest, planner: Planner, *, window_tokens: int, steer: Steerer | None = None
+    ) -> Iterator[Event]:
         """Yield the events of one request, as `hhh_router.protocols.Generator` describes them."""
         started = time.perf_counter()
         text = self._encoder.encode(ReadRequest(messages=request.messages))
@@ -83,16 +86,17 @@ class MixtureGenerator:
             yield Finished(reason="content_filter", prompt_tokens=len(text.ids), completion_tokens=0, timing_ms=timing)
             return
         reply = RunningReply(self._reader, prompt, len(text.ids))
-        steps = _Steps(request, plan.weights, cache, reply, budget, window_tokens)
+        steps = _Steps(request, plan.weights, cache, reply, budget, window_tokens, steer)
         reason = yield from self._decode(steps, logits)
         timing["decode"] = 1000 * (time.perf_counter() - prefilled_at)
         yield Finished(reason=reason, prompt_tokens=len(text.ids), completion_tokens=reply.tokens, timing_ms=timing)
 
-    def _decode(self, steps: _Steps, logits: Tensor) -> Generator[Delta | Window, None, FinishReason]:
+    def _decode(self, steps: _Steps, logits: Tensor) -> Generator[Delta | Window | Steered, None, FinishReason]:
         sampling = steps.request.sampling
         following = self._grammars.follow(sampling.json_schema) if sampling.json_schema else None
         sampler = Sampler(sampling, self._stack.device, following)
         stream = TextStream(self._encoder.tokenizer, steps.request.sampling.stop)
+        weights, logprobs = steps.weights, []
         reason: FinishReason = "length"
         for drawn in range(1, steps.budget + 1):
             found = sampler.draw(logits)
@@ -100,15 +104,21 @@ class MixtureGenerator:
             if token in self._ends:
                 reason = "stop"
                 break
+            logprobs.append(found.logprob)
             yield Delta(text=stream.push(token), logprob=found.logprob, token=token, likeliest=found.likeliest)
             state = self._read_token(token, steps)
             if stream.stopped:
                 reason = "stop"
                 break
             if drawn % steps.window_tokens == 0:
-                yield Window(scores=steps.reply.scores(), completion_tokens=drawn, is_final=False)
+                scores = steps.reply.scores()
+                yield Window(scores=scores, completion_tokens=drawn, is_final=False)
+                wanted = steps.steer(scores, logprobs) if steps.steer and drawn < steps.budget else None
+                if wanted is not None and wanted != weights:
+                    weights = wanted
+                    yield Steered(weights=weights, completion_tokens=drawn)
             if drawn < steps.budget:  # the last token's upper layers would decide nothing
-                logits = self._upper_layers(state, steps.weights)
+                logits = self._upper_layers(state, weights)
         if rest := stream.flush():
             yield Delta(text=rest, tokens=0)
         completion_tokens = steps.reply.tokens

@@ -1,8 +1,8 @@
 """The engine's own process: ``python -m hhh_router.model.process FD``, started by `hhh_router.model.supervisor`.
 
 Messages are tuples whose first part is their name, pickled over a socket pair that only parent and child hold. In:
-``chat``, ``read``, ``plan``, ``cancel``, ``close``. Out: ``ready`` or ``failed`` once, then ``event``, ``end``,
-``scores``, ``plan?`` and ``beat``.
+``chat``, ``read``, ``answer``, ``cancel``, ``close``. Out: ``ready`` or ``failed`` once, then ``event``, ``end``,
+``scores``, ``plan?``, ``steer?`` and ``beat``.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from typing import Any
 from hhh_router.errors import GeneratorError, HHHRouterError, ReaderError
 from hhh_router.model.engine import Ticket
 from hhh_router.protocols import Event
-from hhh_router.types import ChatRequest, Plan, ReadRequest, Scores
+from hhh_router.types import ChatRequest, Plan, ReadRequest, Scores, Weights
 
 BEAT_S = 1.0
 """Between two signs of life."""
-_PLAN_S = 30.0  # a planner takes microseconds; past this the parent is in trouble
+_ANSWER_S = 30.0  # a planner takes microseconds; past this the parent is in trouble
 
 
 class _Served:
@@ -35,7 +35,7 @@ class _Served:
         self._worker = worker
         self._outbox: queue.SimpleQueue[tuple[object, ...]] = queue.SimpleQueue()
         self._tickets: dict[int, Ticket] = {}
-        self._plans: dict[int, queue.SimpleQueue[Plan | Exception]] = {}
+        self._answers: dict[int, queue.SimpleQueue[Any]] = {}
 
     def run(self) -> None:
         """Until the parent closes, or is gone."""
@@ -51,19 +51,27 @@ class _Served:
                 return
             getattr(self, f"_{name}")(*given)
 
-    def _chat(self, number: int, request: ChatRequest, window_tokens: int) -> None:
-        plans: queue.SimpleQueue[Plan | Exception] = queue.SimpleQueue()
-        self._plans[number] = plans
+    def _chat(self, number: int, request: ChatRequest, window_tokens: int, steers: bool) -> None:
+        answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._answers[number] = answers
+
+        def ask(question: str, *given: object) -> Any:
+            self._send(question, number, *given)
+            try:
+                answer = answers.get(timeout=_ANSWER_S)
+            except queue.Empty as error:
+                raise GeneratorError(f"no answer to {question} came within {_ANSWER_S:g} s") from error
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
 
         def planner(scores: Scores) -> Plan:
-            self._send("plan?", number, scores)
-            try:
-                plan = plans.get(timeout=_PLAN_S)
-            except queue.Empty as error:
-                raise GeneratorError(f"no plan came within {_PLAN_S:g} s") from error
-            if isinstance(plan, Exception):
-                raise plan
+            plan: Plan = ask("plan?", scores)
             return plan
+
+        def steer(scores: Scores, logprobs: Sequence[float]) -> Weights | None:
+            weights: Weights | None = ask("steer?", scores, tuple(logprobs))
+            return weights
 
         def tell(event: Event) -> None:
             self._send("event", number, event)
@@ -73,8 +81,8 @@ class _Served:
             self._send("end", number, _sendable(error, GeneratorError) if error else None)
 
         self._tickets[number] = self._worker.chat(
-            request, planner, window_tokens=window_tokens, tell=tell, end=end
-        )  # fmt: skip
+            request, planner, window_tokens=window_tokens, tell=tell, end=end, steer=steer if steers else None
+        )
 
     def _read(self, number: int, requests: Sequence[ReadRequest]) -> None:
         def end(found: list[Scores] | Exception) -> None:
@@ -83,9 +91,9 @@ class _Served:
 
         self._tickets[number] = self._worker.read(requests, end)
 
-    def _plan(self, number: int, plan: Plan | Exception) -> None:
-        if waiting := self._plans.get(number):
-            waiting.put(plan)
+    def _answer(self, number: int, answer: Any) -> None:
+        if (waiting := self._answers.get(number)) is not None:
+            waiting.put(answer)
 
     def _cancel(self, number: int) -> None:
         if ticket := self._tickets.get(number):
@@ -94,7 +102,7 @@ class _Served:
 
     def _over(self, number: int) -> None:
         self._tickets.pop(number, None)
-        self._plans.pop(number, None)
+        self._answers.pop(number, None)
 
     def _beat(self) -> None:
         pause = threading.Event()

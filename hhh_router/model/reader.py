@@ -84,9 +84,9 @@ class HeadReader:
         for layer in self.read_layers:
             yield self.stack.run(state, layer)
 
-    def prompt(self, layers: Sequence[Tensor], text: Encoded) -> Pooled:
-        """The prompt's side of one text whose pass, of batch size 1, has reached l_r."""
-        return self.heads.pool(_slices(layers, [text.prompt_span], 0), "prompt")
+    def prompt(self, layers: Sequence[Tensor], text: Encoded, offset: int = 0) -> Pooled:
+        """The prompt's side of one text whose pass, of batch size 1, has reached l_r without its first tokens."""
+        return self.heads.pool(_slices(layers, [text.prompt_span], offset), "prompt")
 
     def _prefix(self, shared: tuple[int, ...], rows: int) -> Cache:
         """Keys and values of a shared opening, repeated for each row; below l_r they depend on its tokens alone."""

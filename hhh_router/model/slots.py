@@ -57,6 +57,17 @@ class Slots:
         self.lengths.append(opening.tokens)
         return opening.slot
 
+    def copied(self, slot: int, place: slice, layers: range) -> Tensor:
+        """Keys and values of some of a row's tokens, (layers, 2, heads, tokens, size)."""
+        kept = [torch.stack([side[slot, :, place] for side in self._layers[i]]) for i in layers]
+        return torch.stack(kept)
+
+    def put(self, slot: int, place: slice, layers: range, blocks: Tensor) -> None:
+        """Write what `copied` gave to another row."""
+        for index, pair in zip(layers, blocks, strict=True):
+            for store, new in zip(self.store(index, pair), pair, strict=True):
+                store[slot, :, place] = new
+
     def step(self, rows: Sequence[int]) -> Step:
         """A cache for a pass over one new token of some rows; `advance` counts it."""
         return Step(self, rows)
@@ -113,16 +124,21 @@ class Opening:
     def __init__(self, slots: Slots, slot: int) -> None:
         self._slots = slots
         self.slot = slot
+        self.past = 0
+        """Tokens that the coming layers have already, put there by `Slots.put`."""
         self.tokens = 0
-        """Tokens written so far."""
+        """Tokens written so far, those included."""
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """transformers' cache protocol: take a layer's new keys and values, (1, H, T, d), and return all of them."""
-        self.tokens = keys.shape[2]
+        self.tokens = self.past + keys.shape[2]
         kept_keys, kept_values = self._slots.store(layer_idx, keys)
-        kept_keys[self.slot, :, : self.tokens] = keys[0]
-        kept_values[self.slot, :, : self.tokens] = values[0]
-        return keys, values
+        kept_keys[self.slot, :, self.past : self.tokens] = keys[0]
+        kept_values[self.slot, :, self.past : self.tokens] = values[0]
+        if not self.past:
+            return keys, values
+        row = slice(self.slot, self.slot + 1)
+        return kept_keys[row, :, : self.tokens], kept_values[row, :, : self.tokens]
 
 
 class Step:

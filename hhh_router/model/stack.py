@@ -59,6 +59,7 @@ class DecoderStack:
         self.text = model.model
         self.layers = self.text.layers
         self._layer_types = _layer_types(model.config)
+        self._windows = {"full_attention": None, "sliding_attention": getattr(model.config, "sliding_window", None)}
 
     @property
     def depth(self) -> int:
@@ -110,17 +111,57 @@ class DecoderStack:
             cache=cache,
         )
 
+    def resume(
+        self,
+        past: int,
+        cache: Opening,
+        *,
+        input_ids: Tensor | None = None,
+        hidden: Tensor | None = None,
+        layer: int = 0,
+    ) -> Pass:
+        """Go on behind tokens whose keys and values the cache has; no further layer has run yet.
+
+        Args:
+            past: So many tokens.
+            cache: Has them, for every layer from ``layer`` on that will run.
+            input_ids: The tokens that follow, (1, T); or
+            hidden: their states entering ``layer``, (1, T, D).
+            layer: Where to go on.
+        """
+        states = self.text.embed_tokens(input_ids) if hidden is None else hidden
+        length = states.shape[1]
+        position_ids = torch.arange(past, past + length, device=states.device)[None]
+        cache.past = past
+        kinds = set(self._layer_types)
+        return Pass(
+            hidden=states,
+            position_ids=position_ids,
+            masks={kind: self._mask(self._causal(past, length, self._windows[kind]), states.dtype) for kind in kinds},
+            rotary={kind: self._rotary(states, position_ids, kind) for kind in kinds},
+            cache=cache,
+            next_layer=layer,
+        )
+
+    def _causal(self, past: int, length: int, window: int | None) -> Tensor:
+        """Which places each of the new tokens attends to, (1, 1, T, past + T)."""
+        own = torch.arange(past, past + length, device=self.device)[:, None]
+        place = torch.arange(past + length, device=self.device)[None]
+        seen = place <= own
+        if window is not None:
+            seen &= place > own - window
+        return seen[None, None]
+
     def step(self, tokens: Sequence[int], slots: Slots, rows: Sequence[int]) -> Pass:
         """Embed one new token of some of the rows in ``slots``, and prepare masks; no layer has run yet."""
         embeds = self.text.embed_tokens(torch.tensor(tokens, device=self.device)[:, None])
         cache = slots.step(rows)
         position_ids = torch.tensor(cache.lengths, device=self.device)[:, None]
-        windows = {"full_attention": None, "sliding_attention": getattr(self.config, "sliding_window", None)}
         kinds = set(self._layer_types)
         return Pass(
             hidden=embeds,
             position_ids=position_ids,
-            masks={kind: self._mask(cache.visible(windows[kind], self.device), embeds.dtype) for kind in kinds},
+            masks={kind: self._mask(cache.visible(self._windows[kind], self.device), embeds.dtype) for kind in kinds},
             rotary={kind: self._rotary(embeds, position_ids, kind) for kind in kinds},
             cache=cache,
         )

@@ -26,7 +26,7 @@ from hhh_router.bundle import Bundle
 from hhh_router.errors import GeneratorError, HHHRouterError, MissingExtra, Unavailable
 from hhh_router.model.engine import EmbeddedModel, EndChat, EndRead, TellEvent, Ticket
 from hhh_router.model.quarantine import Quarantine, chat_digest, read_digest
-from hhh_router.protocols import Load, Planner
+from hhh_router.protocols import Load, Planner, Steerer
 from hhh_router.settings import Settings
 from hhh_router.types import ChatRequest, ReadRequest
 
@@ -50,6 +50,7 @@ class _Work:
     end: Any
     tell: TellEvent | None = None
     planner: Planner | None = None
+    steer: Steerer | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -113,13 +114,20 @@ class Supervisor:
         return self._put(_Work(number, read_digest(requests), ("read", number, requests), end))
 
     def chat(
-        self, request: ChatRequest, planner: Planner, *, window_tokens: int, tell: TellEvent, end: EndChat
+        self,
+        request: ChatRequest,
+        planner: Planner,
+        *,
+        window_tokens: int,
+        tell: TellEvent,
+        end: EndChat,
+        steer: Steerer | None = None,
     ) -> Ticket:
         """See `hhh_router.model.engine.Engine.chat`."""
         number = next(self._numbers)
         sent = changed(request, authorization=None, passthrough={})  # neither is the model's business
-        message = ("chat", number, sent, window_tokens)
-        return self._put(_Work(number, chat_digest(sent), message, end, tell, planner))
+        message = ("chat", number, sent, window_tokens, steer is not None)
+        return self._put(_Work(number, chat_digest(sent), message, end, tell, planner, steer))
 
     def drain(self, timeout_s: float) -> bool:
         """See `hhh_router.model.engine.Engine.drain`."""
@@ -202,8 +210,8 @@ class Supervisor:
             match name:
                 case "event":
                     self._tell(*given)
-                case "plan?":
-                    self._plan(child, *given)
+                case "plan?" | "steer?":
+                    self._answer(child, name, *given)
                 case "end" | "scores":
                     if (work := self._over(given[0])) is not None:
                         work.end(given[1])
@@ -223,15 +231,17 @@ class Supervisor:
             self.cancel(work)
             work.end(error)
 
-    def _plan(self, child: _Child, number: int, scores: Any) -> None:
+    def _answer(self, child: _Child, question: str, number: int, *given: Any) -> None:
+        """Ask planner or steerer: the model waits. On this thread, so that a busy event loop does not hold it up."""
         work = self._work.get(number)
         try:
-            if work is None or work.planner is None:
+            asked: Any = None if work is None else work.planner if question == "plan?" else work.steer
+            if asked is None:
                 raise GeneratorError("the caller has left")
-            child.send("plan", number, work.planner(scores))
+            child.send("answer", number, asked(*given))
         except Exception as error:  # a seam: the planner's fault ends its own request
             kept = error if isinstance(error, HHHRouterError) else GeneratorError(f"{type(error).__name__}: {error}")
-            child.send("plan", number, kept)
+            child.send("answer", number, kept)
 
     def _look(self, child: _Child) -> None:
         """End a process that gives no sign of life."""

@@ -28,7 +28,7 @@ from hhh_router.model.heads import Heads
 from hhh_router.model.mixture import install_mixture
 from hhh_router.model.reader import HeadReader
 from hhh_router.model.reads import ReadJob, Reads
-from hhh_router.protocols import Load, Planner
+from hhh_router.protocols import Load, Planner, Steerer
 from hhh_router.settings import Settings
 from hhh_router.types import ChatRequest, ReadRequest
 
@@ -72,10 +72,17 @@ class Worker:
         return job
 
     def chat(
-        self, request: ChatRequest, planner: Planner, *, window_tokens: int, tell: TellEvent, end: EndChat
+        self,
+        request: ChatRequest,
+        planner: Planner,
+        *,
+        window_tokens: int,
+        tell: TellEvent,
+        end: EndChat,
+        steer: Steerer | None = None,
     ) -> Ticket:
         """See `hhh_router.model.engine.Engine.chat`."""
-        job = ChatJob(request=request, planner=planner, window_tokens=window_tokens, tell=tell, end=end)
+        job = ChatJob(request=request, planner=planner, window_tokens=window_tokens, tell=tell, end=end, steer=steer)
         self._put(job)
         return job
 
@@ -183,9 +190,15 @@ def load_embedded(bundle: Bundle, settings: Settings) -> EmbeddedModel:
     stack = reader.stack
     gates = install_mixture(stack.model, load_experts(bundle))
     batcher = Batcher(
-        reader=reader, encoder=encoder, gates=gates, max_rows=settings.max_rows, max_tokens=settings.kv_tokens,
-        max_waiting=settings.max_waiting, max_waiting_tokens=settings.max_waiting_tokens,
-    )  # fmt: skip
+        reader=reader,
+        encoder=encoder,
+        gates=gates,
+        max_rows=settings.max_rows,
+        max_tokens=settings.kv_tokens,
+        prefix_tokens=settings.prefix_tokens,
+        max_waiting=settings.max_waiting,
+        max_waiting_tokens=settings.max_waiting_tokens,
+    )
     reads = Reads(reader, encoder, settings.guard_batch_tokens, max_waiting=2 * settings.max_batch_items)
     return EmbeddedModel(
         engine=Worker(reads, batcher),

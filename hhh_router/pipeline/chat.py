@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -16,9 +16,9 @@ from hhh_router.pipeline.record import Record
 from hhh_router.pipeline.release import Release
 from hhh_router.pipeline.results import ChatDelta, ChatEvent, ChatFinished, ChatStarted, Usage
 from hhh_router.pipeline.validate import check_chat
-from hhh_router.policy import Policy
-from hhh_router.protocols import Delta, Event, Finished, Planned, Unread, Window
-from hhh_router.types import Action, ChatRequest, Decision, Plan, Scores
+from hhh_router.policy import Policy, steers
+from hhh_router.protocols import Delta, Event, Finished, Planned, Steered, Unread, Window
+from hhh_router.types import Action, ChatRequest, Decision, Plan, Scores, Weights
 
 _log = logging.getLogger(__name__)
 
@@ -71,6 +71,8 @@ class _Run:
         self._release = Release()
         self._logprobs: list[float] = []
         self._floors: Mapping[str, float] = {}
+        self._in_force: Plan | None = None  # on the engine's thread: what its next tokens are drawn under
+        self._steered: Mapping[str, float] = {}  # likewise: lower bounds that windows have raised
         self._verdict: Decision | None = None
         self._finished: Finished | None = None
         self._cleared: list[ChatDelta] = []
@@ -103,7 +105,10 @@ class _Run:
         """Run the generator once; sets ``_verdict`` when a decision ends it, ``_finished`` when it came to its end."""
         self._verdict = self._finished = None
         generated = self._parts.generator.generate(
-            self._request, self._planner, window_tokens=self._policy.window_tokens
+            self._request,
+            self._planner,
+            window_tokens=self._policy.window_tokens,
+            steer=self._steer if self._enforce and steers(self._policy) else None,
         )
         try:
             async with aclosing(generated):
@@ -146,6 +151,9 @@ class _Run:
             raise GeneratorError("the generator sent text before it had asked the planner")
         if isinstance(event, Window):
             return self._take_window(event)
+        if isinstance(event, Steered):
+            self._record.steered(event)
+            return []
         self._release.hold(event)
         if event.logprob is not None:
             self._logprobs.append(event.logprob)
@@ -220,12 +228,41 @@ class _Run:
         except JUDGING_FAILURES as error:
             _log.warning("%s: not planned: %s", self._request.request_id, error)
             plan = unread_plan(self._policy, failed_decision(self._policy, "input", error))
+        self._in_force = plan
         return plan
+
+    def _steer(self, scores: Scores, logprobs: Sequence[float]) -> Weights | None:
+        """Handed to the generator like `_planner`: the weights of the tokens that follow this window. Never raises.
+
+        The same window is judged again when its event is taken; that is where decisions are written down.
+        """
+        plan, policy, calibrators = self._in_force, self._policy, self._parts.calibrators
+        if plan is None:
+            return None
+        try:
+            check_scores(scores)
+            _, _, decision = judge_output(scores, plan=plan, policy=policy, calibrators=calibrators, logprobs=logprobs)
+            if decision.action is not Action.STEER:
+                return None
+            before = {**self._floors, **self._steered}
+            self._steered = before | {e: max(before.get(e, 0.0), least) for e, least in decision.raises.items()}
+            again = make_plan(
+                plan.evidence.scores,
+                policy=policy,
+                calibrators=calibrators,
+                pinned=self._request.weights,
+                floors=self._steered,
+            )
+        except JUDGING_FAILURES:
+            return None  # when its event is taken, the window fails in the same way, and the policy's on_error decides
+        self._in_force = again
+        return again.weights
 
     def _begin_again(self, verdict: Decision) -> None:
         """Throw the reply away and raise the floors: nothing of it has left."""
         self._regenerated = True
         self._floors = verdict.raises
+        self._steered = {}
         self._spent_tokens += self._release.tokens
         self._release = Release()
         self._cleared.clear()

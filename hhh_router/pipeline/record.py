@@ -9,10 +9,11 @@ from dataclasses import replace
 
 from hhh_router.pipeline.parts import Parts
 from hhh_router.policy import Policy
-from hhh_router.protocols import Finished
+from hhh_router.protocols import Finished, Steered
+from hhh_router.routing import kl_nats
 from hhh_router.trace import build_metadata
 from hhh_router.trace.block import Metadata
-from hhh_router.types import ChatRequest, Decision, Evidence, GuardRequest, Plan
+from hhh_router.types import ChatRequest, Decision, Evidence, GuardRequest, Plan, Weights
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +33,7 @@ class Record:
         self._decisions: list[Decision] = []
         self._timing_ms: dict[str, float] = {}
         self._not_inspected = list(request.not_inspected)
+        self._trajectory: list[tuple[int, Weights]] = []  # completion tokens before, weights from there on
         self._done = False
         self.plan: Plan | None = None
         self.prompt_tokens = 0
@@ -39,6 +41,7 @@ class Record:
     def planned(self, plan: Plan, *, layers_run: int, read_ms: float | None = None, prompt_tokens: int = 0) -> None:
         """The input checkpoint is settled."""
         self.plan = plan
+        self._trajectory = [(0, plan.weights)]
         self._evidence = plan.evidence
         self._confidence = plan.confidence
         self._layers_run = layers_run
@@ -71,9 +74,17 @@ class Record:
         else:
             self._decisions.append(decision)
 
+    def steered(self, event: Steered) -> None:
+        """The tokens that follow are drawn under other weights."""
+        assert self.plan is not None
+        shift = kl_nats(event.weights, self.plan.evidence.posterior)
+        self.plan = replace(self.plan, weights=event.weights, policy_shift_nats=shift)
+        self._trajectory.append((event.completion_tokens, event.weights))
+
     def begin_again(self) -> None:
         """The reply is thrown away and made once more."""
         self.plan = None
+        self._trajectory.clear()
 
     def finished(self, event: Finished) -> None:
         """The generator is done."""
@@ -114,6 +125,7 @@ class Record:
             evidence=evidence,
             weights=plan.weights,
             mixture=plan.weights.mixture if answered and not plan.stops else None,
+            trajectory=self._trajectory if len(self._trajectory) > 1 else (),
             policy_shift_nats=plan.policy_shift_nats,
             confidence=self._confidence,
             decisions=self._decisions,

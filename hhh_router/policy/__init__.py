@@ -8,6 +8,7 @@ from hhh_router.policy.decide import (
     bounds,
     decide,
     on_error_decision,
+    steers,
     thresholds,
 )
 from hhh_router.policy.load import list_policies, load_policy, parse_policy
@@ -32,5 +33,6 @@ __all__ = [
     "on_error_decision",
     "parse_policy",
     "policy_schema",
+    "steers",
     "thresholds",
 ]

@@ -19,6 +19,7 @@ from hhh_router.policy.schema import (
     MAX_WINDOW_TOKENS,
     NAME_PATTERN,
     NUMBER_PATTERN,
+    RAISING,
     SPEAKING,
     WINDOW_TOKENS,
     Policy,
@@ -219,13 +220,13 @@ class _Check(Values):
         raises: dict[str, float] = {}
         if "raise" in entries:
             raises = self._raise(entries["raise"], f"{path}.raise", lower, upper)
-            if then is not None and then is not Action.REGENERATE:
-                found = f"{then} runs nothing again; only regenerate (at output) has a raise"
+            if then is not None and then not in RAISING:
+                found = f"{then} changes no weights; only steer and regenerate (at output) have a raise"
                 self.wrong(entries["raise"].place, f"{path}.raise", found)
-        elif then is Action.REGENERATE and when is not None:
+        elif then in RAISING and when is not None:
             raises = _default_raises(when, lower, upper)
             if not raises:
-                found = "regenerate needs to know what to raise; add raise: {harmless: 0.6}, or test an outcome"
+                found = f"{then} needs to know what to raise; add raise: {{harmless: 0.6}}, or test an outcome"
                 self.wrong(entries["then"].place, f"{path}.then", found)
         if then is None or when is None:
             return None
@@ -240,8 +241,8 @@ class _Check(Values):
             return Action(name)
         if name == Action.HOLD:
             what = "'hold' belongs to the checkpoint tool_call"
-        elif name == Action.REGENERATE:
-            what = "'regenerate' belongs to the checkpoint output, there is no reply yet"
+        elif name in RAISING:
+            what = f"'{name}' belongs to the checkpoint output, there is no reply yet"
         else:
             what = f"{show(node)} is not an action{did_you_mean(name, allowed)}"
         self.wrong(node.place, path, f"{what}; use {either(allowed)}")
@@ -339,7 +340,7 @@ class _Check(Values):
 
 
 def _default_raises(when: When, lower: Mapping[str, float], upper: Mapping[str, float]) -> dict[str, float]:
-    """What a ``regenerate`` raises unless it says so: the remedy of each outcome it tests, to a half at most."""
+    """What a ``regenerate`` or a ``steer`` raises unless it says so: to a half, the remedy of each outcome it tests."""
     raises = {}
     for condition in when:
         group, _, name = condition.quantity.partition(".")

@@ -60,7 +60,7 @@ def bounds(policy: Policy, evidence: Evidence, floors: Mapping[str, float] | Non
     Args:
         policy: Its ``bounds``, and those of its ``floors`` whose conditions hold.
         evidence: What the floors ask about.
-        floors: Further lower bounds per expert, such as the ``raises`` of a ``regenerate``.
+        floors: Further lower bounds per expert, such as the ``raises`` of a ``regenerate`` or a ``steer``.
 
     Raises:
         ReaderError: A floor hangs on a quantity that was not measured. (Where a response alone was read, such a floor
@@ -143,16 +143,21 @@ def attempts(policy: Policy, checkpoint: str, facts: Facts) -> list[Attempt]:
 def thresholds(policy: Policy, checkpoint: str) -> tuple[Threshold, ...]:
     """The numeric limits on needs and outcomes at which a checkpoint's rules act, each once, in order.
 
-    A rule that allows or flags enforces nothing, so its limits are left out.
+    A rule that allows, flags or steers passes no verdict on the reply, so its limits are left out.
     """
     limits = {
         Threshold(quantity=c.quantity, op=c.op, value=float(c.value)): None
         for rule in _rules(policy, checkpoint)
-        if rule.then not in (Action.ALLOW, Action.FLAG)
+        if rule.then not in (Action.ALLOW, Action.FLAG, Action.STEER)
         for c in rule.when
         if c.quantity.startswith(("needs.", "outcomes.")) and QUANTITIES[c.quantity].kind == "number"
     }
     return tuple(limits)
+
+
+def steers(policy: Policy) -> bool:
+    """True when a rule may change the weights while the reply is made."""
+    return any(rule.then is Action.STEER for rule in policy.checkpoints["output"])
 
 
 def on_error_decision(policy: Policy, checkpoint: str, reason: str) -> Decision:

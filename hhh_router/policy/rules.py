@@ -25,7 +25,7 @@ OPERATORS: Mapping[str, Callable[[float, float], bool]] = {
 """Comparisons a numeric condition may use; longer ones first, so that a parser tries them first."""
 
 REMEDIES: Mapping[str, str] = {"unsafe": "harmless", "untruthful": "honest", "unhelpful": "helpful"}
-"""Outcome → the dimension that a ``regenerate`` raises against it."""
+"""Outcome → the dimension that a ``regenerate`` or a ``steer`` raises against it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,7 +193,7 @@ class Rule:
     message: str | None = None
     """What the caller is told when the action stops the reply."""
     raises: Mapping[str, float] = field(default_factory=dict)
-    """Lower bounds per expert under which a ``regenerate`` runs again, in [0, 1]."""
+    """Lower bounds per expert under which a ``regenerate`` runs again or a ``steer`` goes on, in [0, 1]."""
 
     @property
     def is_default(self) -> bool:

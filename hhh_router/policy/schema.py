@@ -18,9 +18,20 @@ CHECKPOINTS: tuple[str, ...] = ("input", "output")
 
 ACTIONS: Mapping[str, tuple[Action, ...]] = {
     "input": (Action.ALLOW, Action.FLAG, Action.REFUSE, Action.ESCALATE, Action.BLOCK),
-    "output": (Action.ALLOW, Action.FLAG, Action.REGENERATE, Action.REFUSE, Action.ESCALATE, Action.BLOCK),
+    "output": (
+        Action.ALLOW,
+        Action.FLAG,
+        Action.STEER,
+        Action.REGENERATE,
+        Action.REFUSE,
+        Action.ESCALATE,
+        Action.BLOCK,
+    ),
 }
 """Checkpoint → what its rules may lead to."""
+
+RAISING = frozenset({Action.STEER, Action.REGENERATE})
+"""Actions that lift lower bounds of the weights."""
 
 SPEAKING = frozenset({Action.REGENERATE, Action.REFUSE, Action.ESCALATE, Action.BLOCK})
 """Actions after which the caller can be told something instead of the reply."""
@@ -183,7 +194,7 @@ def _rule_schema(checkpoint: str) -> dict[str, Any]:
         "then": {"enum": [str(a) for a in ACTIONS[checkpoint]]},
         "message": {"type": "string", "minLength": 1, "maxLength": MAX_MESSAGE},
     }
-    if Action.REGENERATE in ACTIONS[checkpoint]:
+    if RAISING & set(ACTIONS[checkpoint]):
         keys["raise"] = _raise_schema()
     return _closed(keys, required=["then"])
 

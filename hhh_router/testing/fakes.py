@@ -21,14 +21,27 @@ from pathlib import Path
 
 from hhh_router.calibration import Calibrators
 from hhh_router.pipeline import Pipeline, PolicyStore
-from hhh_router.protocols import Delta, Event, Finished, FinishReason, Generator, Planned, Planner, Reader, Window
+from hhh_router.protocols import (
+    Delta,
+    Event,
+    Finished,
+    FinishReason,
+    Generator,
+    Planned,
+    Planner,
+    Reader,
+    Steered,
+    Steerer,
+    Window,
+)
 from hhh_router.settings import Settings
 from hhh_router.trace import NullSink, Sink
 from hhh_router.trace.block import BundleRef
-from hhh_router.types import NEEDS, OUTCOMES, ChatRequest, Mode, ReadRequest, Scores
+from hhh_router.types import NEEDS, OUTCOMES, ChatRequest, Mode, ReadRequest, Scores, Weights
 
 QUIET = -4.0
 """The logit of everything a test does not raise: a probability of about 0.02."""
+_LOGPROB = -0.1
 LAYERS = 30
 FIRST_ADAPTED_LAYER = 16
 
@@ -125,7 +138,7 @@ class FakeGenerator:
         """Attempts that were closed before their end."""
 
     async def generate(
-        self, request: ChatRequest, planner: Planner, *, window_tokens: int
+        self, request: ChatRequest, planner: Planner, *, window_tokens: int, steer: Steerer | None = None
     ) -> AsyncGenerator[Event, None]:
         """Plan, then one delta a word with a window every ``window_tokens`` words and one at the end."""
         self.requests.append(request)
@@ -141,7 +154,7 @@ class FakeGenerator:
         said = 0
         try:
             if not stops:
-                async for event in self._say(request, window_tokens):
+                async for event in self._say(request, plan.weights, window_tokens, steer):
                     said += isinstance(event, Delta)
                     yield event
             yield Finished(
@@ -156,15 +169,22 @@ class FakeGenerator:
             self.cancelled += 1
             raise
 
-    async def _say(self, request: ChatRequest, window_tokens: int) -> AsyncGenerator[Event, None]:
+    async def _say(
+        self, request: ChatRequest, weights: Weights, window_tokens: int, steer: Steerer | None
+    ) -> AsyncGenerator[Event, None]:
         pieces = _words(self._reply(request))[: request.sampling.max_tokens]
         for n, piece in enumerate(pieces, 1):
             if self._fail_after is not None and n > self._fail_after[0]:
                 raise self._fail_after[1]
             await asyncio.sleep(self._delay_s)
-            yield Delta(text=piece, logprob=-0.1)
+            yield Delta(text=piece, logprob=_LOGPROB)
             if n % window_tokens == 0 and n < len(pieces):
-                yield await self._window(request, pieces[:n], is_final=False)
+                window = await self._window(request, pieces[:n], is_final=False)
+                yield window
+                wanted = steer(window.scores, [_LOGPROB] * n) if steer else None
+                if wanted is not None and wanted != weights:
+                    weights = wanted
+                    yield Steered(weights=weights, completion_tokens=n)
         yield await self._window(request, pieces, is_final=True)
 
     async def _window(self, request: ChatRequest, pieces: Sequence[str], *, is_final: bool) -> Window:

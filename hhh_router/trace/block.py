@@ -63,6 +63,14 @@ class Receipt(_Block):
     calibration_id: str
 
 
+class WeightsFrom(_Block):
+    """Weights that held from one token of the reply on."""
+
+    from_token: int = Field(ge=0, description="tokens of the reply before")
+    weights: dict[str, float]
+    mixture: str
+
+
 class Metadata(_Block):
     """What was measured (needs, posterior, outcomes), what was decided, and what was applied (weights)."""
 
@@ -74,9 +82,12 @@ class Metadata(_Block):
     calibration: CalibrationRef
     needs: dict[str, float] = Field(description="P(the request needs this behaviour), calibrated")
     posterior: dict[str, float] = Field(description="the router's share per expert, before the policy")
-    weights: dict[str, float] = Field(description="what the policy made of it; sums to 1")
+    weights: dict[str, float] = Field(description="what the policy made of it, lastly; sums to 1")
     mixture: str | None = Field(
         description="weights in sixteenths, hhh@base-helpful-harmless-honest; null where no mixture answered"
+    )
+    trajectory: list[WeightsFrom] = Field(
+        default_factory=list, description="weights from token to token, where a steer changed them; else empty"
     )
     policy_shift_nats: float = Field(ge=0, description="KL(weights || posterior)")
     outcomes: dict[str, float] = Field(
@@ -93,11 +104,11 @@ class Metadata(_Block):
 
     @property
     def action(self) -> str:
-        """The action that holds: the first that stops, else a last ``regenerate``, else a flag, else the last."""
+        """The action that holds: the first that stops, a last ``regenerate``, a ``steer``, a flag, or else the last."""
         actions = [Action(d.action) for d in self.decisions]
         last = actions[-1:]
         telling = [a for a in actions if a.stops] + [a for a in last if a is Action.REGENERATE]
-        telling += [a for a in actions if a is Action.FLAG] + last
+        telling += [a for a in actions if a is Action.STEER] + [a for a in actions if a is Action.FLAG] + last
         return str(telling[0]) if telling else "allow"
 
     def as_json(self) -> dict[str, Any]:

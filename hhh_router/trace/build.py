@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
-from hhh_router.trace.block import BundleRef, CalibrationRef, DecisionRecord, Metadata, PolicyRef, Receipt
+from hhh_router.trace.block import BundleRef, CalibrationRef, DecisionRecord, Metadata, PolicyRef, Receipt, WeightsFrom
 from hhh_router.types import ChatRequest, Decision, Evidence, GuardRequest, Message, Posterior, ReadRequest, Weights
 
 SHORT_HASH_DIGITS = 16  # 64 bits tell any two policies or bundles apart; the receipt has all 256
@@ -58,6 +58,7 @@ def build_metadata(
     evidence: Evidence,
     weights: Weights,
     mixture: str | None,
+    trajectory: Sequence[tuple[int, Weights]] = (),
     policy_shift_nats: float,
     confidence: float,
     decisions: Sequence[Decision],
@@ -78,6 +79,7 @@ def build_metadata(
         evidence: Of the latest reading.
         weights: What is applied.
         mixture: ``weights.mixture``, or None where no mixture answered.
+        trajectory: Tokens of the reply before, and the weights from there on, where they changed.
         policy_shift_nats: KL(weights ‖ posterior).
         confidence: P(every verdict enforced so far is right).
         decisions: In the order they were made; the last one holds.
@@ -103,6 +105,9 @@ def build_metadata(
         posterior=round_shares(evidence.posterior),
         weights=round_shares(weights),
         mixture=mixture,
+        trajectory=[
+            WeightsFrom(from_token=tokens, weights=round_shares(w), mixture=w.mixture) for tokens, w in trajectory
+        ],
         policy_shift_nats=max(0.0, _finite("policy_shift_nats", policy_shift_nats)),
         outcomes=_rounded("outcomes", evidence.outcomes),
         confidence=_finite("confidence", confidence),

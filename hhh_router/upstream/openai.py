@@ -20,7 +20,7 @@ import aiohttp
 from pydantic import SecretStr
 
 from hhh_router.errors import BackendTimeout, ReaderError, RequestError, UpstreamError
-from hhh_router.protocols import Delta, Event, Finished, FinishReason, Planned, Planner, Reader, Unread, Window
+from hhh_router.protocols import Delta, Event, Finished, FinishReason, Planned, Planner, Reader, Steerer, Unread, Window
 from hhh_router.types import ChatRequest, Message, ReadRequest, Scores
 from hhh_router.upstream.sse import EventParser
 
@@ -70,7 +70,7 @@ class UpstreamGenerator:
         self._session: aiohttp.ClientSession | None = None
 
     async def generate(
-        self, request: ChatRequest, planner: Planner, *, window_tokens: int
+        self, request: ChatRequest, planner: Planner, *, window_tokens: int, steer: Steerer | None = None
     ) -> AsyncGenerator[Event, None]:
         """Read the prompt and plan; then pass the upstream's reply on, with a window read every ``window_tokens``.
 

@@ -16,9 +16,9 @@ from hhh_router.model.experts import load_experts
 from hhh_router.model.generator import MixtureGenerator
 from hhh_router.model.mixture import install_mixture
 from hhh_router.model.worker import open_reader
-from hhh_router.protocols import Delta, Event, Finished, Planned, Window
+from hhh_router.protocols import Delta, Event, Finished, Planned, Steered, Steerer, Window
 from hhh_router.settings import Settings
-from hhh_router.types import Action, ChatRequest, Message, Sampling, Weights
+from hhh_router.types import Action, ChatRequest, Message, Sampling, Scores, Weights
 
 from .test_one_pass import planner
 
@@ -37,11 +37,19 @@ class Engine:
         self.found: Collected = {}
         self.jobs: dict[str, ChatJob] = {}
 
-    def put(self, request: ChatRequest, weights: Weights, *, action: Action = Action.ALLOW, window: int = 5) -> None:
+    def put(
+        self,
+        request: ChatRequest,
+        weights: Weights,
+        *,
+        action: Action = Action.ALLOW,
+        window: int = 5,
+        steer: Steerer | None = None,
+    ) -> None:
         events = self.found[request.request_id] = []
         job = ChatJob(
             request=request, planner=planner(action, weights), window_tokens=window, tell=events.append,
-            end=events.append,
+            end=events.append, steer=steer,
         )  # fmt: skip
         self.jobs[request.request_id] = job
         self.batcher.put(job)
@@ -53,8 +61,10 @@ class Engine:
             self.batcher.turn()
         raise AssertionError("the batch never ended")
 
-    def alone(self, request: ChatRequest, weights: Weights, window: int = 5) -> list[Event]:
-        return list(self.plain.run(request, planner(weights=weights), window_tokens=window))
+    def alone(
+        self, request: ChatRequest, weights: Weights, window: int = 5, steer: Steerer | None = None
+    ) -> list[Event]:
+        return list(self.plain.run(request, planner(weights=weights), window_tokens=window, steer=steer))
 
 
 @pytest.fixture
@@ -93,6 +103,8 @@ def shown(events: Sequence[Event | Exception | None]) -> list[object]:
             kept.append((event.plan.weights, event.prompt_tokens, event.layers_run))
         elif isinstance(event, Window):
             kept.append((event.completion_tokens, event.is_final))
+        elif isinstance(event, Steered):
+            kept.append((event.weights, event.completion_tokens))
     return kept
 
 
@@ -284,14 +296,17 @@ def test_what_can_never_fit_is_refused_at_once(tiny: Bundle, tmp_path: Path) -> 
             raise error
 
 
-def test_room_that_one_long_request_needed_is_let_go(engine: Engine) -> None:
-    engine.put(ask("x" * 250, "long", max_tokens=200), Weights(0, 1, 0, 0))
-    engine.finish()
-    most = engine.batcher.load.slot_tokens
-    engine.put(ask("hi", "short", max_tokens=4), Weights(0, 1, 0, 0))
+def test_room_that_long_requests_needed_is_let_go_once_nothing_is_under_way(engine: Engine) -> None:
+    engine.put(ask("x" * 250, "long", max_tokens=200, logit_bias={256: -100.0}), Weights(0, 1, 0, 0))
+    engine.batcher.turn()
+    assert engine.batcher.load.slot_tokens >= 450
+
     engine.finish()
 
-    assert engine.batcher.load.slot_tokens < most
+    assert engine.batcher.load.slot_tokens == 0
+    engine.put(ask("hi", "short", max_tokens=4), Weights(0, 1, 0, 0))
+    engine.batcher.turn()
+    assert 0 < engine.batcher.load.slot_tokens < 450
 
 
 def test_32_staggered_requests_on_the_default_model(tmp_path: Path) -> None:
@@ -413,3 +428,40 @@ def test_nan_logits_are_an_error_of_that_row(engine: Engine) -> None:
     (error,) = [e for e in engine.found["r0"] if isinstance(e, Exception)]
     assert "NaN" in str(error)
     check_same(engine.found["r1"], engine.alone(fine, other))
+
+
+def test_a_steered_row_goes_on_under_its_new_weights_and_the_others_under_theirs(engine: Engine) -> None:
+    before, after = Weights(0, 1, 0, 0), Weights(0, 0, 1, 0)
+    request = ask("tell me something", "steered", max_tokens=16, logit_bias={256: -100.0})
+    seen: list[int] = []
+
+    def steer(scores: Scores, logprobs: Sequence[float]) -> Weights | None:
+        seen.append(len(logprobs))
+        return after if len(logprobs) == 10 else None
+
+    other, other_weights = many(2)[1]
+    engine.put(request, before, steer=steer)
+    engine.put(other, other_weights)
+    engine.finish()
+    steered = engine.found["steered"]
+
+    assert seen == [5, 10, 15]
+    check_same(steered, engine.alone(request, before, steer=steer))
+    check_same(engine.found[other.request_id], engine.alone(other, other_weights))
+    straight = [e.token for e in engine.alone(request, before) if isinstance(e, Delta)]
+    turned = [e.token for e in steered if isinstance(e, Delta)]
+    assert turned[:10] == straight[:10]  # what was drawn before is as it was
+    assert turned != straight
+
+
+def test_a_steerer_that_fails_ends_its_own_row(engine: Engine) -> None:
+    def broken(scores: Scores, logprobs: Sequence[float]) -> Weights | None:
+        raise RuntimeError("no steering")
+
+    other, weights = many(2)[1]
+    engine.put(ask("hi", "broken", logit_bias={256: -100.0}), Weights(0, 1, 0, 0), steer=broken)
+    engine.put(other, weights)
+    engine.finish()
+
+    assert isinstance(engine.found["broken"][-1], GeneratorError)
+    check_same(engine.found[other.request_id], engine.alone(other, weights))

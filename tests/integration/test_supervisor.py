@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,7 +17,7 @@ from hhh_router.model import supervisor as module
 from hhh_router.model.engine import EmbeddedModel
 from hhh_router.model.supervisor import Supervisor, open_supervised
 from hhh_router.model.worker import load_embedded
-from hhh_router.protocols import Delta, Event, Finished, Planned, Planner, Window
+from hhh_router.protocols import Delta, Event, Finished, Planned, Planner, Steered, Window
 from hhh_router.settings import Settings
 from hhh_router.types import Action, ChatRequest, Plan, ReadRequest, Scores, Weights
 
@@ -32,11 +32,20 @@ def settings(tmp_path_factory: pytest.TempPathFactory) -> Settings:
     return Settings.load(cache_dir=tmp_path_factory.mktemp("cache"), threads=1)
 
 
-@pytest.fixture
-async def model(tiny: Bundle, settings: Settings) -> AsyncIterator[EmbeddedModel]:
-    opened = await asyncio.to_thread(open_supervised, tiny, settings)
+@pytest.fixture(scope="module")
+def model(tiny: Bundle, settings: Settings) -> Iterator[EmbeddedModel]:
+    """One for all tests that leave a process running; it takes seconds to start."""
+    opened = open_supervised(tiny, settings)
     yield opened
-    await opened.aclose()
+    opened.engine.close()
+
+
+@pytest.fixture
+def own_model(tiny: Bundle, settings: Settings) -> Iterator[EmbeddedModel]:
+    """For tests that end it."""
+    opened = open_supervised(tiny, settings)
+    yield opened
+    opened.engine.close()
 
 
 def pid_of(model: EmbeddedModel) -> int:
@@ -98,6 +107,21 @@ async def test_the_planner_runs_in_this_process(model: EmbeddedModel) -> None:
 
     assert [type(e) for e in found] == [Planned, Finished]
     assert len(seen) == 1
+
+
+async def test_a_reply_is_steered_from_this_process(model: EmbeddedModel) -> None:
+    request = ask("tell me something", max_tokens=20, logit_bias={256: -100.0})
+    turned: list[Event] = []
+    steered = model.generator.generate(
+        request, planner(weights=Weights(0, 1, 0, 0)), window_tokens=8, steer=lambda *_: Weights(0, 0, 1, 0)
+    )
+
+    async for event in steered:
+        turned.append(event)
+
+    (at,) = [e for e in turned if isinstance(e, Steered)]
+    assert (at.weights, at.completion_tokens) == (Weights(0, 0, 1, 0), 8)
+    assert text_of(turned) != text_of(await events(model, request, planner(weights=Weights(0, 1, 0, 0))))
 
 
 async def test_errors_arrive_as_what_they_are(model: EmbeddedModel) -> None:
@@ -191,13 +215,13 @@ async def test_who_leaves_frees_the_row(model: EmbeddedModel) -> None:
     await until(lambda: model.engine.load.rows == 0, seconds=10)
 
 
-async def test_draining_lets_replies_end_and_takes_nothing_new(model: EmbeddedModel) -> None:
-    found, task = await open_stream(model, ask("hello", max_tokens=60, logit_bias={256: -100.0}), planner())
+async def test_draining_lets_replies_end_and_takes_nothing_new(own_model: EmbeddedModel) -> None:
+    found, task = await open_stream(own_model, ask("hello", max_tokens=60, logit_bias={256: -100.0}), planner())
 
-    draining = asyncio.create_task(model.drain(60))
+    draining = asyncio.create_task(own_model.drain(60))
     await asyncio.sleep(0.05)
     with pytest.raises(Unavailable, match="shutting down"):
-        await events(model, ask("late"), planner())
+        await events(own_model, ask("late"), planner())
     await draining
     await task
 
@@ -206,11 +230,11 @@ async def test_draining_lets_replies_end_and_takes_nothing_new(model: EmbeddedMo
     assert any(isinstance(e, Window) for e in found)
 
 
-async def test_what_outlasts_the_drain_ends_with_an_error_and_no_process_stays(model: EmbeddedModel) -> None:
-    pid = pid_of(model)
-    _, task = await open_stream(model, endless("hello"), planner())
+async def test_what_outlasts_the_drain_ends_with_an_error_and_no_process_stays(own_model: EmbeddedModel) -> None:
+    pid = pid_of(own_model)
+    _, task = await open_stream(own_model, endless("hello"), planner())
 
-    await model.drain(0.05)
+    await own_model.drain(0.05)
 
     with pytest.raises(Unavailable):
         await task
@@ -247,14 +271,13 @@ def test_the_process_goes_when_its_parent_is_killed(tiny: Bundle, settings: Sett
         f"m = open_supervised(Bundle.load({str(tiny.root)!r}), settings);"
         "print(m.engine.pid, 'torch' in sys.modules, flush=True); time.sleep(600)"
     )
-    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
-    assert parent.stdout is not None
-    pid, with_torch = parent.stdout.readline().split()
-    assert with_torch == "False"
-    assert Path(f"/proc/{pid}").exists()
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        pid, with_torch = parent.stdout.readline().split()
+        assert with_torch == "False"
+        assert Path(f"/proc/{pid}").exists()
 
-    parent.kill()
-    parent.wait()
+        parent.kill()
 
     end = time.monotonic() + 20
     while Path(f"/proc/{pid}/cmdline").exists() and Path(f"/proc/{pid}/cmdline").read_bytes():  # empty: a zombie

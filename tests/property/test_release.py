@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hhh_router.errors import ReaderError
 from hhh_router.pipeline import ChatDelta, ChatFinished
 from hhh_router.pipeline.release import Release
-from hhh_router.protocols import Delta, Event, Finished, Planned, Planner, Unread, Window
+from hhh_router.protocols import Delta, Event, Finished, Planned, Planner, Steerer, Unread, Window
 from hhh_router.testing import fake_pipeline, make_scores
 from hhh_router.types import ChatRequest, Message
 
@@ -35,7 +35,7 @@ class Script:
         """One set for each attempt."""
 
     async def generate(
-        self, request: ChatRequest, planner: Planner, *, window_tokens: int
+        self, request: ChatRequest, planner: Planner, *, window_tokens: int, steer: Steerer | None = None
     ) -> AsyncGenerator[Event, None]:
         attempt = len(self.cleared)
         cleared: set[str] = set()

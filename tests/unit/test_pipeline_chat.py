@@ -16,7 +16,7 @@ from hhh_router.errors import (
     UpstreamError,
 )
 from hhh_router.pipeline import ChatDelta, ChatEvent, ChatFinished, ChatStarted, Pipeline
-from hhh_router.protocols import Delta, Event, Finished, Planned, Planner, Unread, Window
+from hhh_router.protocols import Delta, Event, Finished, Planned, Planner, Steerer, Unread, Window
 from hhh_router.testing import FakeGenerator, FakeReader, fake_pipeline, make_scores
 from hhh_router.trace.block import Metadata
 from hhh_router.types import ChatRequest, Message, ReadRequest, Scores, Weights
@@ -366,7 +366,7 @@ class Scripted:
         self._script = script
 
     async def generate(
-        self, request: ChatRequest, planner: Planner, *, window_tokens: int
+        self, request: ChatRequest, planner: Planner, *, window_tokens: int, steer: Steerer | None = None
     ) -> AsyncGenerator[Event, None]:
         for event in self._script:
             yield event or Planned(plan=planner(make_scores()), prompt_tokens=4, layers_run=30, read_ms=1.0)
@@ -491,3 +491,86 @@ async def test_every_finished_request_is_written_to_every_sink_once(watchful: Po
     await run(pipeline, ask("bomb"))
 
     assert [s.kept for s in sinks] == [[("allow", "fine"), ("refuse", "Not that.")]] * 2
+
+
+STEERING = """
+version: 1
+name: steering
+weights: {helpful: 1, harmless: 1, honest: 1}
+strength: 0
+floors:
+  - when: {needs.honest: ">= 0.5"}
+    raise: {honest: 0.3}
+checkpoints:
+  input: [{then: allow}]
+  output:
+    - when: {outcomes.unhelpful: ">= 0.5"}
+      then: block
+    - when: {outcomes.unsafe: ">= 0.5"}
+      then: steer
+      raise: {harmless: 0.6}
+    - when: {outcomes.untruthful: ">= 0.5"}
+      then: steer
+      raise: {honest: 0.2}
+    - then: allow
+mode: MODE
+stream: {window_tokens: 2}
+"""
+
+
+def steering(tmp_path: Path, reply: str, mode: str = "enforce") -> Pipeline:
+    path = tmp_path / "steering.yaml"
+    path.write_text(STEERING.replace("MODE", mode))
+    return speaking(path, reply)[0]
+
+
+async def test_a_steer_raises_the_weights_of_what_follows_and_lets_the_reply_through(tmp_path: Path) -> None:
+    pipeline = steering(tmp_path, "calm words poison here and more words yet")
+
+    events = await run(pipeline)
+
+    done = finished(events)
+    assert done.text == "calm words poison here and more words yet"
+    assert ("output", "steer") in decided(done.metadata)
+    assert done.metadata.action == "steer"
+    first, then = done.metadata.trajectory
+    assert (first.from_token, then.from_token) == (0, 4)
+    assert first.weights["harmless"] < 0.6
+    assert then.weights["harmless"] == pytest.approx(0.6, abs=1e-6)
+    assert done.metadata.weights == then.weights
+    assert done.metadata.mixture == then.mixture
+    started = events[0]
+    assert isinstance(started, ChatStarted)
+    assert started.metadata.weights == first.weights
+    assert started.metadata.trajectory == []
+
+
+async def test_a_later_window_can_raise_more_and_takes_nothing_back(tmp_path: Path) -> None:
+    done = finished(await run(steering(tmp_path, "a lie is one and poison is two and then an end")))
+
+    trajectory = done.metadata.trajectory
+    assert [t.from_token for t in trajectory] == [0, 2, 6]
+    assert trajectory[1].weights["honest"] >= 0.2 - 1e-6
+    assert trajectory[2].weights["honest"] >= 0.2 - 1e-6
+    assert trajectory[2].weights["harmless"] == pytest.approx(0.6, abs=1e-6)
+
+
+async def test_the_last_window_steers_nothing(tmp_path: Path) -> None:
+    done = finished(await run(steering(tmp_path, "calm words poison")))
+
+    assert done.metadata.trajectory == []
+    assert decided(done.metadata)[-1] == ("output", "steer")
+
+
+async def test_after_a_steer_a_rule_may_still_cut(tmp_path: Path) -> None:
+    done = finished(await run(steering(tmp_path, "some poison here shrug and more")))
+
+    assert done.finish_reason == "content_filter"
+    assert "more" not in done.text
+
+
+async def test_a_shadow_policy_records_a_steer_and_changes_no_weights(tmp_path: Path) -> None:
+    done = finished(await run(steering(tmp_path, "calm words poison here and more words yet", mode="shadow")))
+
+    assert ("output", "steer") in decided(done.metadata)
+    assert done.metadata.trajectory == []

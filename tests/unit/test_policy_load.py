@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hhh_router.errors import PolicyError
-from hhh_router.policy import as_document, list_policies, load_policy, parse_policy
+from hhh_router.policy import as_document, list_policies, load_policy, parse_policy, steers
 from hhh_router.types import Action
 
 GOOD = """\
@@ -89,6 +89,16 @@ def test_a_regenerate_may_say_what_it_raises():
     policy = parse_policy(edited("then: regenerate", "then: regenerate\n      raise: {harmless: 0.6, honest: 0.2}"))
 
     assert policy.checkpoints["output"][0].raises == {"harmless": 0.6, "honest": 0.2}
+
+
+def test_a_steer_raises_as_a_regenerate_does():
+    policy = parse_policy(edited("then: regenerate", "then: steer"))
+    said = parse_policy(edited("then: regenerate", "then: steer\n      raise: {harmless: 0.6}"))
+
+    assert policy.checkpoints["output"][0].raises == {"harmless": 0.5}
+    assert said.checkpoints["output"][0].raises == {"harmless": 0.6}
+    assert steers(policy)
+    assert not steers(parse_policy(edited("", "")))
 
 
 def test_every_shipped_policy_loads_under_its_own_name():
@@ -289,6 +299,17 @@ stream: {window_tokens: 0}
             "yet; use allow, flag, refuse, escalate or block",
         ),
         (
+            "then: refuse",
+            "then: steer",
+            "p.yaml:13  checkpoints.input[0].then: 'steer' belongs to the checkpoint output, there is no reply "
+            "yet; use allow, flag, refuse, escalate or block",
+        ),
+        (
+            "then: regenerate",
+            'then: steer\n      message: "x"',
+            "p.yaml:19  checkpoints.output[0].message: nobody would see it, steer lets the reply through; remove it",
+        ),
+        (
             "    - then: allow\n  output",
             "  output",
             "p.yaml:12  checkpoints.input: no default rule; "
@@ -313,7 +334,8 @@ stream: {window_tokens: 0}
         (
             '      message: "No."',
             "      raise: {harmless: 0.5}",
-            "p.yaml:14  checkpoints.input[0].raise: refuse runs nothing again; only regenerate (at output) has a raise",
+            "p.yaml:14  checkpoints.input[0].raise: refuse changes no weights; "
+            "only steer and regenerate (at output) have a raise",
         ),
         (
             'outcomes.unsafe: "> .8"',
