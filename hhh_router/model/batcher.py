@@ -18,14 +18,15 @@ import torch
 from torch import Tensor
 
 from hhh_router.errors import ContextTooLong, GeneratorError, HHHRouterError
+from hhh_router.model.deltas import Deltas, Spelling
 from hhh_router.model.encode import Encoded, Encoder
 from hhh_router.model.grammar import Following, Grammars
 from hhh_router.model.heads import Views
 from hhh_router.model.mixture import Gates
 from hhh_router.model.reader import HeadReader, RunningReply
-from hhh_router.model.sampler import Sampler, TextStream
+from hhh_router.model.sampler import Sampler, check_biases
 from hhh_router.model.slots import Opening, Slots
-from hhh_router.protocols import Delta, Event, Finished, FinishReason, Planned, Planner, Window
+from hhh_router.protocols import Event, Finished, FinishReason, Planned, Planner, Window
 from hhh_router.types import ChatRequest, ReadRequest, Weights
 
 _log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class _Row:
     job: ChatJob
     weights: Weights
     sampler: Sampler
-    stream: TextStream
+    stream: Deltas
     reply: RunningReply
     timing: dict[str, float]
     prefilled_at: float
@@ -115,12 +116,14 @@ class Batcher:
     _slots: Slots = field(default_factory=Slots)
     _ends: frozenset[int] = frozenset()
     _grammars: Grammars = field(init=False)
+    _spelling: Spelling = field(init=False)
 
     def __post_init__(self) -> None:
         listed = self.reader.stack.model.generation_config.eos_token_id
         others = listed if isinstance(listed, list) else [listed]
         self._ends = frozenset({self.encoder.end_id, *(e for e in others if e is not None)})
         self._grammars = Grammars(self.encoder.tokenizer, self.reader.stack.config.vocab_size, self._ends)
+        self._spelling = Spelling(self.encoder.tokenizer)
 
     @property
     def busy(self) -> bool:
@@ -143,6 +146,7 @@ class Batcher:
                     f"the prompt is {prompt} tokens and fills the model's window of {self.encoder.context_tokens}",
                     hint="shorten the conversation",
                 )
+            check_biases(job.request.sampling.logit_bias, self.reader.stack.config.vocab_size)
             if job.request.sampling.json_schema:
                 job.following = self._grammars.follow(job.request.sampling.json_schema)
             if job.need > self.max_tokens:
@@ -235,7 +239,7 @@ class Batcher:
             job=job,
             weights=plan.weights,
             sampler=Sampler(job.request.sampling, stack.device, job.following),
-            stream=TextStream(self.encoder.tokenizer, job.request.sampling.stop),
+            stream=Deltas(self.encoder.tokenizer, self._spelling, job.request.sampling),
             reply=RunningReply(self.reader, prompt, len(text.ids)),
             timing=timing,
             prefilled_at=prefilled_at,
@@ -297,11 +301,7 @@ class Batcher:
             return
         row.drawn += 1
         row.token = found.token
-        row.job.tell(
-            Delta(
-                text=row.stream.push(found.token), logprob=found.logprob, token=found.token, likeliest=found.likeliest
-            )
-        )
+        row.job.tell(row.stream.push(found))
         if row.stream.stopped:
             row.reason = "stop"
         elif row.drawn == row.job.budget:
@@ -332,8 +332,8 @@ class Batcher:
     def _finish(self, row: _Row) -> None:
         """Send what is left of a reply, and its last reading."""
         try:
-            if rest := row.stream.flush():
-                row.job.tell(Delta(text=rest, tokens=0))
+            if rest := row.stream.end():
+                row.job.tell(rest)
             row.job.tell(Window(scores=row.reply.scores(), completion_tokens=row.drawn, is_final=True))
         except Exception as error:  # a seam, as above
             self._fail(row, error)

@@ -21,7 +21,18 @@ from pathlib import Path
 
 from hhh_router.calibration import Calibrators
 from hhh_router.pipeline import Pipeline, PolicyStore
-from hhh_router.protocols import Delta, Event, Finished, FinishReason, Generator, Planned, Planner, Reader, Window
+from hhh_router.protocols import (
+    Delta,
+    Event,
+    Finished,
+    FinishReason,
+    Generator,
+    Planned,
+    Planner,
+    Reader,
+    TokenLogprob,
+    Window,
+)
 from hhh_router.settings import Settings
 from hhh_router.trace import NullSink, Sink
 from hhh_router.trace.block import BundleRef
@@ -29,6 +40,8 @@ from hhh_router.types import NEEDS, OUTCOMES, ChatRequest, Mode, ReadRequest, Sc
 
 QUIET = -4.0
 """The logit of everything a test does not raise: a probability of about 0.02."""
+SAID_LOGPROB = -0.1
+"""The log-probability of every word a `FakeGenerator` says."""
 LAYERS = 30
 FIRST_ADAPTED_LAYER = 16
 
@@ -162,7 +175,7 @@ class FakeGenerator:
             if self._fail_after is not None and n > self._fail_after[0]:
                 raise self._fail_after[1]
             await asyncio.sleep(self._delay_s)
-            yield Delta(text=piece, logprob=-0.1)
+            yield Delta(text=piece, logprob=SAID_LOGPROB, told=_told(piece, request.sampling.top_logprobs))
             if n % window_tokens == 0 and n < len(pieces):
                 yield await self._window(request, pieces[:n], is_final=False)
         yield await self._window(request, pieces, is_final=True)
@@ -176,6 +189,18 @@ class FakeGenerator:
         if callable(self._replies):
             return self._replies(request)
         return self._replies[min(len(self.requests), len(self._replies)) - 1]
+
+
+def _told(piece: str, top: int | None) -> tuple[TokenLogprob, ...]:
+    """The word itself, then made-up others that are ever less likely."""
+    if top is None:
+        return ()
+
+    def tell(word: str, logprob: float, others: Sequence[TokenLogprob] = ()) -> TokenLogprob:
+        return TokenLogprob(token=word, logprob=logprob, bytes=tuple(word.encode()), top_logprobs=tuple(others))
+
+    ranked = [piece, *(f" other{n}" for n in range(1, top))][:top]
+    return (tell(piece, SAID_LOGPROB, [tell(word, SAID_LOGPROB - n) for n, word in enumerate(ranked)]),)
 
 
 def _words(text: str) -> list[str]:
