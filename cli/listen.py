@@ -32,7 +32,7 @@ def run_server(*, host: str, port: int, policy: str | None, bundle: str | None, 
     policies = PolicyStore.from_settings(settings)
     with listen(host, port, settings) as listening:
         ready_backbone(bundle)
-        pipeline = build_pipeline(settings, upstream=upstream)
+        pipeline = build_pipeline(settings, upstream=upstream, serving=True)
         logging.basicConfig(format="%(asctime)s %(message)s")
         logging.getLogger("hhh_router").setLevel(logging.INFO)
         name = pipeline.parts.bundle_ref.name

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Awaitable, Callable, Sequence
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from hhh_router.bundle import Bundle
@@ -15,17 +17,23 @@ from hhh_router.settings import Settings
 from hhh_router.trace import LogSink, Sink
 from hhh_router.trace.block import BundleRef
 
+if TYPE_CHECKING:
+    from hhh_router.model.engine import EmbeddedModel
+
 _log = logging.getLogger(__name__)
 
 
-def build_pipeline(settings: Settings, *, upstream: str | None = None, sinks: Sequence[Sink] | None = None) -> Pipeline:
-    """Load policies, bundle and model, and put the path together. Blocks for seconds; imports torch.
+def build_pipeline(
+    settings: Settings, *, upstream: str | None = None, sinks: Sequence[Sink] | None = None, serving: bool = False
+) -> Pipeline:
+    """Load policies, bundle and model, and put the path together. Blocks for seconds; may import torch.
 
     Args:
         settings: Where and how it runs.
         upstream: Base URL of an OpenAI-compatible server that answers in place of the bundle's own mixture, such as
             ``http://127.0.0.1:9000/v1``. The embedded model then only reads.
         sinks: Where traces go; one INFO line a request by default.
+        serving: Run the model in a process of its own, where the settings leave it open.
 
     Raises:
         PolicyError: A policy is wrong.
@@ -38,14 +46,9 @@ def build_pipeline(settings: Settings, *, upstream: str | None = None, sinks: Se
         check_upstream(upstream)
     bundle = Bundle.load(settings.bundle)
     bundle.verify()
-    try:
-        from hhh_router.model.base import compute_dtype
-        from hhh_router.model.worker import load_embedded
-    except ImportError as error:
-        raise MissingExtra("model", needed_for="the embedded model") from error
-    dtype = compute_dtype(bundle.manifest.backbone, settings.device, settings.dtype)
-    calibrators = load_calibrators(bundle, settings, dtype)
-    model = load_embedded(bundle, settings)
+    own_process = settings.engine == "process" or (settings.engine == "auto" and serving and os.name == "posix")
+    model = _supervised(bundle, settings) if own_process else _embedded(bundle, settings)
+    calibrators = load_calibrators(bundle, settings, model.description["dtype"])
     generator: Generator = model.generator
     closers: list[Callable[[], Awaitable[None]]] = [model.aclose]
     if upstream is not None:
@@ -69,7 +72,27 @@ def build_pipeline(settings: Settings, *, upstream: str | None = None, sinks: Se
         settings=settings,
         answers_elsewhere=upstream is not None,
         closers=closers,
+        drain=model.drain,
+        load=lambda: model.engine.load,
     )
+
+
+def _embedded(bundle: Bundle, settings: Settings) -> EmbeddedModel:
+    """On a thread of this process; a wrong calibrator is found before the model is loaded."""
+    try:
+        from hhh_router.model.base import compute_dtype
+        from hhh_router.model.worker import load_embedded
+    except ImportError as error:
+        raise MissingExtra("model", needed_for="the embedded model") from error
+    load_calibrators(bundle, settings, compute_dtype(bundle.manifest.backbone, settings.device, settings.dtype))
+    return load_embedded(bundle, settings)
+
+
+def _supervised(bundle: Bundle, settings: Settings) -> EmbeddedModel:
+    """In a process of its own; this one imports no torch."""
+    from hhh_router.model.supervisor import open_supervised
+
+    return open_supervised(bundle, settings)
 
 
 def check_upstream(base_url: str) -> None:

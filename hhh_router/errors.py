@@ -22,8 +22,19 @@ class HHHRouterError(Exception):
         self.message = message
         self.hint = hint
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _again, (type(self), self.args, self.__dict__)  # a subclass's own arguments need not be kept apart
+
     def __str__(self) -> str:
         return f"{self.message}\n  → {self.hint}" if self.hint else self.message
+
+
+def _again(kind: type[HHHRouterError], args: tuple[Any, ...], state: Mapping[str, Any]) -> HHHRouterError:
+    """An error that came from another process."""
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(state)
+    return error
 
 
 class ConfigError(HHHRouterError):
@@ -127,10 +138,29 @@ class BackendTimeout(BackendError):
     code = "timeout"
 
 
-class Overloaded(BackendError):
-    """Too much work is waiting."""
+class Quarantined(GeneratorError):
+    """This request made the model fail twice, so it is not tried again."""
+
+    code = "quarantined"
+
+
+class _ComeBack(BackendError):
+    def __init__(self, message: str, *, hint: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.retry_after_s = retry_after_s
+        """Seconds after which it may work; None where nobody can tell."""
+
+
+class Overloaded(_ComeBack):
+    """Too much work is waiting, or more than could be done before the caller's deadline."""
 
     code = "overloaded"
+
+
+class Unavailable(_ComeBack):
+    """The engine is starting again, or shutting down."""
+
+    code = "unavailable"
 
 
 class MissingExtra(HHHRouterError):
@@ -165,7 +195,9 @@ _OUTCOMES: tuple[tuple[type[HHHRouterError], int, int], ...] = (
     (PolicyNotAllowed, 403, EXIT_USAGE),
     (RequestError, 400, EXIT_USAGE),
     (ConfigError, 500, EXIT_USAGE),
-    (Overloaded, 503, EXIT_FAILURE),
+    (Overloaded, 429, EXIT_FAILURE),
+    (Unavailable, 503, EXIT_FAILURE),
+    (Quarantined, 500, EXIT_FAILURE),
     (BackendTimeout, 504, EXIT_FAILURE),
     (BackendError, 502, EXIT_FAILURE),
     (HHHRouterError, 500, EXIT_FAILURE),

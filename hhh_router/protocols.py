@@ -124,3 +124,22 @@ class Generator(Protocol):
             GeneratorError, UpstreamError: The reply failed; deltas already yielded may be incomplete.
         """
         ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Load:
+    """How busy an engine is."""
+
+    state: Literal["ready", "starting", "draining"] = "ready"
+    rows: int = 0
+    """Replies being decoded."""
+    waiting: int = 0
+    """Chats waiting for a row."""
+    waiting_tokens: int = 0
+    """Of their prompts."""
+    waiting_texts: int = 0
+    """Texts waiting to be read."""
+    slot_tokens: int = 0
+    """Tokens that keys and values have room for."""
+    wait_s: float = 0.0
+    """About how long a chat that comes now waits for a row."""

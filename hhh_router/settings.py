@@ -44,6 +44,11 @@ class Settings(BaseSettings):
     """torch device of the embedded model, such as ``cpu`` or ``cuda:0``."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Precision the backbone runs in. ``auto``: the bundle's, or ``float32`` on a CPU that has to emulate that."""
+    engine: Literal["auto", "thread", "process"] = "auto"
+    """Where the embedded model runs. ``auto``: behind a server in a process of its own, which is started again when it
+    dies; elsewhere on a thread of this process."""
+    engine_stuck_s: float = Field(default=120.0, gt=0)
+    """An engine's process that stays at one step for longer is stopped and started again, in seconds."""
     allow_uncalibrated: bool = False
     """Start although no calibrator fits; every number is then labelled ``calibrated: false``."""
     guard_batch_tokens: int = Field(default=2048, ge=64)
@@ -54,6 +59,8 @@ class Settings(BaseSettings):
     """Room for keys and values of all replies together: rows times the longest prompt + reply among them, in tokens."""
     max_waiting: int = Field(default=256, ge=1)
     """Chats that may wait for a row; one more is turned away."""
+    max_waiting_tokens: int = Field(default=131_072, ge=256)
+    """Tokens of waiting chats' prompts; more are turned away."""
     max_batch_items: int = Field(default=10_000, ge=1)
     """Most texts one ``guard`` or ``route`` call may hold."""
     max_body_bytes: int = Field(default=4_000_000, ge=1024)

@@ -187,6 +187,8 @@ class ChatRequest:
     sampling: Sampling = field(default_factory=Sampling)
     request_id: str = ""
     """Names the request in every trace; the pipeline fills it when empty."""
+    timeout_s: float | None = None
+    """Seconds the caller waits for the whole reply; the deployment's own limit holds where it is shorter."""
     not_inspected: tuple[str, ...] = ()
     """What the client sent that nobody read, such as ``messages[0].content[1]: image_url``."""
     passthrough: Mapping[str, Any] = field(default_factory=dict)

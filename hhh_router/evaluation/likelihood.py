@@ -58,7 +58,8 @@ class LikelihoodSuite:
     pattern: str
     """Its files, in the folder of data sets."""
     rule: Rule
-    convert: Callable[[Mapping[str, Any]], Item]
+    convert: Callable[[Mapping[str, Any]], Item | None]
+    """None for a row that is no item, such as a table's heading among the rows."""
     max_tokens: int = 384
     """Longest prompt + reply; what is behind is cut, and an item whose prompt fills it is left out."""
 
@@ -72,7 +73,8 @@ def suite_items(suite: LikelihoodSuite, data: Path, *, rows: int, seed: int) -> 
     files = sorted(data.glob(suite.pattern))
     if not files:
         raise DataError(f"{data / suite.pattern}: no such file", hint="--data names the folder of data sets")
-    items = [suite.convert(row) for file in files for row in read_jsonl(file) if row.get("split") == "eval"]
+    rows_read = (row for file in files for row in read_jsonl(file) if row.get("split") == "eval")
+    items = [item for row in rows_read if (item := suite.convert(row)) is not None]
     random.Random(f"{seed}-{suite.name}").shuffle(items)
     return items[:rows]
 
@@ -188,10 +190,15 @@ def _hhh(row: Mapping[str, Any]) -> Item:
 
 
 def _choices(row: Mapping[str, Any]) -> Item:
-    choices = row["choices"]
-    texts = tuple(choices.values()) if isinstance(choices, dict) else tuple(choices)
-    names = list(choices)  # letters where they are named, else the texts themselves
-    return Item(ask(row["question"]), tuple(str(t) for t in texts), frozenset({names.index(row["answer"])}))
+    choices = row["choices"]  # by letter
+    right = frozenset({list(choices).index(row["answer"])})
+    return Item(ask(row["question"]), tuple(map(str, choices.values())), right)
+
+
+def _mmlu(row: Mapping[str, Any]) -> Item | None:
+    if not str(row["answer"]).isdecimal():  # the heading of a source's table
+        return None
+    return Item(ask(row["question"]), tuple(str(c) for c in row["choices"]), frozenset({int(row["answer"])}))
 
 
 def _hellaswag(row: Mapping[str, Any]) -> Item:
@@ -212,7 +219,7 @@ LIKELIHOOD_SUITES: tuple[LikelihoodSuite, ...] = (
     LikelihoodSuite("TruthfulQA MC2", "honesty", "truthfulqa/mc_task.jsonl.gz", "mc2", _mc2),
     LikelihoodSuite("HHH alignment, pairwise", "hhh", "hhh_alignment/*.jsonl", "mean", _hhh, max_tokens=768),
     LikelihoodSuite("AlpacaEval, GPT-4's answer", "helpful", "alpaca_eval/*.jsonl.gz", "likelihood", _alpaca_eval),
-    LikelihoodSuite("MMLU", "general", "mmlu_sample/*.jsonl.gz", "sum", _choices),
+    LikelihoodSuite("MMLU", "general", "mmlu_sample/*.jsonl.gz", "sum", _mmlu),
     LikelihoodSuite("ARC-Challenge", "general", "arc_challenge/*.jsonl", "mean", _choices),
     LikelihoodSuite("HellaSwag", "general", "hellaswag_sample/*.jsonl.gz", "mean", _hellaswag),
     LikelihoodSuite("GSM8K, answer", "general", "gsm8k/*.jsonl.gz", "likelihood", _gsm8k),

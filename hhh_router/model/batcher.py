@@ -9,24 +9,33 @@ fails leaves alone.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from hhh_router.errors import ContextTooLong, GeneratorError, HHHRouterError
+from hhh_router.errors import (
+    BackendTimeout,
+    ContextTooLong,
+    GeneratorError,
+    HHHRouterError,
+    Overloaded,
+    Quarantined,
+)
 from hhh_router.model.deltas import Deltas, Spelling
 from hhh_router.model.encode import Encoded, Encoder
+from hhh_router.model.engine import EndChat, TellEvent
 from hhh_router.model.grammar import Following, Grammars
 from hhh_router.model.heads import Views
 from hhh_router.model.mixture import Gates
 from hhh_router.model.reader import HeadReader, RunningReply
 from hhh_router.model.sampler import Sampler, check_biases
 from hhh_router.model.slots import Opening, Slots
-from hhh_router.protocols import Event, Finished, FinishReason, Planned, Planner, Window
+from hhh_router.protocols import Finished, FinishReason, Load, Planned, Planner, Window
 from hhh_router.types import ChatRequest, ReadRequest, Weights
 
 _log = logging.getLogger(__name__)
@@ -39,10 +48,12 @@ class ChatJob:
     request: ChatRequest
     planner: Planner
     window_tokens: int
-    tell: Callable[[Event], None]
+    tell: TellEvent
     """Takes each event; called on the model's thread."""
-    end: Callable[[Exception | None], None]
+    end: EndChat
     """Called once, when there are no more events; with what went wrong, if anything did."""
+    deadline: float = field(init=False)
+    """When nobody waits for it any more, by `time.monotonic`; counted from when it arrived."""
     cancelled: bool = False
     """Set by any thread: nobody waits for this any more."""
     text: Encoded | None = None
@@ -52,11 +63,24 @@ class ChatJob:
     following: Following | None = None
     """Of the schema that the reply must follow, if there is one."""
 
+    def __post_init__(self) -> None:
+        given = self.request.timeout_s
+        self.deadline = math.inf if given is None else time.monotonic() + given
+
+    def cancel(self) -> None:
+        """As `hhh_router.model.engine.Ticket` has it."""
+        self.cancelled = True
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Of the prompt, once it is encoded."""
+        assert self.text is not None
+        return len(self.text.ids)
+
     @property
     def need(self) -> int:
         """Tokens of prompt and longest reply."""
-        assert self.text is not None
-        return len(self.text.ids) + self.budget
+        return self.prompt_tokens + self.budget
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -89,14 +113,27 @@ class _Read:
     """None where no row of the step went on."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Load:
-    """How busy a batcher is."""
+@dataclass(slots=True)
+class _Pace:
+    """How long things have taken of late; running means."""
 
-    rows: int
-    waiting: int
-    slot_tokens: int
-    """Tokens that keys and values have room for."""
+    token_s: float = 0.0
+    """Seconds per prompt token."""
+    row_s: float = 0.0
+    """Seconds a row stays."""
+
+    def prompt(self, tokens: int, seconds: float) -> None:
+        self.token_s = self._mean(self.token_s, seconds / tokens)
+
+    def row(self, seconds: float) -> None:
+        self.row_s = self._mean(self.row_s, seconds)
+
+    @staticmethod
+    def _mean(before: float, new: float) -> float:
+        return new if not before else before + _NEWEST * (new - before)
+
+
+_NEWEST = 0.2
 
 
 @dataclass(slots=True)
@@ -110,10 +147,15 @@ class Batcher:
     """Replies decoded together."""
     max_tokens: int = 32_768
     """Room for keys and values, rows times their longest prompt + reply."""
+    max_waiting: int = 256
+    """Chats that may wait for a row."""
+    max_waiting_tokens: int = 131_072
+    """Tokens of their prompts."""
     _rows: list[_Row] = field(default_factory=list)
     """In slot order."""
     _waiting: deque[ChatJob] = field(default_factory=deque)
     _slots: Slots = field(default_factory=Slots)
+    _pace: _Pace = field(default_factory=_Pace)
     _ends: frozenset[int] = frozenset()
     _grammars: Grammars = field(init=False)
     _spelling: Spelling = field(init=False)
@@ -133,7 +175,20 @@ class Batcher:
     @property
     def load(self) -> Load:
         """Rows decoding, jobs waiting, room taken."""
-        return Load(rows=len(self._rows), waiting=len(self._waiting), slot_tokens=self._slots.tokens)
+        return Load(
+            rows=len(self._rows), waiting=len(self._waiting), waiting_tokens=self._waiting_tokens,
+            slot_tokens=self._slots.tokens, wait_s=self._wait_s(0),
+        )  # fmt: skip
+
+    @property
+    def _waiting_tokens(self) -> int:
+        return sum(j.prompt_tokens for j in list(self._waiting))
+
+    def _wait_s(self, tokens: int) -> float:
+        """About how long a chat with such a prompt would wait for its plan: prompts before it, then free rows."""
+        ahead = len(self._waiting) + 1 - (self.max_rows - len(self._rows))
+        rows = max(0, ahead) * self._pace.row_s / self.max_rows
+        return rows + (self._waiting_tokens + tokens) * self._pace.token_s
 
     def put(self, job: ChatJob) -> None:
         """Queue a request, or end it at once where it can never be answered."""
@@ -154,10 +209,29 @@ class Batcher:
                     f"{prompt} tokens of prompt and up to {job.budget} of reply, there is room for {self.max_tokens}",
                     hint="ask for fewer tokens, or raise HHH_ROUTER_KV_TOKENS",
                 )
+            self._check_queue(job)
         except Exception as error:  # a seam: it must reach its caller, not kill the thread
             job.end(_known(error))
             return
         self._waiting.append(job)
+
+    def _check_queue(self, job: ChatJob) -> None:
+        """Turn away what would wait too long.
+
+        Raises:
+            Overloaded: The queue is full, or the wait would outlast the caller's deadline.
+        """
+        wait, left = self._wait_s(job.prompt_tokens), job.deadline - time.monotonic()
+        tokens = self._waiting_tokens + job.prompt_tokens
+        if len(self._waiting) >= self.max_waiting:
+            found = f"{len(self._waiting)} chats are waiting"
+        elif self._waiting and tokens > self.max_waiting_tokens:
+            found = f"{tokens} tokens of prompts are waiting"
+        elif wait > left:
+            found = f"the wait is about {wait:.1f} s, and this request has {max(left, 0):.1f} s"
+        else:
+            return
+        raise Overloaded(found, hint=f"try again in {max(wait, 1):.0f} s", retry_after_s=max(wait, 1.0))
 
     @torch.inference_mode()  # slots hold what passes made, and inference tensors may not be changed outside
     def turn(self) -> None:
@@ -168,7 +242,7 @@ class Batcher:
         if self._rows:
             self._decode()
         if not self._rows and not self._waiting:
-            self._slots.reserve(1, 1)  # lets go of room that only long requests needed
+            self._slots.trim()
 
     def close(self, error: Exception) -> None:
         """End everything under way with an error."""
@@ -181,12 +255,13 @@ class Batcher:
     # -- joining and leaving ------------------------------------------------------------------------------------------
 
     def _drop_cancelled(self) -> None:
-        for job in [j for j in self._waiting if j.cancelled]:
+        now = time.monotonic()
+        for job in [j for j in self._waiting if j.cancelled or now > j.deadline]:
             self._waiting.remove(job)
-            job.end(None)
-        for row in [r for r in self._rows if r.job.cancelled]:
+            job.end(None if job.cancelled else _too_late(job))
+        for row in [r for r in self._rows if r.job.cancelled or now > r.job.deadline]:
             self._leave(row)
-            row.job.end(None)
+            row.job.end(None if row.job.cancelled else _too_late(row.job))
 
     def _has_room(self, job: ChatJob) -> bool:
         rows = len(self._rows) + 1
@@ -194,8 +269,14 @@ class Batcher:
         return rows <= self.max_rows and (rows == 1 or rows * longest <= self.max_tokens)
 
     def _admit(self, job: ChatJob) -> None:
-        self._slots.reserve(len(self._rows) + 1, max([job.need, *(r.job.need for r in self._rows)]))
-        opening = self._slots.opening()
+        try:
+            self._slots.reserve(len(self._rows) + 1, max([job.need, *(r.job.need for r in self._rows)]))
+            opening = self._slots.opening()
+        except (MemoryError, torch.OutOfMemoryError):
+            found = f"no memory for keys and values of {job.need} more tokens"
+            wait = max(self._pace.row_s, 1.0)
+            job.end(Overloaded(found, hint="try again later, or lower HHH_ROUTER_KV_TOKENS", retry_after_s=wait))
+            return
         row = None
         try:
             row = self._prefill(job, opening)
@@ -227,6 +308,7 @@ class Batcher:
             hidden = stack.run(state, stack.depth)
             logits = stack.logits(hidden[0, -1])
         prefilled_at = time.perf_counter()
+        self._pace.prompt(len(text.ids), prefilled_at - started)
         timing = {"read": 1000 * (planned_at - started), "prefill": 1000 * (prefilled_at - started)}
         job.tell(Planned(plan=plan, prompt_tokens=len(text.ids), layers_run=state.next_layer, read_ms=timing["read"]))
         if logits is None:
@@ -252,6 +334,7 @@ class Batcher:
         last = self._rows.pop()
         if last is not row:
             self._rows[slot] = last
+        self._pace.row(time.perf_counter() - row.prefilled_at)
 
     def _fail(self, row: _Row, error: Exception) -> None:
         self._leave(row)
@@ -290,7 +373,12 @@ class Batcher:
         try:
             return self._pass([slot])[0]
         except Exception as error:  # this row's own, then
-            return error
+            _log.error("a row failed twice", exc_info=error)
+            found = Quarantined(
+                f"this request made the model fail twice: {type(error).__name__}: {error}", hint="do not send it again"
+            )
+            found.__cause__ = error
+            return found
 
     def _draw(self, row: _Row) -> None:
         found = row.sampler.draw(row.logits)
@@ -347,6 +435,12 @@ class Batcher:
         )
         self._leave(row)
         row.job.end(None)
+
+
+def _too_late(job: ChatJob) -> BackendTimeout:
+    return BackendTimeout(
+        f"no end of the reply after {job.request.timeout_s:g} s", hint="ask for fewer tokens, or allow more time"
+    )
 
 
 def _known(error: Exception) -> HHHRouterError:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import bisect
 import logging
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from hhh_router.errors import ContextTooLong, HHHRouterError, InvalidRequest, ReaderError
+from hhh_router.errors import ContextTooLong, HHHRouterError, InvalidRequest, Overloaded, ReaderError
 from hhh_router.model.encode import Encoded, Encoder
+from hhh_router.model.engine import EndRead
 from hhh_router.model.reader import HeadReader
 from hhh_router.types import ReadRequest, Scores
 
 _log = logging.getLogger(__name__)
+_SORTED = 512  # texts that are sorted by length at a time
 _REMEMBERED = 4096
 """Readings that are kept. They are raw scores of token sequences, so no calibrator or policy makes them stale."""
 
@@ -23,13 +25,17 @@ class ReadJob:
     """The texts of one caller."""
 
     requests: Sequence[ReadRequest]
-    end: Callable[[list[Scores] | Exception], None]
+    end: EndRead
     """Called once, on the model's thread, with all scores in order, or with what went wrong."""
     cancelled: bool = False
     """Set by any thread: nobody waits for this any more."""
     found: list[Scores | None] = field(default_factory=list)
     left: int = 0
     """Texts still to be read."""
+
+    def cancel(self) -> None:
+        """As `hhh_router.model.engine.Ticket` has it."""
+        self.cancelled = True
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -45,11 +51,20 @@ class _Waiting:
 class Reads:
     """Scores texts in batches of like length, whoever they came from. Used by one thread, the model's own."""
 
-    def __init__(self, reader: HeadReader, encoder: Encoder, batch_tokens: int) -> None:
-        """Batches hold at most ``batch_tokens`` with padding, or one text."""
+    def __init__(self, reader: HeadReader, encoder: Encoder, batch_tokens: int, *, max_waiting: int = 20_000) -> None:
+        """For one model.
+
+        Args:
+            reader: Reads batches.
+            encoder: Of its tokenizer.
+            batch_tokens: Most tokens of a batch, with padding; a longer text is read alone.
+            max_waiting: Texts that may wait; a call that finds more is turned away, unless nothing else waits.
+        """
         self._reader = reader
         self._encoder = encoder
         self._batch_tokens = batch_tokens
+        self._max_waiting = max_waiting
+        self._arriving: deque[tuple[ReadJob, int]] = deque()  # not yet encoded
         self._by_length: list[_Waiting] = []
         self._by_age: deque[_Waiting] = deque()
         self._known: OrderedDict[Encoded, Scores] = OrderedDict()
@@ -58,27 +73,27 @@ class Reads:
     @property
     def busy(self) -> bool:
         """True while `turn` has something to do."""
-        return bool(self._by_length)
+        return bool(self._by_length or self._arriving)
+
+    @property
+    def waiting(self) -> int:
+        """Texts that are still to be read."""
+        return len(self._by_length) + len(self._arriving)
 
     def put(self, job: ReadJob) -> None:
-        """Queue a caller's texts; what was read before is answered from memory."""
-        try:
-            texts = [self._encoded(job, i) for i in range(len(job.requests))]
-        except Exception as error:  # a seam: it must reach its caller, not kill the thread
-            job.end(_known(error))
+        """Queue a caller's texts."""
+        waiting = self.waiting
+        if waiting and waiting + len(job.requests) > self._max_waiting:
+            job.end(Overloaded(f"{waiting} texts are waiting to be read", hint="try again", retry_after_s=1.0))
             return
-        job.found = [self._remembered(t) for t in texts]
-        for index, text in enumerate(texts):
-            if job.found[index] is None:
-                self._arrived += 1
-                entry = _Waiting(len(text.ids), self._arrived, job, index, text)
-                bisect.insort(self._by_length, entry)
-                self._by_age.append(entry)
-                job.left += 1
+        job.found = [None] * len(job.requests)
+        job.left = len(job.requests)
+        self._arriving.extend((job, i) for i in range(len(job.requests)))
         self._finish(job)
 
     def turn(self) -> None:
         """Read one batch: the text that has waited longest, and others of like length."""
+        self._encode()
         batch = self._next_batch()
         if not batch:
             return
@@ -88,23 +103,53 @@ class Reads:
             _log.exception("reading a batch of %d failed; trying them one by one", len(batch))
             found = [self._alone(e) for e in batch]
         for entry, scores in zip(batch, found, strict=True):
-            job = entry.job
             if isinstance(scores, Exception):
-                if not job.cancelled:
-                    job.cancelled = True  # its other texts need not be read any more
-                    job.end(_known(scores))
+                self._fail(entry.job, scores)
                 continue
-            self._known[entry.text] = job.found[entry.index] = scores
+            self._known[entry.text] = scores
             while len(self._known) > _REMEMBERED:
                 self._known.popitem(last=False)
-            job.left -= 1
-            self._finish(job)
+            self._settle(entry.job, entry.index, scores)
+
+    def _encode(self) -> None:
+        """Encode what has arrived, as much as is worth sorting: a large call must not hold up the replies' steps.
+
+        What was read before is answered from memory.
+        """
+        while self._arriving and len(self._by_length) < _SORTED:
+            job, index = self._arriving.popleft()
+            if job.cancelled:
+                continue
+            try:
+                text = self._encoded(job, index)
+            except Exception as error:  # a seam: it must reach its caller, not kill the thread
+                self._fail(job, error)
+                continue
+            if (scores := self._remembered(text)) is not None:
+                self._settle(job, index, scores)
+                continue
+            self._arrived += 1
+            entry = _Waiting(len(text.ids), self._arrived, job, index, text)
+            bisect.insort(self._by_length, entry)
+            self._by_age.append(entry)
+
+    def _settle(self, job: ReadJob, index: int, scores: Scores) -> None:
+        job.found[index] = scores
+        job.left -= 1
+        self._finish(job)
+
+    def _fail(self, job: ReadJob, error: Exception) -> None:
+        if not job.cancelled:
+            job.cancelled = True  # its other texts need not be read any more
+            job.end(_known(error))
 
     def close(self, error: Exception) -> None:
         """End everything that waits with an error."""
-        for job in {id(e.job): e.job for e in self._by_length}.values():
+        jobs = [*(e.job for e in self._by_length), *(job for job, _ in self._arriving)]
+        for job in {id(j): j for j in jobs}.values():
             if not job.cancelled:
                 job.end(error)
+        self._arriving.clear()
         self._by_length.clear()
         self._by_age.clear()
 

@@ -33,14 +33,8 @@ class Slots:
         return self._room[0] * self._room[1]
 
     def reserve(self, rows: int, length: int) -> None:
-        """Make room for so many rows of so many tokens; what is kept stays where it is.
-
-        Room that is far too large shrinks again when nothing is kept.
-        """
+        """Make room for so many rows of so many tokens; what is kept stays where it is."""
         length = math.ceil(length / _STEP) * _STEP
-        if not self.lengths and self.tokens > 4 * rows * length:
-            self._layers.clear()
-            self._room = (0, 0)
         if rows <= self._room[0] and length <= self._room[1]:
             return
         rows = max(rows, self._room[0] if rows <= self._room[0] else math.ceil(self._room[0] * _GROWTH))
@@ -94,6 +88,11 @@ class Slots:
         for pair in self._layers.values():
             for kept in pair:
                 kept[opening.slot, :, : opening.tokens] = 0
+
+    def trim(self) -> None:
+        """Let go of room that only long or many rows needed, once nothing is kept."""
+        if not self.lengths and self.tokens > _STEP:
+            self.clear()
 
     def clear(self) -> None:
         """Drop everything."""

@@ -1,4 +1,4 @@
-"""The only thread that touches the model, and the asynchronous faces of reader and generator in front of it.
+"""The only thread that touches the model: an `Engine` in this process.
 
 The thread takes turns: one batch of texts that are only to be read, then one decode step of all replies under way, so
 that a guard call waits for a step, not for a chat.
@@ -6,217 +6,151 @@ that a guard call waits for a step, not for a chat.
 
 from __future__ import annotations
 
-import asyncio
+import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable, Sequence
-from contextlib import aclosing
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from hhh_router.bundle import Bundle
-from hhh_router.errors import BundleError, GeneratorError, HHHRouterError, Overloaded, ReaderError
+from hhh_router.errors import BundleError, GeneratorError, Overloaded, ReaderError, Unavailable
 from hhh_router.model.base import compute_dtype, load_backbone
-from hhh_router.model.batcher import Batcher, ChatJob, Load
+from hhh_router.model.batcher import Batcher, ChatJob
 from hhh_router.model.encode import Encoder
+from hhh_router.model.engine import EmbeddedModel, EndChat, EndRead, TellEvent, Ticket
 from hhh_router.model.experts import load_experts
 from hhh_router.model.fetch import fetch_backbone
 from hhh_router.model.heads import Heads
 from hhh_router.model.mixture import install_mixture
 from hhh_router.model.reader import HeadReader
 from hhh_router.model.reads import ReadJob, Reads
-from hhh_router.protocols import Event, Planner
+from hhh_router.protocols import Load, Planner
 from hhh_router.settings import Settings
-from hhh_router.types import ChatRequest, ReadRequest, Scores
+from hhh_router.types import ChatRequest, ReadRequest
 
-_UNREAD_EVENTS = 4096  # a caller that far behind is not reading; its reply would pile up in memory
+_log = logging.getLogger(__name__)
+_POLL_S = 0.02  # between looks whether a draining engine is idle
+_ARRIVING = 4096  # pieces of work that may come in while a turn runs
+_END_S = 30  # for a turn to end when the thread is to stop
 
 
 class Worker:
-    """Runs reads and replies on one thread, a turn each."""
+    """Runs reads and replies on one thread, a turn each. See `hhh_router.model.engine.Engine`."""
 
-    def __init__(
-        self, reads: Reads, batcher: Batcher, *, max_waiting: int = 256, name: str = "hhh-router-model"
-    ) -> None:
+    def __init__(self, reads: Reads, batcher: Batcher, *, name: str = "hhh-router-model") -> None:
         """Start the thread.
 
         Args:
             reads: Texts to be scored.
             batcher: Replies under way.
-            max_waiting: Chats that may wait for a row; one more is turned away.
             name: Of the thread.
         """
         self._reads = reads
         self._batcher = batcher
-        self._max_waiting = max_waiting
         self._inbox: queue.SimpleQueue[ReadJob | ChatJob | None] = queue.SimpleQueue()
         self._open = threading.Lock()
-        self._accepts = True
+        self._refusal: Unavailable | None = None  # what new work is told, once none is taken
+        self._turning = False
+        self._began = 0.0
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
         self._thread.start()
 
     @property
     def load(self) -> Load:
-        """How busy the replies' part is; read from any thread, so a moment old."""
-        return self._batcher.load
+        """How busy it is; read from any thread, so a moment old."""
+        state = "draining" if self._refusal else "ready"
+        return replace(self._batcher.load, waiting_texts=self._reads.waiting, state=state)
 
-    async def read(self, requests: Sequence[ReadRequest]) -> list[Scores]:
-        """Score texts, in order.
+    def read(self, requests: Sequence[ReadRequest], end: EndRead) -> Ticket:
+        """See `hhh_router.model.engine.Engine.read`."""
+        job = ReadJob(requests=requests, end=end)
+        self._put(job)
+        return job
 
-        Raises:
-            ContextTooLong, InvalidRequest: A text cannot be read as it stands.
-            ReaderError: The reading failed, or the model was closed.
-        """
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[list[Scores]] = loop.create_future()
+    def chat(
+        self, request: ChatRequest, planner: Planner, *, window_tokens: int, tell: TellEvent, end: EndChat
+    ) -> Ticket:
+        """See `hhh_router.model.engine.Engine.chat`."""
+        job = ChatJob(request=request, planner=planner, window_tokens=window_tokens, tell=tell, end=end)
+        self._put(job)
+        return job
 
-        def settle(found: list[Scores] | Exception) -> None:
-            if done.done():
-                return
-            if isinstance(found, Exception):
-                done.set_exception(found)
-            else:
-                done.set_result(found)
-
-        job = ReadJob(requests=requests, end=lambda found: _call(loop, settle, found))
-        self._put(job, ReaderError)
-        try:
-            return await done
-        finally:
-            job.cancelled = True
-
-    async def chat(self, request: ChatRequest, planner: Planner, *, window_tokens: int) -> AsyncGenerator[Event, None]:
-        """The events of one reply; closing the stream frees its row before the next step.
-
-        Raises:
-            ContextTooLong, InvalidRequest: The prompt cannot be answered as it stands.
-            Overloaded: Too many chats wait already.
-            GeneratorError: The reply failed, or nobody read it.
-        """
-        if (waiting := self._batcher.load.waiting) >= self._max_waiting:
-            raise Overloaded(f"{waiting} chats are waiting", hint="try again in a moment")
-        loop = asyncio.get_running_loop()
-        events: asyncio.Queue[Any] = asyncio.Queue()
-
-        def tell(event: Event) -> None:
-            if events.qsize() > _UNREAD_EVENTS:
-                raise GeneratorError(f"{_UNREAD_EVENTS} events of the reply have not been read", hint="read faster")
-            if not _call(loop, events.put_nowait, event):
-                job.cancelled = True
-
-        job = ChatJob(
-            request=request, planner=planner, window_tokens=window_tokens, tell=tell,
-            end=lambda error: _call(loop, events.put_nowait, error or _END),
-        )  # fmt: skip
-        self._put(job, GeneratorError)
-        try:
-            while (event := await events.get()) is not _END:
-                if isinstance(event, Exception):
-                    raise event
-                yield event
-        finally:
-            job.cancelled = True
-
-    async def aclose(self) -> None:
-        """End the thread after the turn it is in; jobs still open fail."""
-        self._inbox.put(None)
-        await asyncio.to_thread(self._thread.join, 30)
-
-    def _put(self, job: ReadJob | ChatJob, failure: type[HHHRouterError]) -> None:
+    def drain(self, timeout_s: float) -> bool:
+        """See `hhh_router.model.engine.Engine.drain`."""
         with self._open:
-            if not self._accepts:
-                raise failure("the model has been closed", hint="open a new router")
-            self._inbox.put(job)
+            self._refusal = self._refusal or Unavailable("the engine is shutting down", hint="ask another one")
+        end = time.monotonic() + timeout_s
+        while self._turning or not self._inbox.empty():
+            if time.monotonic() > end or not self._thread.is_alive():
+                return False
+            time.sleep(_POLL_S)
+        return True
+
+    def close(self) -> None:
+        """End the thread after the turn it is in; work still open fails."""
+        self._inbox.put(None)
+        self._thread.join(_END_S)
+
+    @property
+    def turn_s(self) -> float:
+        """Seconds since the turn under way began; 0 where none is."""
+        began = self._began
+        return time.monotonic() - began if began else 0.0
+
+    def _put(self, job: ReadJob | ChatJob) -> None:
+        with self._open:
+            refusal: Unavailable | Overloaded | None = self._refusal
+            if refusal is None and self._inbox.qsize() >= _ARRIVING:
+                refusal = Overloaded("more arrives than can be looked at", hint="try again", retry_after_s=1.0)
+            if refusal is None:
+                self._inbox.put(job)
+                return
+        job.end(refusal)
 
     def _serve(self) -> None:
         while True:
             try:
                 while True:
-                    job = self._inbox.get(block=not (self._reads.busy or self._batcher.busy))
+                    self._turning = self._reads.busy or self._batcher.busy
+                    job = self._inbox.get(block=not self._turning)
+                    self._turning = True
                     if job is None:
-                        self._close()
+                        self._end()
                         return
-                    part: Any = self._reads if isinstance(job, ReadJob) else self._batcher
-                    part.put(job)
+                    self._take(job)
             except queue.Empty:
                 pass
-            self._reads.turn()
-            self._batcher.turn()
+            self._began = time.monotonic()
+            try:
+                self._reads.turn()
+                self._batcher.turn()
+            except Exception as error:  # a fault of ours, not of one request: end what is open and go on from nothing
+                _log.exception("the engine failed; everything under way is lost")
+                lost = f"the engine failed: {type(error).__name__}: {error}"
+                self._reads.close(ReaderError(lost))
+                self._batcher.close(GeneratorError(lost))
+            self._began = 0.0
 
-    def _close(self) -> None:
+    def _take(self, job: ReadJob | ChatJob) -> None:
+        part: Any = self._reads if isinstance(job, ReadJob) else self._batcher
+        part.put(job)
+
+    def _end(self) -> None:
         """End what is under way and what has arrived since."""
+        closed = Unavailable("the engine was closed", hint="open a new router")
         with self._open:
-            self._accepts = False
+            self._refusal = closed
         while not self._inbox.empty():
             job = self._inbox.get()
             if job is not None:
-                part: Any = self._reads if isinstance(job, ReadJob) else self._batcher
-                part.put(job)
-        self._reads.close(ReaderError("the model was closed"))
-        self._batcher.close(GeneratorError("the model was closed"))
-
-
-_END = object()
-
-
-def _call(loop: asyncio.AbstractEventLoop, function: Callable[..., None], *given: Any) -> bool:
-    """Call something on a loop's thread; False where the loop is closed, so that nobody waits there any more."""
-    try:
-        loop.call_soon_threadsafe(function, *given)
-    except RuntimeError:
-        return False
-    return True
-
-
-class EmbeddedReader:
-    """`Reader` on the embedded model."""
-
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-
-    async def read(self, requests: Sequence[ReadRequest]) -> list[Scores]:
-        """Score each text, in order; texts of like length, whoever sent them, share a padded pass."""
-        return await self._worker.read(requests)
-
-
-class EmbeddedGenerator:
-    """`Generator` on the embedded model."""
-
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-
-    async def generate(
-        self, request: ChatRequest, planner: Planner, *, window_tokens: int
-    ) -> AsyncGenerator[Event, None]:
-        """See `hhh_router.protocols.Generator.generate`."""
-        async with aclosing(self._worker.chat(request, planner, window_tokens=window_tokens)) as events:
-            async for event in events:
-                yield event
-
-
-@dataclass(slots=True)
-class EmbeddedModel:
-    """A bundle on its backbone, ready to read and to answer."""
-
-    reader: EmbeddedReader
-    generator: EmbeddedGenerator
-    worker: Worker
-    encoder: Encoder
-    description: dict[str, Any]
-
-    def context_tokens(self) -> int:
-        """The model's window."""
-        return self.encoder.context_tokens
-
-    def describe(self) -> dict[str, Any]:
-        """Sizes and precision, for logs and ``doctor``."""
-        return dict(self.description)
-
-    async def aclose(self) -> None:
-        """Stop the model's thread."""
-        await self.worker.aclose()
+                self._take(job)
+        self._reads.close(closed)
+        self._batcher.close(closed)
+        self._turning = False
 
 
 def open_reader(bundle: Bundle, settings: Settings) -> tuple[HeadReader, Encoder]:
@@ -249,14 +183,12 @@ def load_embedded(bundle: Bundle, settings: Settings) -> EmbeddedModel:
     stack = reader.stack
     gates = install_mixture(stack.model, load_experts(bundle))
     batcher = Batcher(
-        reader=reader, encoder=encoder, gates=gates, max_rows=settings.max_rows, max_tokens=settings.kv_tokens
-    )
-    worker = Worker(Reads(reader, encoder, settings.guard_batch_tokens), batcher, max_waiting=settings.max_waiting)
+        reader=reader, encoder=encoder, gates=gates, max_rows=settings.max_rows, max_tokens=settings.kv_tokens,
+        max_waiting=settings.max_waiting, max_waiting_tokens=settings.max_waiting_tokens,
+    )  # fmt: skip
+    reads = Reads(reader, encoder, settings.guard_batch_tokens, max_waiting=2 * settings.max_batch_items)
     return EmbeddedModel(
-        reader=EmbeddedReader(worker),
-        generator=EmbeddedGenerator(worker),
-        worker=worker,
-        encoder=encoder,
+        engine=Worker(reads, batcher),
         description={
             "layers": stack.depth,
             "first_adapted_layer": reader.first_adapted_layer,

@@ -19,7 +19,7 @@ from hhh_router.pipeline.results import (
     Usage,
 )
 from hhh_router.pipeline.store import PolicyStore
-from hhh_router.protocols import Generator, Reader, TokenLogprob
+from hhh_router.protocols import Generator, Load, Reader, TokenLogprob
 from hhh_router.settings import Settings
 from hhh_router.trace import Sink
 from hhh_router.trace.block import BundleRef
@@ -54,6 +54,8 @@ class Pipeline:
         settings: Limits and deadlines.
         answers_elsewhere: True when the generator asks an upstream model, so that no mixture is applied.
         closers: Awaited once by `aclose`, in order.
+        drain: Takes seconds; nothing new is taken in, and what has not ended by then ends with an error.
+        load: How busy the engine is.
     """
 
     def __init__(
@@ -69,8 +71,12 @@ class Pipeline:
         settings: Settings,
         answers_elsewhere: bool = False,
         closers: Sequence[Callable[[], Awaitable[None]]] = (),
+        drain: Callable[[float], Awaitable[None]] | None = None,
+        load: Callable[[], Load] = Load,
     ) -> None:
         self._closers = list(closers)
+        self._drain = drain
+        self._load = load
         self._parts = Parts(
             reader=reader,
             generator=generator,
@@ -117,6 +123,16 @@ class Pipeline:
     async def route(self, requests: Sequence[GuardRequest]) -> list[RouteResult]:
         """Needs, posterior and weights of each prompt, all in one batch. See `run_route` for what it raises."""
         return await run_route(self._parts, requests)
+
+    @property
+    def load(self) -> Load:
+        """How busy the engine is."""
+        return self._load()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take nothing new in and wait for what is under way, so long; what has not ended then ends with an error."""
+        if self._drain is not None:
+            await self._drain(timeout_s)
 
     async def aclose(self) -> None:
         """Close what reader and generator hold open; does nothing the second time."""

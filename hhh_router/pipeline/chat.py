@@ -37,13 +37,19 @@ async def run_chat(parts: Parts, request: ChatRequest, *, stream: bool) -> Async
 
     Raises:
         RequestError: The request cannot be answered as it stands.
-        BackendTimeout: ``settings.request_timeout_s`` passed.
+        BackendTimeout: The request's own ``timeout_s`` or ``settings.request_timeout_s`` passed.
+        Overloaded, Unavailable: Nothing was begun; the error says when to come back.
         BackendError: The generator failed and the policy's ``on_error`` is open, or an upstream failed. Nothing that
             was not cleared has been let out.
     """
     policy = parts.policies.get(request.policy)
     check_chat(request, max_bytes=parts.settings.max_body_bytes, any_order=parts.answers_elsewhere)
-    request = replace(request, request_id=request.request_id or parts.new_id())
+    most = parts.settings.request_timeout_s
+    request = replace(
+        request,
+        request_id=request.request_id or parts.new_id(),
+        timeout_s=most if request.timeout_s is None else min(most, request.timeout_s),
+    )
     async with aclosing(_Run(parts, request, policy, stream=stream).events()) as events:
         async for event in events:
             yield event
@@ -58,7 +64,9 @@ class _Run:
         self._policy = policy
         self._stream = stream
         self._enforce = policy.mode == "enforce"
-        self._deadline = asyncio.get_running_loop().time() + parts.settings.request_timeout_s
+        assert request.timeout_s is not None
+        self._timeout_s = request.timeout_s
+        self._deadline = asyncio.get_running_loop().time() + self._timeout_s
         self._record = Record(parts, request, policy)
         self._release = Release()
         self._logprobs: list[float] = []
@@ -121,7 +129,7 @@ class _Run:
             if not deadline.expired():
                 raise
             raise BackendTimeout(
-                f"no end of the reply after {self._parts.settings.request_timeout_s:g} s",
+                f"no end of the reply after {self._timeout_s:g} s",
                 hint="ask for fewer tokens, or raise HHH_ROUTER_REQUEST_TIMEOUT_S",
             ) from error
 

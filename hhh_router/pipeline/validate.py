@@ -34,6 +34,8 @@ def check_chat(request: ChatRequest, *, max_bytes: int, any_order: bool = False)
     """
     check_messages(request.messages, max_bytes=max_bytes, any_order=any_order)
     check_sampling(request.sampling)
+    if (given := request.timeout_s) is not None and not (_is_finite(given) and given > 0):
+        raise InvalidRequest(f"timeout_s: found {given!r}", hint="use seconds, more than 0")
 
 
 def check_guard(request: GuardRequest, *, max_bytes: int, where: str = "") -> None:

@@ -109,7 +109,7 @@ def write_steering_sets(root: Path, rows: int = 6) -> None:
             {"key": i, "prompt": ask(_BENIGN), "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{}]}
             for i in several
         ],
-        "mmlu_sample/m.jsonl.gz": [{"subject": "x", "question": f"{i}?", "choices": ["1", "2"], "answer": "2"}
+        "mmlu_sample/m.jsonl.gz": [{"subject": "x", "question": f"{i}?", "choices": ["1", "2"], "answer": "1"}
                                    for i in several],
         "arc_challenge/a.jsonl": [{"question": f"{i}?", "choices": {"A": "x", "B": "y"}, "answer": "B"}
                                   for i in several],

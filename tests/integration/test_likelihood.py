@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,7 @@ def test_rows_of_every_suite_become_items_and_only_eval_rows_do(tmp_path: Path) 
             "hhh_alignment/hhh.jsonl",
             {"input": "Human: Hi\n\nAssistant: Hello\n\nHuman: Q?", "chosen": "a", "rejected": "b", "subset": "honest"},
         ),
-        "MMLU": ("mmlu_sample/m.jsonl", {"question": "Q?", "choices": ["1", "2"], "answer": "2"}),
+        "MMLU": ("mmlu_sample/m.jsonl", {"question": "Q?", "choices": ["1", "2"], "answer": "0"}),
         "ARC-Challenge": ("arc_challenge/a.jsonl", {"question": "Q?", "choices": {"A": "x", "B": "y"}, "answer": "B"}),
         "HellaSwag": ("hellaswag_sample/h.jsonl", {"question": "Q", "choices": {"A": "x", "B": "y"}, "answer": "A"}),
         "GSM8K, answer": ("gsm8k/g.jsonl", {"question": "Q?", "answer": "42"}),
@@ -61,9 +62,24 @@ def test_rows_of_every_suite_become_items_and_only_eval_rows_do(tmp_path: Path) 
     right = {name: {items[0].candidates[i] for i in items[0].right} for name, items in found.items()}
     assert right["TruthfulQA MC2"] == {"yes", "so"}
     assert right["HHH alignment, pairwise"] == {"a"}
-    assert right["MMLU"] == {"2"}
+    assert right["MMLU"] == {"1"}  # its answers are places
     assert right["ARC-Challenge"] == {"y"}
     assert [m.role for m in found["HHH alignment, pairwise"][0].messages] == ["user", "assistant", "user"]
+
+
+def test_a_tables_heading_is_no_item(tmp_path: Path) -> None:
+    rows = [
+        {"question": "question", "choices": ["choice0", "choice1"], "answer": "answer", "split": "eval"},
+        {"question": "Q?", "choices": ["x", "y"], "answer": "1", "split": "eval"},
+    ]
+    path = tmp_path / "mmlu_sample" / "m.jsonl"
+    path.parent.mkdir()
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    suite = SUITES["MMLU"]
+
+    (item,) = suite_items(replace(suite, pattern="mmlu_sample/m.jsonl"), tmp_path, rows=10, seed=1)
+
+    assert [item.candidates[i] for i in item.right] == ["y"]
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from hhh_router.bundle import Bundle
 from hhh_router.errors import BundleError, ContextTooLong, GeneratorError
+from hhh_router.model.engine import EmbeddedModel
 from hhh_router.model.experts import load_experts
-from hhh_router.model.worker import EmbeddedModel, load_embedded
+from hhh_router.model.worker import load_embedded
 from hhh_router.protocols import Delta, Event, Finished, Planned, Planner, Window
 from hhh_router.settings import Settings
 from hhh_router.types import (
@@ -67,7 +68,7 @@ def text_of(found: list[Event]) -> str:
 
 async def test_a_stop_leaves_the_upper_layers_unrun(model: EmbeddedModel) -> None:
     calls: list[int] = []
-    layers = model.worker._batcher.reader.stack.layers
+    layers = model.engine._batcher.reader.stack.layers
     for index, layer in enumerate(layers):
         layer.register_forward_hook(lambda *_, index=index: calls.append(index))
 
@@ -80,7 +81,7 @@ async def test_a_stop_leaves_the_upper_layers_unrun(model: EmbeddedModel) -> Non
 
 async def test_going_on_runs_every_layer_once_for_the_prompt(model: EmbeddedModel) -> None:
     calls: list[int] = []
-    layers = model.worker._batcher.reader.stack.layers
+    layers = model.engine._batcher.reader.stack.layers
     for index, layer in enumerate(layers):
         layer.register_forward_hook(lambda *_, index=index: calls.append(index))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hhh_router.bundle import Bundle
-from hhh_router.errors import ReaderError
+from hhh_router.errors import Overloaded, ReaderError
 from hhh_router.model.encode import Encoded
 from hhh_router.model.reads import ReadJob, Reads
 from hhh_router.model.worker import open_reader
@@ -22,7 +22,8 @@ class Watched:
     def __init__(self, bundle: Bundle, cache: Path, batch_tokens: int = 600) -> None:
         reader, encoder = open_reader(bundle, Settings.load(cache_dir=cache, threads=1))
         self.batches: list[int] = []
-        self.reads = Reads(reader, encoder, batch_tokens)
+        self.encoder = encoder
+        self.reads = Reads(reader, encoder, batch_tokens, max_waiting=2000)
         score = reader.score
 
         def watched(texts: Sequence[Encoded]) -> list[Scores]:
@@ -73,7 +74,7 @@ def test_a_long_list_is_read_in_batches_of_like_length_and_in_order(watched: Wat
     watched.finish()
 
     assert len(found[0]) == 40
-    assert [s.tokens for s in found[0]] == sorted((s.tokens for s in found[0]), key=[s.tokens for s in found[0]].index)
+    assert [s.tokens for s in found[0]] == [len(watched.encoder.encode(asked(t)).ids) for t in texts]
     assert found[0][5].tokens == single[0][0].tokens - 1
     assert len(watched.batches) < 30
 
@@ -84,6 +85,7 @@ def test_what_was_read_before_is_not_read_again(watched: Watched) -> None:
     before = len(watched.batches)
 
     again = watched.put("there", "hello")
+    watched.finish()
 
     assert again == [list(reversed(first[0]))]
     assert len(watched.batches) == before
@@ -119,3 +121,23 @@ def test_closing_tells_everyone_once(watched: Watched) -> None:
 
     assert [str(e) for e in found] == [str(ReaderError("closed"))]
     assert not watched.reads.busy
+
+
+def test_a_large_call_is_encoded_in_portions(watched: Watched) -> None:
+    found = watched.put(*(f"text {i}" for i in range(900)))
+    watched.reads.turn()
+
+    assert len(watched.reads._by_length) < 600
+    watched.finish()
+    assert len(found[0]) == 900
+
+
+def test_more_texts_than_may_wait_are_turned_away_but_a_large_call_alone_is_not(watched: Watched) -> None:
+    large = watched.put(*(f"text {i}" for i in range(2500)))
+    turned_away = watched.put("one more")
+    watched.finish()
+
+    assert len(large[0]) == 2500
+    (error,) = turned_away
+    assert isinstance(error, Overloaded)
+    assert error.retry_after_s

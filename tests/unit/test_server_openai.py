@@ -14,7 +14,9 @@ from hhh_router.errors import (
     MissingExtra,
     Overloaded,
     PolicyNotAllowed,
+    Quarantined,
     SettingsError,
+    Unavailable,
     UpstreamError,
 )
 from hhh_router.interfaces.sdk import HHHRouter
@@ -289,7 +291,9 @@ def test_behind_a_proxy_what_cannot_be_done_is_refused(fields: dict[str, Any]) -
         (ContextTooLong("x"), 400, "invalid_request_error", "context_length_exceeded"),
         (PolicyNotAllowed("x"), 403, "permission_error", "policy_not_allowed"),
         (GeneratorError("x"), 502, "server_error", "generator_error"),
-        (Overloaded("x"), 503, "server_error", "overloaded"),
+        (Overloaded("x"), 429, "rate_limit_error", "overloaded"),
+        (Unavailable("x"), 503, "server_error", "unavailable"),
+        (Quarantined("x"), 500, "server_error", "quarantined"),
         (MissingExtra("model", needed_for="x"), 501, "server_error", "missing_extra"),
         (UpstreamError("x", status=500, body={"error": {}}), 502, "server_error", "upstream_error"),
         (UpstreamError("x", status=429), 429, "rate_limit_error", "upstream_error"),
@@ -303,6 +307,18 @@ def test_every_error_has_openais_shape(error: Exception, status: int, kind: str,
     assert set(told["error"]) == {"message", "type", "param", "code"}
     assert (told["error"]["type"], told["error"]["code"]) == (kind, code)
     assert "secret detail" not in told["error"]["message"]
+
+
+@pytest.mark.parametrize("kind", [Overloaded, Unavailable])
+def test_who_is_turned_away_is_told_when_to_come_back(kind: type[Overloaded | Unavailable]) -> None:
+    _, _, headers = failure(kind("x", retry_after_s=2.5))
+
+    assert headers == {"retry-after": "3", "retry-after-ms": "2500"}
+    assert failure(kind("x"))[2] == {}
+
+
+def test_a_quarantined_request_is_not_to_be_sent_again() -> None:
+    assert failure(Quarantined("x"))[2] == {"x-should-retry": "false"}
 
 
 def test_an_upstreams_own_4xx_passes_in_its_own_words() -> None:

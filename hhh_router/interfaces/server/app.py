@@ -15,7 +15,7 @@ from starlette.routing import Route
 
 from hhh_router.interfaces.server import native
 from hhh_router.interfaces.server.chat import ChatResponse
-from hhh_router.interfaces.server.http import endpoint, error_body, read_json
+from hhh_router.interfaces.server.http import endpoint, error_body, read_json, retry_after
 from hhh_router.interfaces.server.models import list_models
 from hhh_router.interfaces.server.openai import parse_chat
 from hhh_router.pipeline import Pipeline
@@ -71,14 +71,18 @@ def create_app(pipeline: Pipeline) -> Starlette:
         return JSONResponse({"status": "ok"})
 
     async def ready(request: Request) -> Response:
-        parts = pipeline.parts
+        parts, load = pipeline.parts, pipeline.load
+        is_ready = load.state == "ready"
         return JSONResponse(
-            {
-                "status": "ok",
+            status_code=200 if is_ready else 503,
+            headers={} if is_ready else retry_after(load.wait_s),
+            content={
+                "status": "ok" if is_ready else load.state,
                 "policy": pipeline.policies.default.name,
                 "bundle": parts.bundle_ref.name,
                 "proxy": is_proxy,
-            }
+                "engine": {"rows": load.rows, "waiting": load.waiting, "waiting_texts": load.waiting_texts},
+            },
         )
 
     @asynccontextmanager

@@ -7,6 +7,7 @@ import hmac
 import ipaddress
 import json
 import logging
+import math
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from typing import Any, NoReturn, TypeVar
 
@@ -14,7 +15,15 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Send
 
-from hhh_router.errors import HHHRouterError, InvalidRequest, SettingsError, UpstreamError, http_status
+from hhh_router.errors import (
+    HHHRouterError,
+    InvalidRequest,
+    Overloaded,
+    SettingsError,
+    Unavailable,
+    UpstreamError,
+    http_status,
+)
 from hhh_router.settings import Settings
 
 _log = logging.getLogger(__name__)
@@ -72,11 +81,22 @@ def failure(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
             message = f"{error.message} ({error.hint})" if error.hint else error.message
             if status >= 500:
                 _log.warning("%s: %s", error.code, error.message)
-            fixed = status in (500, 501)  # a file or an installation has to be fixed first
-            return status, error_body(message, status=status, code=error.code), NEVER_RETRY if fixed else {}
+            headers = dict(NEVER_RETRY) if status in (500, 501) else {}  # to be fixed first, or quarantined
+            if isinstance(error, Overloaded | Unavailable) and error.retry_after_s is not None:
+                headers |= retry_after(error.retry_after_s)
+            return status, error_body(message, status=status, code=error.code), headers
     _log.error("unexpected error", exc_info=error)
     message = "something went wrong here; the server's log says what"
     return 500, error_body(message, status=500, code="internal_error"), {}
+
+
+def retry_after(seconds: float) -> dict[str, str]:
+    """When to come back, in whole seconds as the standard has it, and in milliseconds as OpenAI's clients like it.
+
+    >>> retry_after(0.25)
+    {'retry-after': '1', 'retry-after-ms': '250'}
+    """
+    return {"retry-after": str(max(1, math.ceil(seconds))), "retry-after-ms": str(max(1, math.ceil(1000 * seconds)))}
 
 
 def failed(error: Exception, headers: Mapping[str, str] | None = None) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import Callable
 
@@ -13,7 +14,8 @@ from hhh_router.interfaces.server.http import check_exposure
 from hhh_router.pipeline import Pipeline
 from hhh_router.settings import Settings
 
-GRACE_S = 10  # replies in flight may end; then they are cut
+DRAIN_S = 8.0  # replies under way may end; then they end with an error
+GRACE_S = 10  # and then their connections are cut
 BACKLOG = 1024
 MAX_PORT = 65_535
 
@@ -59,15 +61,22 @@ def make_server(pipeline: Pipeline, *, on_ready: Callable[[], None] = lambda: No
         server_header=False,
         timeout_graceful_shutdown=GRACE_S,
     )
-    return _Server(config, on_ready)
+    return _Server(config, pipeline, on_ready)
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, on_ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, pipeline: Pipeline, on_ready: Callable[[], None]) -> None:
         super().__init__(config)
+        self._pipeline = pipeline
         self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._on_ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let replies under way end while uvicorn waits for their connections; what is too long ends with an error."""
+        async with asyncio.TaskGroup() as both:
+            both.create_task(self._pipeline.drain(DRAIN_S))
+            both.create_task(super().shutdown(sockets))
