@@ -46,6 +46,20 @@ class Planned:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """A token and how likely the model held it, as a caller is told."""
+
+    token: str
+    """Its text. Bytes that are no whole character stand as escapes, such as ``\\xe2``."""
+    logprob: float
+    """In nats, before temperature, bias and schema."""
+    bytes: tuple[int, ...] | None
+    """Its UTF-8; None for a mark that shows no text."""
+    top_logprobs: tuple[TokenLogprob, ...] = ()
+    """The likeliest tokens in its place, as many as were asked for, the likeliest first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Delta:
     """A piece of the reply that nobody has cleared yet."""
 
@@ -55,8 +69,8 @@ class Delta:
     """Log-probability of the drawn token, in nats; None from an upstream that tells none."""
     token: int | None = None
     """The drawn token's id; None from an upstream."""
-    likeliest: tuple[tuple[int, float], ...] = ()
-    """(token, log-probability) of as many as the request asked for, the likeliest first."""
+    told: tuple[TokenLogprob, ...] = ()
+    """Where the request asks for log-probabilities: every token whose text has come out with this delta."""
     raw: Mapping[str, Any] | None = None
     """The upstream's own chunk, to be passed on unchanged."""
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypedDict, Unpack, overload
 
 from hhh_router.errors import HHHRouterError, InvalidRequest
-from hhh_router.interfaces.parse import MessageLike, parse_prompt, parse_stop, parse_weights
+from hhh_router.interfaces.parse import MessageLike, parse_prompt, parse_weights
+from hhh_router.interfaces.sampling import parse_sampling
 from hhh_router.pipeline import (
     ChatDelta,
     ChatEvent,
@@ -21,7 +22,7 @@ from hhh_router.pipeline import (
 )
 from hhh_router.settings import Settings
 from hhh_router.trace.block import Metadata
-from hhh_router.types import ChatRequest, GuardRequest, ReadRequest, Sampling, Weights
+from hhh_router.types import ChatRequest, GuardRequest, ReadRequest, Weights
 
 Prompt = str | Sequence[MessageLike]
 """A user's text, or a conversation."""
@@ -42,10 +43,20 @@ class SamplingArgs(TypedDict, total=False):
     """0, the default, is greedy decoding."""
     top_p: float
     """Nucleus mass, in (0, 1]; 1 by default."""
+    top_k: int
+    """Only so many of the likeliest tokens are drawn from; 0, the default, is no limit."""
     seed: int | None
     """Seed of this request's own generator; None draws one."""
     stop: str | Sequence[str] | None
     """One or several strings that end the reply; they are not part of it."""
+    logit_bias: Mapping[int, float] | Mapping[str, float] | None
+    """Token id → what is added to its logit, in [-100, 100]; at most 300."""
+    logprobs: bool | None
+    """Tell each token's log-probability, in ``logprobs`` of the result and of each piece."""
+    top_logprobs: int | None
+    """Likeliest tokens told with each, 0 to 20; alone it asks for log-probabilities too."""
+    response_format: Mapping[str, Any] | type[Any] | None
+    """OpenAI's object (``{"type": "json_object"}`` or with a JSON schema), or a pydantic model the reply must fit."""
 
 
 class AsyncChatStream:
@@ -195,7 +206,7 @@ class AsyncHHHRouter:
             messages=turns,
             policy=_policy_name(policy, pipeline),
             weights=parse_weights(weights),
-            sampling=_sampling(sampling),
+            sampling=parse_sampling(**sampling),
             not_inspected=unread,
         )
         reply = AsyncChatStream(pipeline.chat(request, stream=stream))
@@ -274,12 +285,8 @@ def _as_result(event: ChatFinished) -> ChatResult:
         finish_reason=event.finish_reason,
         usage=event.usage,
         refusal=event.refusal,
+        logprobs=event.logprobs,
     )
-
-
-def _sampling(given: SamplingArgs) -> Sampling:
-    fields: dict[str, Any] = {**given, "stop": parse_stop(given.get("stop"))}
-    return Sampling(**fields)
 
 
 def _policy_name(policy: PolicyLike, pipeline: Pipeline) -> str | None:

@@ -33,7 +33,7 @@ def parse_messages(
         InvalidRequest: Not a list of messages.
     """
     if not isinstance(rows, Sequence) or isinstance(rows, str | bytes):
-        raise InvalidRequest(f"{where}: found {_kind(rows)}", hint="send a list of messages")
+        raise InvalidRequest(f"{where}: found {kind_of(rows)}", hint="send a list of messages")
     messages: list[Message] = []
     unread: list[str] = []
     for i, row in enumerate(rows):
@@ -41,10 +41,10 @@ def parse_messages(
         if isinstance(row, Message):
             row = {"role": row.role, "content": row.content}
         if not isinstance(row, Mapping):
-            raise InvalidRequest(f"{here}: found {_kind(row)}", hint="send objects with 'role' and 'content'")
+            raise InvalidRequest(f"{here}: found {kind_of(row)}", hint="send objects with 'role' and 'content'")
         role = row.get("role")
         if not isinstance(role, str):
-            raise InvalidRequest(f"{here}.role: found {_kind(role)}", hint="send system, user, assistant or tool")
+            raise InvalidRequest(f"{here}.role: found {kind_of(role)}", hint="send system, user, assistant or tool")
         if row.get("tool_calls") and not tools_allowed:
             raise InvalidRequest(f"{here}.tool_calls: tools are not supported yet", hint="send turns with text only")
         messages.append(Message(role=ROLE_NAMES.get(role, role), content=_text(row.get("content"), here, unread)))
@@ -58,12 +58,12 @@ def _text(content: object, here: str, unread: list[str]) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, Sequence) or isinstance(content, bytes | bytearray):
-        raise InvalidRequest(f"{here}.content: found {_kind(content)}", hint="send text, or a list of parts")
+        raise InvalidRequest(f"{here}.content: found {kind_of(content)}", hint="send text, or a list of parts")
     texts = []
     for j, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
         if not isinstance(kind, str):
-            raise InvalidRequest(f"{here}.content[{j}]: found {_kind(part)}", hint="send parts with a 'type'")
+            raise InvalidRequest(f"{here}.content[{j}]: found {kind_of(part)}", hint="send parts with a 'type'")
         text = part.get(_TEXT_PARTS.get(kind, ""))
         if isinstance(text, str):
             texts.append(text)
@@ -81,7 +81,7 @@ def parse_prompt(prompt: object, *, where: str = "prompt") -> tuple[tuple[Messag
     if isinstance(prompt, str):
         return (Message(role="user", content=prompt),), ()
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes | bytearray):
-        raise InvalidRequest(f"{where}: found {_kind(prompt)}", hint="send text, or a list of messages")
+        raise InvalidRequest(f"{where}: found {kind_of(prompt)}", hint="send text, or a list of messages")
     return parse_messages(prompt, where=where)
 
 
@@ -106,7 +106,7 @@ def parse_weights(given: object, *, where: str = "weights") -> Weights | None:
         raise InvalidRequest(
             f"{where}: {error}", hint="send shares that sum to 1, or a mixture name such as hhh@2-6-5-3"
         ) from error
-    raise InvalidRequest(f"{where}: found {_kind(given)}", hint="send shares per expert, or a mixture name")
+    raise InvalidRequest(f"{where}: found {kind_of(given)}", hint="send shares per expert, or a mixture name")
 
 
 def parse_stop(given: object) -> tuple[str, ...]:
@@ -121,19 +121,19 @@ def parse_stop(given: object) -> tuple[str, ...]:
         return (given,)
     if isinstance(given, Sequence) and not isinstance(given, bytes | bytearray):
         return tuple(given)
-    raise InvalidRequest(f"stop: found {_kind(given)}", hint="send a string or a list of strings")
+    raise InvalidRequest(f"stop: found {kind_of(given)}", hint="send a string or a list of strings")
 
 
 def _share(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"a share is {_kind(value)}, not a number")
+        raise ValueError(f"a share is {kind_of(value)}, not a number")
     return float(value)
 
 
-def _kind(value: object) -> str:
+def kind_of(value: object) -> str:
     """What was found, without repeating what someone wrote.
 
-    >>> _kind(None), _kind([1]), _kind(b"x")
+    >>> kind_of(None), kind_of([1]), kind_of(b"x")
     ('null', 'a list', 'bytes')
     """
     names = {type(None): "null", list: "a list", tuple: "a list", dict: "an object", str: "a string", bytes: "bytes"}

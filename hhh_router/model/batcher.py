@@ -26,6 +26,7 @@ from hhh_router.errors import (
     Overloaded,
     Quarantined,
 )
+from hhh_router.model.deltas import Deltas, Spelling
 from hhh_router.model.encode import Encoded, Encoder
 from hhh_router.model.engine import EndChat, TellEvent
 from hhh_router.model.grammar import Following, Grammars
@@ -33,10 +34,10 @@ from hhh_router.model.heads import Views
 from hhh_router.model.mixture import Gates
 from hhh_router.model.prefixes import BLOCK, Found, Prefixes
 from hhh_router.model.reader import HeadReader, RunningReply
-from hhh_router.model.sampler import Sampler, TextStream
+from hhh_router.model.sampler import Sampler, check_biases
 from hhh_router.model.slots import Opening, Slots
 from hhh_router.model.stack import Pass
-from hhh_router.protocols import Delta, Finished, FinishReason, Load, Planned, Planner, Steered, Steerer, Window
+from hhh_router.protocols import Finished, FinishReason, Load, Planned, Planner, Steered, Steerer, Window
 from hhh_router.types import ChatRequest, ReadRequest, Weights
 
 _log = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ class _Row:
     job: ChatJob
     weights: Weights
     sampler: Sampler
-    stream: TextStream
+    stream: Deltas
     reply: RunningReply
     timing: dict[str, float]
     prefilled_at: float
@@ -164,6 +165,7 @@ class Batcher:
     _prefixes: Prefixes = field(init=False)
     _ends: frozenset[int] = frozenset()
     _grammars: Grammars = field(init=False)
+    _spelling: Spelling = field(init=False)
 
     def __post_init__(self) -> None:
         listed = self.reader.stack.model.generation_config.eos_token_id
@@ -172,6 +174,7 @@ class Batcher:
         boundary, depth = max(self.reader.read_layers), self.reader.stack.depth
         self._prefixes = Prefixes(boundary, depth, self.prefix_tokens)
         self._grammars = Grammars(self.encoder.tokenizer, self.reader.stack.config.vocab_size, self._ends)
+        self._spelling = Spelling(self.encoder.tokenizer)
 
     @property
     def busy(self) -> bool:
@@ -207,6 +210,7 @@ class Batcher:
                     f"the prompt is {prompt} tokens and fills the model's window of {self.encoder.context_tokens}",
                     hint="shorten the conversation",
                 )
+            check_biases(job.request.sampling.logit_bias, self.reader.stack.config.vocab_size)
             if job.request.sampling.json_schema:
                 job.following = self._grammars.follow(job.request.sampling.json_schema)
             if job.need > self.max_tokens:
@@ -332,7 +336,7 @@ class Batcher:
             job=job,
             weights=plan.weights,
             sampler=Sampler(job.request.sampling, stack.device, job.following),
-            stream=TextStream(self.encoder.tokenizer, job.request.sampling.stop),
+            stream=Deltas(self.encoder.tokenizer, self._spelling, job.request.sampling),
             reply=RunningReply(self.reader, prompt, len(text.ids)),
             timing=timing,
             prefilled_at=prefilled_at,
@@ -422,11 +426,7 @@ class Batcher:
         row.token = found.token
         row.logprobs.append(found.logprob)
         row.tokens.append(found.token)
-        row.job.tell(
-            Delta(
-                text=row.stream.push(found.token), logprob=found.logprob, token=found.token, likeliest=found.likeliest
-            )
-        )
+        row.job.tell(row.stream.push(found))
         if row.stream.stopped:
             row.reason = "stop"
         elif row.drawn == row.job.budget:
@@ -474,8 +474,8 @@ class Batcher:
     def _finish(self, row: _Row) -> None:
         """Send what is left of a reply, and its last reading."""
         try:
-            if rest := row.stream.flush():
-                row.job.tell(Delta(text=rest, tokens=0))
+            if rest := row.stream.end():
+                row.job.tell(rest)
             row.job.tell(Window(scores=row.reply.scores(), completion_tokens=row.drawn, is_final=True))
         except Exception as error:  # a seam, as above
             self._fail(row, error)

@@ -15,12 +15,13 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from hhh_router.errors import ContextTooLong
+from hhh_router.model.deltas import Deltas, Spelling
 from hhh_router.model.encode import Encoder
 from hhh_router.model.grammar import Grammars
 from hhh_router.model.heads import Views
 from hhh_router.model.mixture import Gates
 from hhh_router.model.reader import HeadReader, RunningReply
-from hhh_router.model.sampler import Sampler, TextStream
+from hhh_router.model.sampler import Sampler, check_biases
 from hhh_router.model.stack import DecoderStack, Pass
 from hhh_router.protocols import Delta, Event, Finished, FinishReason, Planned, Planner, Steered, Steerer, Window
 from hhh_router.types import ChatRequest, ReadRequest, Weights
@@ -51,6 +52,7 @@ class MixtureGenerator:
         listed = config_eos if isinstance(config_eos, list) else [config_eos]
         self._ends = frozenset({encoder.end_id, *(e for e in listed if e is not None)})
         self._grammars = Grammars(encoder.tokenizer, stack.config.vocab_size, self._ends)
+        self._spelling = Spelling(encoder.tokenizer)
 
     def run(
         self, request: ChatRequest, planner: Planner, *, window_tokens: int, steer: Steerer | None = None
@@ -64,6 +66,7 @@ class MixtureGenerator:
                 f"the prompt is {len(text.ids)} tokens and fills the model's window of {self._encoder.context_tokens}",
                 hint="shorten the conversation",
             )
+        check_biases(request.sampling.logit_bias, self._stack.config.vocab_size)
         cache = self._stack.new_cache()
         with torch.inference_mode():
             state = self._stack.begin(torch.tensor([text.ids], device=self._stack.device), cache=cache)
@@ -95,7 +98,7 @@ class MixtureGenerator:
         sampling = steps.request.sampling
         following = self._grammars.follow(sampling.json_schema) if sampling.json_schema else None
         sampler = Sampler(sampling, self._stack.device, following)
-        stream = TextStream(self._encoder.tokenizer, steps.request.sampling.stop)
+        stream = Deltas(self._encoder.tokenizer, self._spelling, sampling)
         weights, logprobs = steps.weights, []
         reason: FinishReason = "length"
         for drawn in range(1, steps.budget + 1):
@@ -105,7 +108,7 @@ class MixtureGenerator:
                 reason = "stop"
                 break
             logprobs.append(found.logprob)
-            yield Delta(text=stream.push(token), logprob=found.logprob, token=token, likeliest=found.likeliest)
+            yield stream.push(found)
             state = self._read_token(token, steps)
             if stream.stopped:
                 reason = "stop"
@@ -119,8 +122,8 @@ class MixtureGenerator:
                     yield Steered(weights=weights, completion_tokens=drawn)
             if drawn < steps.budget:  # the last token's upper layers would decide nothing
                 logits = self._upper_layers(state, weights)
-        if rest := stream.flush():
-            yield Delta(text=rest, tokens=0)
+        if rest := stream.end():
+            yield rest
         completion_tokens = steps.reply.tokens
         if not completion_tokens:  # an empty reply is read as an end marker, as the encoder does with a given one
             self._read_token(self._encoder.end_id, steps)

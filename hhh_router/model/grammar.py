@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -9,9 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hhh_router.errors import GeneratorError, InvalidRequest, MissingExtra
+from hhh_router.errors import InvalidRequest, MissingExtra
 
-_LONGEST_SCHEMA = 65_536  # characters: compiling takes time in proportion
+_MOST_REMAINDERS = 10_000  # compiling `multipleOf` takes time in their square: 0.5 s here, 45 s for a million
 
 
 class Grammars:
@@ -28,10 +31,10 @@ class Grammars:
         """A matcher at the beginning of a reply.
 
         Args:
-            schema: JSON schema, as text.
+            schema: JSON schema, as text; its size has been checked.
 
         Raises:
-            InvalidRequest: Too long, no JSON, or a schema that cannot be followed.
+            InvalidRequest: No JSON, or a schema that cannot be followed.
             MissingExtra: llguidance is not installed.
         """
         try:
@@ -39,10 +42,6 @@ class Grammars:
             from llguidance.hf import from_tokenizer
         except ImportError as error:
             raise MissingExtra("model", needed_for="response_format") from error
-        if len(schema) > _LONGEST_SCHEMA:
-            raise InvalidRequest(
-                f"response_format: a schema of {len(schema)} characters", hint=f"use at most {_LONGEST_SCHEMA}"
-            )
         if self._made is None:  # takes a second
             self._made = from_tokenizer(self._tokenizer, n_vocab=self._vocabulary, eos_token=sorted(self._ends))
         try:
@@ -52,11 +51,10 @@ class Grammars:
             )
         except ValueError as error:
             raise InvalidRequest(f"response_format: {error}", hint="send a JSON schema") from error
+        _check_multiples(json.loads(schema))
         matcher = llguidance.LLMatcher(self._made, grammar, log_level=0)
         if matcher.is_error():
-            raise InvalidRequest(
-                f"response_format: {matcher.get_error()}", hint="leave out what the schema asks beyond this"
-            )
+            raise _beyond(matcher)
         return Following(matcher, self._vocabulary)
 
 
@@ -74,10 +72,45 @@ class Following:
         return logits.masked_fill(~torch.from_numpy(allowed).to(logits.device), -torch.inf)
 
     def take(self, token: int) -> None:
-        """Go on behind a token that was drawn.
+        """Go on behind a token that the mask let through.
 
         Raises:
-            GeneratorError: It may not come here.
+            InvalidRequest: The schema turned out too large to be followed further.
         """
         if not self._matcher.consume_token(token):
-            raise GeneratorError(f"the reply left its schema: {self._matcher.get_error()}")
+            raise _beyond(self._matcher)
+
+
+def _beyond(matcher: Any) -> InvalidRequest:
+    said = matcher.get_error().split("\n", 1)[0]  # its own state follows
+    return InvalidRequest(f"response_format: {said}", hint="make the schema simpler, or leave that part out")
+
+
+def _check_multiples(schema: object) -> None:
+    """Refuse what would take the model's thread for long: one bad number, or several that have to hold together."""
+    found: set[int] = set()
+    rest = [schema]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, dict):
+            found.add(_remainders(value.get("multipleOf")))
+            rest += value.values()
+        elif isinstance(value, list):
+            rest += value
+    if math.prod(found) > _MOST_REMAINDERS:
+        raise InvalidRequest(
+            f"response_format: multipleOf with {max(found)} and {len(found)} different values in all",
+            hint=f"the product of their digits' values may be {_MOST_REMAINDERS} at most",
+        )
+
+
+def _remainders(multiple: object) -> int:
+    """How many remainders a reply's digits can leave; trailing zeros and the decimal point add none.
+
+    >>> _remainders(7), _remainders(0.25), _remainders(1000), _remainders(None)
+    (7, 25, 1, 1)
+    """
+    if isinstance(multiple, bool) or not isinstance(multiple, int | float) or not math.isfinite(multiple):
+        return 1
+    digits = Decimal(repr(multiple)).normalize().as_tuple().digits
+    return max(1, int("".join(map(str, digits))))

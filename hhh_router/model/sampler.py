@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +16,22 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from hhh_router.errors import GeneratorError
+from hhh_router.errors import GeneratorError, InvalidRequest
 from hhh_router.model.grammar import Following
 from hhh_router.types import Sampling
+
+
+def check_biases(biases: Mapping[int, float], vocabulary: int) -> None:
+    """Accept biases on tokens that there are.
+
+    Raises:
+        InvalidRequest: A token is none of the ``vocabulary``.
+    """
+    unknown = [token for token in biases if not 0 <= token < vocabulary]
+    if unknown:
+        raise InvalidRequest(
+            f"logit_bias: found token {unknown[0]}", hint=f"this model's tokens are 0 to {vocabulary - 1}"
+        )
 
 
 @dataclass(frozen=True, slots=True)

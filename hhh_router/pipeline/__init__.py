@@ -19,7 +19,7 @@ from hhh_router.pipeline.results import (
     Usage,
 )
 from hhh_router.pipeline.store import PolicyStore
-from hhh_router.protocols import Generator, Load, Reader
+from hhh_router.protocols import Generator, Load, Reader, TokenLogprob
 from hhh_router.settings import Settings
 from hhh_router.trace import Sink
 from hhh_router.trace.block import BundleRef
@@ -35,6 +35,7 @@ __all__ = [
     "Pipeline",
     "PolicyStore",
     "RouteResult",
+    "TokenLogprob",
     "Usage",
 ]
 

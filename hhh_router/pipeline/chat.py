@@ -114,8 +114,9 @@ class _Run:
             async with aclosing(generated):
                 while self._verdict is None and (event := await self._next(generated)) is not None:
                     for delta in self._take(event):
-                        if delta.text or delta.raw is not None:  # a token may show its text only with the next one
-                            yield ChatDelta(text=delta.text, raw=delta.raw)
+                        # a token may show its text only with the next one
+                        if delta.text or delta.told or delta.raw is not None:
+                            yield ChatDelta(text=delta.text, raw=delta.raw, logprobs=delta.told)
             if self._verdict is None and self._finished is None:
                 raise GeneratorError("the reply broke off: the generator ended without saying so")
         except (ReaderError, GeneratorError) as error:
@@ -271,11 +272,13 @@ class _Run:
 
     async def _ending(self) -> AsyncGenerator[ChatEvent, None]:
         refusal = None
+        asked = self._request.sampling.top_logprobs is not None
         if self._verdict is not None:
             refusal = self._verdict.message or STOPPED
             if not self._out:
                 self._cleared.clear()  # nothing left yet, so the message stands alone
             parted = any(delta.text for delta in self._cleared)
+            asked = asked and parted
             self._cleared.append(ChatDelta(text=f"\n\n{refusal}" if parted else refusal, is_refusal=True))
         pending = self._cleared if not self._out else self._cleared[-1:] if refusal else []
         text = "".join(delta.text for delta in self._cleared)
@@ -290,4 +293,11 @@ class _Run:
             yield ChatStarted(metadata=metadata)
         for delta in pending:
             yield delta
-        yield ChatFinished(text=text, finish_reason=finish_reason, usage=usage, metadata=metadata, refusal=refusal)
+        yield ChatFinished(
+            text=text,
+            finish_reason=finish_reason,
+            usage=usage,
+            metadata=metadata,
+            refusal=refusal,
+            logprobs=tuple(told for delta in self._cleared for told in delta.logprobs) if asked else None,
+        )

@@ -32,7 +32,7 @@ class Release:
     @property
     def uncleared(self) -> bool:
         """True while something held carries tokens or text, so that only a reading may clear it."""
-        return any(delta.text or delta.tokens for _, delta in self._held)
+        return any(delta.text or delta.tokens or delta.told for _, delta in self._held)
 
     def hold(self, delta: Delta) -> None:
         """Add a piece nobody has read yet."""

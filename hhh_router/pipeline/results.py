@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hhh_router.errors import Blocked
-from hhh_router.protocols import FinishReason
+from hhh_router.protocols import FinishReason, TokenLogprob
 from hhh_router.trace.block import DecisionRecord, Metadata
 from hhh_router.types import Action, Decision, Weights
 
@@ -37,6 +37,8 @@ class ChatDelta:
     """The upstream's own chunk, when another model answered."""
     is_refusal: bool = False
     """True for the policy's message in place of the reply or its rest."""
+    logprobs: tuple[TokenLogprob, ...] = ()
+    """Of the tokens behind this piece, where the request asked for them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,6 +51,8 @@ class ChatFinished:
     metadata: Metadata
     refusal: str | None = None
     """The policy's message, when a decision stopped the reply; it is the end of ``text`` too."""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """Of every token that reached the caller; None where nobody asked, or where the message stands alone."""
 
 
 ChatEvent = ChatStarted | ChatDelta | ChatFinished
@@ -126,6 +130,8 @@ class ChatResult(_Result):
     usage: Usage
     refusal: str | None = None
     """The policy's message, when a decision stopped the reply."""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """Of every token of the reply that was let through; None where nobody asked, or where the message stands alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from hhh_router.errors import InvalidRequest
 from hhh_router.types import ChatRequest, GuardRequest, Message, Sampling
@@ -12,6 +13,11 @@ ROLES = ("system", "user", "assistant", "tool")
 MAX_STOPS = 16  # every stop string is searched for at every token
 MAX_TEMPERATURE = 2.0  # the range OpenAI's wire allows
 MAX_SEED = 2**63 - 1  # what random generators take
+MAX_TOP_LOGPROBS = 20  # as on OpenAI's wire, like the next two
+MAX_BIASES = 300
+MAX_BIAS = 100.0
+MAX_SCHEMA_CHARS = 65_536  # a schema is compiled on the model's thread, in time that grows with it
+MAX_SCHEMA_DEPTH = 64  # levels; whoever walks a schema may then do so by recursion
 _SHOWN_ROLES = 12
 
 
@@ -95,6 +101,56 @@ def check_sampling(sampling: Sampling) -> None:
         raise InvalidRequest(f"stop: found {len(sampling.stop)} strings", hint=f"use at most {MAX_STOPS}")
     if not all(isinstance(s, str) and s for s in sampling.stop):
         raise InvalidRequest(f"stop: found {list(sampling.stop)!r}", hint="use strings that are not empty")
+    if not _is_int(sampling.top_k) or sampling.top_k < 0:
+        raise InvalidRequest(f"top_k: found {sampling.top_k!r}", hint="use a whole number, 1 or more; 0 is no limit")
+    top = sampling.top_logprobs
+    if top is not None and not (_is_int(top) and 0 <= top <= MAX_TOP_LOGPROBS):
+        raise InvalidRequest(f"top_logprobs: found {top!r}", hint=f"use a whole number from 0 to {MAX_TOP_LOGPROBS}")
+    _check_biases(sampling.logit_bias)
+    if sampling.json_schema is not None:
+        _check_schema(sampling.json_schema)
+
+
+def _check_biases(biases: Mapping[int, float]) -> None:
+    if len(biases) > MAX_BIASES:
+        raise InvalidRequest(f"logit_bias: found {len(biases)} entries", hint=f"use at most {MAX_BIASES}")
+    for token, bias in biases.items():
+        if not _is_int(token) or token < 0:
+            raise InvalidRequest(f"logit_bias: found token {token!r}", hint="use token ids, whole numbers from 0")
+        if not _is_finite(bias) or abs(bias) > MAX_BIAS:
+            raise InvalidRequest(
+                f"logit_bias[{token}]: found {bias!r}", hint=f"use a number from {-MAX_BIAS:g} to {MAX_BIAS:g}"
+            )
+
+
+def _check_schema(text: str) -> None:
+    if not isinstance(text, str):
+        raise InvalidRequest(f"response_format: the schema is {type(text).__name__}", hint="give it as JSON text")
+    if len(text) > MAX_SCHEMA_CHARS:
+        raise InvalidRequest(
+            f"response_format: a schema of {len(text):,} characters", hint=f"use at most {MAX_SCHEMA_CHARS:,}"
+        )
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        said = "nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise InvalidRequest(f"response_format: the schema is no JSON: {said}", hint="send a JSON schema") from error
+    if not isinstance(schema, dict):
+        raise InvalidRequest("response_format: the schema is no object", hint='send an object, such as {"type": …}')
+    level: list[object] = [schema]
+    for _ in range(MAX_SCHEMA_DEPTH):
+        level = [inner for outer in level for inner in _inside(outer)]
+    if any(isinstance(value, dict | list) for value in level):
+        raise InvalidRequest(
+            f"response_format: the schema is nested more than {MAX_SCHEMA_DEPTH} levels deep",
+            hint="flatten it, or name its parts under $defs",
+        )
+
+
+def _inside(value: object) -> list[object]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []
 
 
 def _is_int(value: object) -> bool:

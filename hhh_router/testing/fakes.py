@@ -32,6 +32,7 @@ from hhh_router.protocols import (
     Reader,
     Steered,
     Steerer,
+    TokenLogprob,
     Window,
 )
 from hhh_router.settings import Settings
@@ -41,7 +42,8 @@ from hhh_router.types import NEEDS, OUTCOMES, ChatRequest, Mode, ReadRequest, Sc
 
 QUIET = -4.0
 """The logit of everything a test does not raise: a probability of about 0.02."""
-_LOGPROB = -0.1
+SAID_LOGPROB = -0.1
+"""The log-probability of every word a `FakeGenerator` says."""
 LAYERS = 30
 FIRST_ADAPTED_LAYER = 16
 
@@ -177,11 +179,11 @@ class FakeGenerator:
             if self._fail_after is not None and n > self._fail_after[0]:
                 raise self._fail_after[1]
             await asyncio.sleep(self._delay_s)
-            yield Delta(text=piece, logprob=_LOGPROB)
+            yield Delta(text=piece, logprob=SAID_LOGPROB, told=_told(piece, request.sampling.top_logprobs))
             if n % window_tokens == 0 and n < len(pieces):
                 window = await self._window(request, pieces[:n], is_final=False)
                 yield window
-                wanted = steer(window.scores, [_LOGPROB] * n) if steer else None
+                wanted = steer(window.scores, [SAID_LOGPROB] * n) if steer else None
                 if wanted is not None and wanted != weights:
                     weights = wanted
                     yield Steered(weights=weights, completion_tokens=n)
@@ -196,6 +198,18 @@ class FakeGenerator:
         if callable(self._replies):
             return self._replies(request)
         return self._replies[min(len(self.requests), len(self._replies)) - 1]
+
+
+def _told(piece: str, top: int | None) -> tuple[TokenLogprob, ...]:
+    """The word itself, then made-up others that are ever less likely."""
+    if top is None:
+        return ()
+
+    def tell(word: str, logprob: float, others: Sequence[TokenLogprob] = ()) -> TokenLogprob:
+        return TokenLogprob(token=word, logprob=logprob, bytes=tuple(word.encode()), top_logprobs=tuple(others))
+
+    ranked = [piece, *(f" other{n}" for n in range(1, top))][:top]
+    return (tell(piece, SAID_LOGPROB, [tell(word, SAID_LOGPROB - n) for n, word in enumerate(ranked)]),)
 
 
 def _words(text: str) -> list[str]:

@@ -9,7 +9,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 from hhh_router.trace.block import BundleRef, CalibrationRef, DecisionRecord, Metadata, PolicyRef, Receipt, WeightsFrom
-from hhh_router.types import ChatRequest, Decision, Evidence, GuardRequest, Message, Posterior, ReadRequest, Weights
+from hhh_router.types import (
+    ChatRequest,
+    Decision,
+    Evidence,
+    GuardRequest,
+    Message,
+    Posterior,
+    ReadRequest,
+    Sampling,
+    Weights,
+)
 
 SHORT_HASH_DIGITS = 16  # 64 bits tell any two policies or bundles apart; the receipt has all 256
 _DECIMALS = 6  # finer than any estimate here, and what keeps shares summing to 1 within 1e-6
@@ -154,6 +164,7 @@ def canonical_request(request: ChatRequest | GuardRequest | ReadRequest) -> dict
             "top_p": float(sampling.top_p),
             "seed": sampling.seed,
             "stop": list(sampling.stop),
+            **_set_only(sampling),
         },
         "weights": request.weights.as_dict() if request.weights else None,
         "passthrough": dict(request.passthrough),
@@ -182,6 +193,18 @@ def round_shares(shares: Posterior | Weights) -> dict[str, float]:
     for e in by_remainder[: max(0, _UNITS - sum(units.values()))]:
         units[e] += 1
     return {e: n / _UNITS for e, n in units.items()}
+
+
+def _set_only(sampling: Sampling) -> dict[str, Any]:
+    """Fields that are there only when set, so that hashes of requests without them are what they always were."""
+    fields: dict[str, Any] = {}
+    if sampling.top_k:
+        fields["top_k"] = sampling.top_k
+    if sampling.logit_bias:
+        fields["logit_bias"] = {str(token): float(bias) for token, bias in sampling.logit_bias.items()}
+    if sampling.json_schema is not None:
+        fields["json_schema"] = sampling.json_schema
+    return fields
 
 
 def _turn(message: Message) -> dict[str, str]:

@@ -1,17 +1,22 @@
 """The official OpenAI client against our server on loopback; the model behind it is a stand-in."""
 
 import asyncio
+import functools
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import httpx
 import openai
 import pytest
+from pydantic import BaseModel, Field
 
+from hhh_router.assemble import build_pipeline
 from hhh_router.errors import GeneratorError
+from hhh_router.settings import Settings
 from hhh_router.testing import FakeGenerator, FakeReader, fake_pipeline
+from hhh_router.testing.tiny import tiny_bundle
 
 from .loopback import served
 
@@ -25,6 +30,12 @@ BOMB: list[Any] = [{"role": "user", "content": "how to build a bomb"}]
 
 def client_of(url: str, **options: Any) -> openai.OpenAI:
     return openai.OpenAI(base_url=url, api_key=options.pop("api_key", "unused"), max_retries=0, **options)
+
+
+def told(reply: Any) -> list[Any]:
+    """The tokens of a whole reply, or of a stream, with their log-probabilities."""
+    chunks = [reply] if hasattr(reply, "choices") else list(reply)
+    return [t for c in chunks if c.choices[0].logprobs for t in c.choices[0].logprobs.content]
 
 
 @pytest.fixture
@@ -94,6 +105,49 @@ def test_policy_and_weights_travel_in_extra_body_and_model(client: openai.OpenAI
 
     assert by_body.model_extra["hhh"]["policy"]["name"] == "balanced"
     assert by_body.model_extra["hhh"]["weights"] == by_name.model_extra["hhh"]["weights"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_log_probabilities_are_parsed_and_only_of_what_was_let_through(client: openai.OpenAI, stream: bool) -> None:
+    asked: dict[str, Any] = {"model": "hhh-auto", "logprobs": True, "top_logprobs": 2, "stream": stream}
+    whole = told(client.chat.completions.create(messages=HELLO, **asked))
+    cut = told(client.chat.completions.create(messages=[{"role": "user", "content": "cut"}], **asked))
+
+    assert [t.token for t in whole] == ["one", " two", " three", " four"]
+    assert [len(t.top_logprobs) for t in whole] == [2] * 4
+    assert [t.token for t in cut] == (["a", " b", " c"] if stream else [])
+
+
+class City(BaseModel):
+    kind: Literal["city", "town"]
+    old: bool
+    people: int = Field(ge=0, le=9999)
+
+
+def test_a_real_model_follows_a_schema_and_tells_its_tokens(tmp_path: Path, watchful: Policies) -> None:
+    bundle = tiny_bundle(tmp_path / "tiny")
+    settings = Settings.load(
+        bundle=str(bundle.root), policy=str(watchful(mode="shadow")), cache_dir=tmp_path, threads=1
+    )
+    schema: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"not": {"type": "null"}}}}
+    hot: dict[str, Any] = {"temperature": 1.5, "seed": 1, "max_tokens": 200, "extra_body": {"top_k": 50}}
+    with served(build_pipeline(settings)) as url, client_of(url) as client:
+        ask = functools.partial(client.chat.completions.create, model="hhh-auto", messages=HELLO)
+        reply = client.chat.completions.parse(
+            model="hhh-auto", messages=HELLO, response_format=City, logprobs=True, top_logprobs=20, **hot
+        )
+        chunks = list(ask(stream=True, logprobs=True, max_tokens=9, response_format={"type": "json_object"}))
+        with pytest.raises(openai.BadRequestError, match=r"response_format: Unimplemented keys: .*not") as refused:
+            ask(response_format=schema)
+        with pytest.raises(openai.BadRequestError, match="logit_bias: found token 5000"):
+            ask(logit_bias={"5000": 1}, stream=True)
+
+    assert isinstance(reply.choices[0].message.parsed, City)
+    assert "".join(t.token for t in told(reply)) == reply.choices[0].message.content
+    assert [len(t.top_logprobs) for t in told(reply)] == [20] * len(told(reply))
+    assert "".join(t.token for t in told(chunks)).startswith("{")
+    assert chunks[-1].choices[0].finish_reason == "length"
+    assert refused.value.code == "invalid_request"
 
 
 def test_models_are_listed(client: openai.OpenAI) -> None:

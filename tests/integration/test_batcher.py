@@ -10,7 +10,15 @@ import pytest
 import torch
 
 from hhh_router.bundle import Bundle
-from hhh_router.errors import BackendTimeout, ContextTooLong, GeneratorError, HHHRouterError, Overloaded, Quarantined
+from hhh_router.errors import (
+    BackendTimeout,
+    ContextTooLong,
+    GeneratorError,
+    HHHRouterError,
+    InvalidRequest,
+    Overloaded,
+    Quarantined,
+)
 from hhh_router.model.batcher import Batcher, ChatJob
 from hhh_router.model.experts import load_experts
 from hhh_router.model.generator import MixtureGenerator
@@ -294,6 +302,18 @@ def test_what_can_never_fit_is_refused_at_once(tiny: Bundle, tmp_path: Path) -> 
         assert isinstance(error, ContextTooLong)
         with pytest.raises(ContextTooLong, match=said):
             raise error
+
+
+def test_a_bias_on_a_token_that_is_none_is_refused_at_once(engine: Engine) -> None:
+    vocabulary = engine.batcher.reader.stack.config.vocab_size
+    engine.put(ask("x", "last", logit_bias={vocabulary - 1: 1.0}), Weights(1, 0, 0, 0))
+    engine.put(ask("x", "beyond", logit_bias={3: 1.0, vocabulary: 1.0}), Weights(1, 0, 0, 0))
+
+    (error,) = engine.found["beyond"]
+    assert isinstance(error, InvalidRequest)
+    assert f"token {vocabulary}" in error.message
+    engine.finish()
+    assert engine.found["last"][-1] is None
 
 
 def test_room_that_long_requests_needed_is_let_go_once_nothing_is_under_way(engine: Engine) -> None:

@@ -16,10 +16,10 @@ from hhh_router.errors import (
     UpstreamError,
 )
 from hhh_router.pipeline import ChatDelta, ChatEvent, ChatFinished, ChatStarted, Pipeline
-from hhh_router.protocols import Delta, Event, Finished, Planned, Planner, Steerer, Unread, Window
+from hhh_router.protocols import Delta, Event, Finished, Planned, Planner, Steerer, TokenLogprob, Unread, Window
 from hhh_router.testing import FakeGenerator, FakeReader, fake_pipeline, make_scores
 from hhh_router.trace.block import Metadata
-from hhh_router.types import ChatRequest, Message, ReadRequest, Scores, Weights
+from hhh_router.types import ChatRequest, Message, ReadRequest, Sampling, Scores, Weights
 
 Policies = Callable[..., Path]
 
@@ -459,6 +459,84 @@ async def test_an_unread_prompt_is_for_on_error_to_decide(
 
     assert (done.text == "a") is passes
     assert (done.finish_reason == "content_filter") is not passes
+
+
+# -- log-probabilities ------------------------------------------------------------------------------------------------
+
+TELLING = Sampling(top_logprobs=2)
+
+
+def told(events: Sequence[ChatEvent]) -> list[str]:
+    """Every token of which a piece told the log-probability."""
+    return [t.token for e in events if isinstance(e, ChatDelta) for t in e.logprobs]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_log_probabilities_come_with_their_text_and_whole_at_the_end(watchful: Policies, stream: bool) -> None:
+    pipeline, _ = speaking(watchful())
+
+    events = await run(pipeline, ask(sampling=TELLING), stream=stream)
+
+    done = finished(events)
+    assert done.logprobs is not None
+    assert [t.token for t in done.logprobs] == told(events)
+    assert "".join(told(events)) == SAID
+    assert done.logprobs[0].logprob == done.logprobs[0].top_logprobs[0].logprob == -0.1
+    assert [len(t.top_logprobs) for t in done.logprobs] == [2] * 8
+    assert all(t.token == e.text for e in events if isinstance(e, ChatDelta) for t in e.logprobs)
+
+
+async def test_nobody_is_told_log_probabilities_that_were_not_asked_for(watchful: Policies) -> None:
+    pipeline, _ = speaking(watchful())
+
+    events = await run(pipeline)
+
+    assert finished(events).logprobs is None
+    assert told(events) == []
+
+
+async def test_log_probabilities_of_withheld_text_never_leave(watchful: Policies) -> None:
+    pipeline, _ = speaking(watchful(), "a b c d poison f g h i")
+
+    events = await run(pipeline, ask(sampling=TELLING))
+
+    done = finished(events)
+    assert done.text == "a b c\n\nCut."
+    assert told(events) == ["a", " b", " c"]
+    assert done.logprobs is not None
+    assert [t.token for t in done.logprobs] == ["a", " b", " c"]
+    assert [e.logprobs for e in events if isinstance(e, ChatDelta) and e.is_refusal] == [()]
+
+
+@pytest.mark.parametrize(("text", "reply"), [("how to build a bomb", SAID), ("Hello?", "a b c d poison")])
+async def test_a_refusal_that_stands_alone_has_no_log_probabilities(watchful: Policies, text: str, reply: str) -> None:
+    pipeline, _ = speaking(watchful(), reply)
+
+    events = await run(pipeline, ask(text, sampling=TELLING), stream=False)
+
+    assert finished(events).logprobs is None
+    assert told(events) == []
+
+
+async def test_a_reply_made_anew_tells_nothing_of_the_first(watchful: Policies) -> None:
+    pipeline, _ = speaking(watchful(), "a lie", "the truth")
+
+    events = await run(pipeline, ask(sampling=TELLING))
+
+    assert told(events) == ["the", " truth"]
+
+
+async def test_tokens_told_after_the_text_ended_wait_for_its_last_reading(watchful: Policies) -> None:
+    half = TokenLogprob(token="\\xc3", logprob=-1.0, bytes=(0xC3,))
+    said = TokenLogprob(token="a", logprob=-1.0, bytes=(97,))
+    script = [None, Delta(text="a", told=(said,)), Delta(text=""), Delta(text="", tokens=0, told=(half,))]
+    read = [*script, window(2, is_final=True), END]
+
+    cleared = await run(fake_pipeline(watchful(), generator=Scripted(*read)), ask(sampling=TELLING))
+    unread = await run(fake_pipeline(watchful(), generator=Scripted(*script, END)), ask(sampling=TELLING))
+
+    assert [(e.text, len(e.logprobs)) for e in cleared if isinstance(e, ChatDelta)] == [("a", 1), ("", 1)]
+    assert told(unread) == []
 
 
 # -- requests ---------------------------------------------------------------------------------------------------------

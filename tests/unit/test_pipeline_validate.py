@@ -11,6 +11,11 @@ def turns(*pairs: tuple[str, str]) -> tuple[Message, ...]:
     return tuple(Message(role=role, content=content) for role, content in pairs)
 
 
+def nested(levels: int) -> str:
+    """A schema of so many objects in one another."""
+    return '{"a":' * (levels - 1) + "{}" + "}" * (levels - 1)
+
+
 def test_a_long_conversation_with_tools_is_accepted() -> None:
     messages = turns(
         ("system", "Be kind"),
@@ -85,10 +90,37 @@ def test_behind_a_proxy_any_order_and_empty_turns_pass_but_binary_text_does_not(
         (Sampling(seed=1.5), "seed: found 1.5"),  # type: ignore[arg-type]
         (Sampling(stop=("",)), "stop: found"),
         (Sampling(stop=("a",) * 17), "stop: found 17 strings"),
+        (Sampling(top_k=-1), "top_k: found -1"),
+        (Sampling(top_k=True), "top_k: found True"),
+        (Sampling(top_k=1.0), "top_k: found 1.0"),  # type: ignore[arg-type]
+        (Sampling(top_logprobs=21), "top_logprobs: found 21"),
+        (Sampling(top_logprobs=-1), "top_logprobs: found -1"),
+        (Sampling(top_logprobs="3"), "top_logprobs: found '3'"),  # type: ignore[arg-type]
+        (Sampling(logit_bias=dict.fromkeys(range(301), 1.0)), "logit_bias: found 301 entries"),
+        (Sampling(logit_bias={-1: 1.0}), "logit_bias: found token -1"),
+        (Sampling(logit_bias={"5": 1.0}), "logit_bias: found token '5'"),  # type: ignore[dict-item]
+        (Sampling(logit_bias={5: 100.5}), r"logit_bias\[5\]: found 100.5"),
+        (Sampling(logit_bias={5: math.nan}), r"logit_bias\[5\]: found nan"),
+        (Sampling(logit_bias={5: True}), r"logit_bias\[5\]: found True"),
+        (Sampling(json_schema={"type": "object"}), "response_format: the schema is dict"),  # type: ignore[arg-type]
+        (Sampling(json_schema="{"), "response_format: the schema is no JSON: Expecting property name"),
+        (Sampling(json_schema="[]"), "response_format: the schema is no object"),
+        (Sampling(json_schema="{" + " " * 65_535 + "}"), "response_format: a schema of 65,537 characters"),
+        (Sampling(json_schema=nested(65)), "nested more than 64 levels deep"),
+        (Sampling(json_schema=nested(9_000)), "nested (more than 64 levels|too)"),
     ],
 )
 def test_sampling_out_of_range_is_named(sampling: Sampling, found: str) -> None:
     with pytest.raises(InvalidRequest, match=found):
+        check_chat(ChatRequest(messages=turns(("user", "hi")), sampling=sampling), max_bytes=100)
+
+
+def test_sampling_within_its_ranges_is_accepted() -> None:
+    for sampling in (
+        Sampling(top_k=1, top_logprobs=0, logit_bias={0: -100, 7: 100.0}),
+        Sampling(top_logprobs=20, logit_bias=dict.fromkeys(range(300), 0.5), json_schema=nested(64)),
+        Sampling(json_schema="{" + " " * 65_534 + "}"),
+    ):
         check_chat(ChatRequest(messages=turns(("user", "hi")), sampling=sampling), max_bytes=100)
 
 

@@ -1,12 +1,15 @@
 import asyncio
+import json
 import os
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
 import hhh_router
 from hhh_router import AsyncHHHRouter, Blocked, HHHRouter, HHHRouterError, Message, RequestError, Settings, Weights
@@ -94,6 +97,83 @@ def test_sampling_reaches_the_generator(watchful: Policies) -> None:
     sampling = generator.requests[0].sampling
     assert (sampling.max_tokens, sampling.temperature, sampling.top_p) == (7, 0.5, 0.9)
     assert (sampling.seed, sampling.stop) == (11, ("a", "b"))
+
+
+class City(BaseModel):
+    name: str
+    people: int
+
+
+SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}}}
+
+
+@pytest.mark.parametrize(
+    ("given", "schema"),
+    [
+        (None, None),
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, {"type": "object"}),
+        ({"type": "json_schema", "json_schema": {"name": "city", "schema": SCHEMA}}, SCHEMA),
+        (City, City.model_json_schema()),
+    ],
+)
+def test_a_response_format_reaches_the_generator_as_a_schema(watchful: Policies, given: object, schema: object) -> None:
+    generator = FakeGenerator("{}")
+    with HHHRouter(pipeline=fake_pipeline(watchful(), generator=generator)) as router:
+        router.chat("Hello", response_format=given)  # type: ignore[arg-type]
+
+    sent = generator.requests[0].sampling.json_schema
+    assert (json.loads(sent) if sent else None) == schema
+
+
+def test_top_k_and_biases_reach_the_generator(watchful: Policies) -> None:
+    generator = FakeGenerator("hi")
+    with HHHRouter(pipeline=fake_pipeline(watchful(), generator=generator)) as router:
+        router.chat("Hello", top_k=5, logit_bias={3: -100, 4: 2.5})
+
+    sampling = generator.requests[0].sampling
+    assert (sampling.top_k, sampling.logit_bias) == (5, {3: -100, 4: 2.5})
+
+
+@pytest.mark.parametrize(
+    ("asked", "alternatives"),
+    [({"logprobs": True}, 0), ({"top_logprobs": 2}, 2), ({"logprobs": True} | {"top_logprobs": 1}, 1)],
+)
+def test_log_probabilities_are_told_with_the_result_and_with_each_piece(
+    router: HHHRouter, asked: dict[str, Any], alternatives: int
+) -> None:
+    whole = router.chat("Hello", **asked)
+    stream = router.chat("Hello", stream=True, **asked)
+    pieces = [t for delta in stream for t in delta.logprobs]
+
+    assert whole.logprobs is not None
+    assert "".join(t.token for t in whole.logprobs) == whole.text
+    assert [len(t.top_logprobs) for t in whole.logprobs] == [alternatives] * 6
+    assert tuple(pieces) == stream.result.logprobs == whole.logprobs
+
+
+@pytest.mark.parametrize("asked", [{}, {"logprobs": False}, {"logprobs": False, "top_logprobs": 0}])
+def test_log_probabilities_nobody_asked_for_are_none(router: HHHRouter, asked: dict[str, Any]) -> None:
+    assert router.chat("Hello", **asked).logprobs is None
+
+
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ({"top_k": -1}, "top_k: found -1"),
+        ({"logprobs": "yes"}, "logprobs: found a string"),
+        ({"logprobs": False, "top_logprobs": 2}, "top_logprobs: found without logprobs"),
+        ({"top_logprobs": 21}, "top_logprobs: found 21"),
+        ({"logit_bias": [3]}, "logit_bias: found a list"),
+        ({"logit_bias": {"Paris": 1}}, "logit_bias: found token 'Paris'"),
+        ({"logit_bias": {3: "much"}}, r"logit_bias\[3\]: found 'much'"),
+        ({"response_format": "json"}, "response_format: found a string"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"a": {1, 2}}}}}, "schema: no JSON"),
+    ],
+)
+def test_sampling_fields_that_are_wrong_are_named(router: HHHRouter, fields: dict[str, Any], found: str) -> None:
+    with pytest.raises(InvalidRequest, match=found):
+        router.chat("Hello", **fields)
 
 
 def test_a_refusal_is_a_value_that_can_be_raised(router: HHHRouter) -> None:
@@ -304,8 +384,11 @@ async def test_the_async_router_speaks_the_same(watchful: Policies) -> None:
         pieces = [delta.text async for delta in stream]
         verdicts = await asyncio.gather(*(router.guard(p) for p in ("Hello", "bomb")))
         route = await router.route("Hello")
+        asked = await router.chat("Hello", logprobs=True, top_k=3, response_format={"type": "json_object"})
 
     assert whole.text == "".join(pieces) == stream.result.text
+    assert whole.logprobs is None
+    assert "".join(t.token for t in asked.logprobs or ()) == whole.text
     assert [v.action for v in verdicts] == [Action.ALLOW, Action.REFUSE]
     assert sum(route.weights.as_dict().values()) == pytest.approx(1.0)
     with pytest.raises(HHHRouterError, match="closed"):

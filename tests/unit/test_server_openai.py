@@ -1,6 +1,7 @@
 """OpenAI's wire, without a server."""
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -18,11 +19,15 @@ from hhh_router.errors import (
     Unavailable,
     UpstreamError,
 )
+from hhh_router.interfaces.sdk import HHHRouter
 from hhh_router.interfaces.server.http import WireError, check_exposure, dump, failure
 from hhh_router.interfaces.server.models import MODEL_NAMES, parse_model
-from hhh_router.interfaces.server.openai import parse_chat
+from hhh_router.interfaces.server.openai import ChunkWriter, completion, parse_chat
+from hhh_router.pipeline import ChatDelta, ChatFinished, TokenLogprob, Usage
 from hhh_router.settings import Settings
-from hhh_router.types import Message, Weights
+from hhh_router.testing import fake_pipeline
+from hhh_router.trace.block import Metadata
+from hhh_router.types import Message, Sampling, Weights
 
 
 def body(**fields: Any) -> dict[str, Any]:
@@ -81,10 +86,6 @@ def test_unknown_harmless_fields_are_accepted_and_listed() -> None:
         {"tool_choice": "required"},
         {"n": 2},
         {"n": True},
-        {"logprobs": True},
-        {"top_logprobs": 3},
-        {"response_format": {"type": "json_object"}},
-        {"logit_bias": {"5": 1}},
         {"presence_penalty": 0.5},
         {"frequency_penalty": -1},
         {"modalities": ["text", "audio"]},
@@ -104,6 +105,48 @@ def test_values_that_change_nothing_are_accepted() -> None:
     call = parse_chat(body(**neutral, presence_penalty=0, frequency_penalty=0.0, logit_bias={}, audio=None))
 
     assert call.request.not_inspected == ()
+    assert call.request.sampling == Sampling()
+
+
+SCHEMA = {"type": "object", "properties": {"z": {"type": "string"}, "a": {"type": "integer"}}}
+
+
+def test_sampling_fields_are_read() -> None:
+    call = parse_chat(
+        body(
+            top_k=40,
+            logit_bias={"5": -100, "07": 2.5},
+            logprobs=True,
+            top_logprobs=3,
+            response_format={"type": "json_schema", "json_schema": {"name": "s", "strict": True, "schema": SCHEMA}},
+        )
+    )
+
+    sampling = call.request.sampling
+    assert (sampling.top_k, sampling.logit_bias, sampling.top_logprobs) == (40, {5: -100, 7: 2.5}, 3)
+    assert sampling.json_schema == json.dumps(SCHEMA, separators=(",", ":"))  # in the order it was sent
+    assert call.request.not_inspected == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "top"),
+    [
+        ({}, None),
+        ({"logprobs": True}, 0),
+        ({"logprobs": True, "top_logprobs": 0}, 0),
+        ({"logprobs": False, "top_logprobs": 0}, None),
+        ({"top_logprobs": 0}, None),
+        ({"logprobs": None, "top_logprobs": None}, None),
+    ],
+)
+def test_log_probabilities_are_told_when_asked_for(fields: dict[str, Any], top: int | None) -> None:
+    assert parse_chat(body(**fields)).request.sampling.top_logprobs == top
+
+
+def test_json_mode_is_the_schema_of_any_object() -> None:
+    schema = parse_chat(body(response_format={"type": "json_object"})).request.sampling.json_schema
+
+    assert json.loads(schema or "") == {"type": "object"}
 
 
 @pytest.mark.parametrize(
@@ -123,6 +166,23 @@ def test_values_that_change_nothing_are_accepted() -> None:
         ({"model": "hhh-auto:a", "hhh": {"policy": "b"}}, "policy: said twice, differently"),
         ({"model": "hhh-honest", "hhh": {"weights": {"helpful": 1}}}, "weights: said twice"),
         ({"model": None}, "model: missing"),
+        ({"logprobs": 1}, "logprobs: found a number"),
+        ({"top_logprobs": 3}, "top_logprobs: found without logprobs"),
+        ({"logit_bias": []}, "logit_bias: found a list"),
+        ({"logit_bias": {"-5": 1}}, "logit_bias: found token '-5'"),
+        ({"logit_bias": {"9" * 5000: 1}}, "logit_bias: found token '9{40}'"),
+        ({"response_format": "json"}, "response_format: found a string"),
+        ({"response_format": {}}, r"response_format\.type: found null"),
+        ({"response_format": {"type": "xml"}}, r"response_format\.type: found 'xml'"),
+        ({"response_format": {"type": "json_schema"}}, r"response_format\.json_schema: found null"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}},
+            r"json_schema\.schema: found null",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": True}}},
+            r"json_schema\.schema: found a boolean",
+        ),
     ],
 )
 def test_wrong_fields_are_named(fields: dict[str, Any], found: str | None) -> None:
@@ -131,6 +191,61 @@ def test_wrong_fields_are_named(fields: dict[str, Any], found: str | None) -> No
         return
     with pytest.raises(InvalidRequest, match=found):
         parse_chat(body(**fields))
+
+
+TOLD = TokenLogprob(
+    token="\\xe2",
+    logprob=-0.5,
+    bytes=(0xE2,),
+    top_logprobs=(
+        TokenLogprob(token="\\xe2", logprob=-0.5, bytes=(0xE2,)),
+        TokenLogprob(token="<|mark|>", logprob=-math.inf, bytes=None),
+    ),
+)
+TOLD_JSON = {
+    "content": [
+        {
+            "token": "\\xe2",
+            "logprob": -0.5,
+            "bytes": [0xE2],
+            "top_logprobs": [
+                {"token": "\\xe2", "logprob": -0.5, "bytes": [0xE2]},
+                {"token": "<|mark|>", "logprob": -9999.0, "bytes": None},
+            ],
+        }
+    ],
+    "refusal": None,
+}
+
+
+def record() -> Metadata:
+    with HHHRouter(pipeline=fake_pipeline()) as router:
+        return router.chat("Hi").metadata
+
+
+def ended(**fields: Any) -> ChatFinished:
+    usage = Usage(prompt_tokens=1, completion_tokens=1)
+    return ChatFinished(**({"text": "x", "finish_reason": "stop", "usage": usage, "metadata": record()} | fields))
+
+
+@pytest.mark.parametrize(
+    ("logprobs", "sent"), [((TOLD,), TOLD_JSON), (None, None), ((), {"content": [], "refusal": None})]
+)
+def test_a_whole_reply_tells_log_probabilities_in_openais_shape(logprobs: Any, sent: object) -> None:
+    reply = completion(parse_chat(body()), ended(logprobs=logprobs), None, created=1)
+
+    assert json.loads(dump(reply))["choices"][0]["logprobs"] == sent
+
+
+def test_each_chunk_tells_its_own_log_probabilities_and_a_refusal_tells_none() -> None:
+    writer = ChunkWriter(parse_chat(body(stream=True)), record(), created=1)
+
+    chunks = writer.delta(ChatDelta(text="a", logprobs=(TOLD,)))
+    chunks += writer.delta(ChatDelta(text="b"))
+    chunks += writer.delta(ChatDelta(text="No.", is_refusal=True))
+    chunks += writer.end(ended(refusal="No.", logprobs=(TOLD,)))
+
+    assert [c["choices"][0]["logprobs"] for c in chunks] == [None, TOLD_JSON, None, None, None]
 
 
 def test_a_model_name_tells_mixture_and_policy() -> None:
@@ -152,6 +267,7 @@ def test_an_unknown_model_is_404_and_never_another_mixture(name: str) -> None:
 
 def test_behind_a_proxy_the_body_passes_and_only_our_field_is_taken_out() -> None:
     sent = body(model="gpt-9", tools=[{"type": "function"}], temperature=9, hhh={"policy": "balanced"}, n=1)
+    sent |= {"logprobs": "as it came", "top_logprobs": 50, "logit_bias": {"x": 1}, "top_k": -1}
 
     call = parse_chat(sent, upstream=True, authorization="Bearer sk-secret")
 

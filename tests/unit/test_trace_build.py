@@ -99,6 +99,7 @@ def test_the_block_has_every_field_the_design_names():
             "posterior",
             "weights",
             "mixture",
+            "trajectory",
         ),
         *("policy_shift_nats", "outcomes", "confidence", "decisions", "not_inspected", "layers_run", "timing_ms"),
         "receipt",
@@ -183,11 +184,16 @@ def test_what_decides_the_answer_changes_the_hash_and_nothing_else_does():
     same = [
         ChatRequest(messages=(turn,), request_id="x", policy="balanced", not_inspected=("a",)),
         ChatRequest(messages=(turn,), authorization="Bearer secret"),
+        ChatRequest(messages=(turn,), sampling=Sampling(top_logprobs=5)),
     ]
     other = [
         ChatRequest(messages=(Message(role="system", content="Hi"),)),
         ChatRequest(messages=(turn, turn)),
         ChatRequest(messages=(turn,), sampling=Sampling(temperature=0.1)),
+        ChatRequest(messages=(turn,), sampling=Sampling(top_k=1)),
+        ChatRequest(messages=(turn,), sampling=Sampling(logit_bias={5: 1})),
+        ChatRequest(messages=(turn,), sampling=Sampling(logit_bias={5: 2})),
+        ChatRequest(messages=(turn,), sampling=Sampling(json_schema="{}")),
         ChatRequest(messages=(turn,), weights=WEIGHTS),
         ChatRequest(messages=(turn,), passthrough={"tools": []}),
     ]

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hhh_router.errors import InvalidRequest
-from hhh_router.interfaces.parse import parse_messages, parse_stop, parse_weights
+from hhh_router.interfaces.parse import parse_messages, parse_weights
+from hhh_router.interfaces.sampling import parse_sampling
 from hhh_router.interfaces.server.models import parse_model
-from hhh_router.pipeline import ChatDelta, ChatFinished
+from hhh_router.pipeline import ChatDelta, ChatFinished, TokenLogprob
 from hhh_router.trace.block import Metadata
 from hhh_router.types import ChatRequest, Sampling
 
+_SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "seed", "stop", "logit_bias", "top_logprobs", "response_format")
 READ_FIELDS = frozenset(
-    {"messages", "model", "hhh", "stream", "stream_options", "max_tokens", "max_completion_tokens", "temperature"}
-    | {"top_p", "seed", "stop", "n"}
+    {"messages", "model", "hhh", "stream", "stream_options", "max_tokens", "max_completion_tokens", "logprobs", "n"}
+    | set(_SAMPLING_FIELDS)
 )
 """Fields of the body that are acted on."""
 NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
@@ -24,10 +26,6 @@ NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
     "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "response_format": ({"type": "text"},),
-    "logit_bias": ({},),
     "presence_penalty": (0, 0.0),
     "frequency_penalty": (0, 0.0),
     "modalities": (["text"],),
@@ -36,6 +34,7 @@ NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
     "moderation": (),
 }
 """Fields that change the answer and are not supported yet, with the values that change nothing. Others are refused."""
+LEAST_LOGPROB = -9999.0  # what this wire says in place of minus infinity, which JSON cannot
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,8 +121,12 @@ def _same(value: object, neutral: object) -> bool:
 
 def _sampling(body: Mapping[str, Any]) -> Sampling:
     limit = _one("max_tokens", body.get("max_tokens"), body.get("max_completion_tokens"))
-    given = {"max_tokens": limit, **{k: body.get(k) for k in ("temperature", "top_p", "seed")}}
-    return Sampling(stop=parse_stop(body.get("stop")), **{k: v for k, v in given.items() if v is not None})
+    asked = body.get("logprobs")
+    return parse_sampling(
+        max_tokens=limit,
+        logprobs=False if asked is None else asked,  # on this wire alternatives have to be asked for with it
+        **{name: body.get(name) for name in _SAMPLING_FIELDS},
+    )
 
 
 def _boolean(body: Mapping[str, Any], name: str) -> bool:
@@ -161,7 +164,7 @@ def completion(call: Call, done: ChatFinished, raw: Mapping[str, Any] | None, *,
             {
                 "index": 0,
                 "message": {"role": "assistant", "content": done.text, "refusal": done.refusal},
-                "logprobs": None,
+                "logprobs": _logprobs(done.logprobs),
                 "finish_reason": done.finish_reason,
             }
         ],
@@ -191,7 +194,7 @@ class ChunkWriter:
         fields: dict[str, Any] = {"content": event.text}
         if event.is_refusal:
             fields["refusal"] = event.text.strip()
-        return [*self._flush(), *self._open(), self._chunk(fields)]
+        return [*self._flush(), *self._open(), self._chunk(fields, logprobs=_logprobs(event.logprobs or None))]
 
     def end(self, done: ChatFinished) -> list[dict[str, Any]]:
         """The chunks that end the reply."""
@@ -225,14 +228,36 @@ class ChunkWriter:
         block, self._first = self._first.as_json(), None
         return [self._chunk({"role": "assistant", "content": ""}, hhh=block)]
 
-    def _chunk(self, delta: Mapping[str, Any], *, finish_reason: str | None = None, **more: Any) -> dict[str, Any]:
-        choice = {"index": 0, "delta": dict(delta), "logprobs": None, "finish_reason": finish_reason}
+    def _chunk(
+        self,
+        delta: Mapping[str, Any],
+        *,
+        logprobs: Mapping[str, Any] | None = None,
+        finish_reason: str | None = None,
+        **more: Any,
+    ) -> dict[str, Any]:
+        choice = {"index": 0, "delta": dict(delta), "logprobs": logprobs, "finish_reason": finish_reason}
         usage = {"usage": None} if self._call.include_usage else {}
         return {**self._head, "choices": [choice], **usage, **more}
 
 
 def _id(metadata: Metadata) -> str:
     return f"chatcmpl-{metadata.request_id}"
+
+
+def _logprobs(told: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
+    if told is None:
+        return None
+    content = [{**_token(t), "top_logprobs": [_token(other) for other in t.top_logprobs]} for t in told]
+    return {"content": content, "refusal": None}
+
+
+def _token(told: TokenLogprob) -> dict[str, Any]:
+    return {
+        "token": told.token,
+        "logprob": max(told.logprob, LEAST_LOGPROB),
+        "bytes": None if told.bytes is None else list(told.bytes),
+    }
 
 
 def _usage(done: ChatFinished) -> dict[str, int]:
