@@ -29,7 +29,17 @@ from hhh_router.model.supervisor import Supervisor, open_supervised
 from hhh_router.protocols import Finished
 from hhh_router.settings import Settings
 from hhh_router.types import (
-    Action, ChatRequest, Decision, Evidence, Message, Plan, Posterior, ReadRequest, Sampling, Scores, Weights,
+    Action,
+    ChatRequest,
+    Decision,
+    Evidence,
+    Message,
+    Plan,
+    Posterior,
+    ReadRequest,
+    Sampling,
+    Scores,
+    Weights,
 )  # fmt: skip
 
 SAMPLES = 240  # over the whole run
@@ -201,11 +211,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings = Settings.load(max_rows=given.rows, max_waiting=given.rows, request_timeout_s=600)
     model = open_supervised(Bundle.load(given.bundle), settings)
     try:
-        found = asyncio.run(
-            soak(
-                model, minutes=given.minutes, callers=2 * given.rows, seed=given.seed, most_tokens=given.most_tokens
-            )  # fmt: skip
+        running = soak(
+            model, minutes=given.minutes, callers=2 * given.rows, seed=given.seed, most_tokens=given.most_tokens
         )
+        found = asyncio.run(running)
     finally:
         model.engine.close()
     wrong = faults(found)

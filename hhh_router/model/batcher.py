@@ -232,8 +232,9 @@ class Batcher:
         """
         wait, left = self._wait_s(job.prompt_tokens), job.deadline - time.monotonic()
         tokens = self._waiting_tokens + job.prompt_tokens
-        if len(self._waiting) >= self.max_waiting:
-            found = f"{len(self._waiting)} chats are waiting"
+        free = self.max_rows - len(self._rows)  # those that come together wait for a turn, not for a row
+        if len(self._waiting) >= self.max_waiting + free:
+            found = f"{len(self._waiting) - free} chats are waiting"
         elif self._waiting and tokens > self.max_waiting_tokens:
             found = f"{tokens} tokens of prompts are waiting"
         elif wait > left:

@@ -349,12 +349,12 @@ def test_a_full_queue_turns_the_next_one_away_and_says_when_to_come_back(tiny: B
         engine.put(request, weights)
     engine.finish()
 
-    (error,) = engine.found["r2"]
+    (error,) = engine.found["r3"]
     assert isinstance(error, Overloaded)
     assert "2 chats" in error.message
     assert error.retry_after_s is not None
     assert error.retry_after_s >= 1
-    for request, weights in asked[:2]:
+    for request, weights in asked[:3]:
         check_same(engine.found[request.request_id], engine.alone(request, weights))
 
 
