@@ -1,7 +1,8 @@
 """llama.cpp on the very file that the backbone was converted from, through a wheel that brings it ready-built.
 
 Optional: without the ``bench`` extra, or for a backbone that comes from no GGUF, its figures say that they were not
-measured. The C interface is called directly, so that no Python binding's overhead counts against llama.cpp.
+measured. What is compared is llama.cpp's own account of its prompt and of its tokens, so that no Python binding's
+overhead counts against it. Its server answers calls in this process; that it listens on loopback too is its habit.
 """
 
 from __future__ import annotations
@@ -11,68 +12,55 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from time import perf_counter
 from typing import Any
-
-import numpy as np
 
 from benchmarks.figures import NotMeasured
 from benchmarks.lab import Lab
 from hhh_router.model.sources import GgufSource, WheelSource, find_wheel, parse_source
 
+_ALL_LAYERS = 999  # more than there are: all of them go to the GPU
+_SILENT = -1
+
 
 class LlamaCpp:
-    """One context of llama.cpp, one sequence in it."""
+    """One model in llama.cpp with one slot, which forgets each prompt before the next."""
 
     def __init__(self, binding: Any, path: Path, *, context_tokens: int, threads: int, gpu: bool) -> None:
-        self._llama = binding.Llama(
-            str(path),
-            n_ctx=context_tokens,
-            n_batch=context_tokens,
-            n_threads=threads,
-            n_threads_batch=threads,
-            n_gpu_layers=999 if gpu else 0,
-            verbose=False,
-        )
-        self._lib, self._ffi = self._llama._lib, self._llama._ffi
-        self._context = self._llama._ctx
-        self._vocabulary = self._lib.llama_vocab_n_tokens(self._llama._vocab)
-
-    def close(self) -> None:
-        """Free the model."""
-        self._llama.close()
-
-    @property
-    def built_for(self) -> str:
+        given = binding.CommonParams()
+        given.model.path = str(path)
+        given.n_ctx = given.n_batch = given.n_ubatch = context_tokens
+        given.n_parallel = 1
+        given.cpuparams.n_threads = given.cpuparams_batch.n_threads = threads
+        given.n_gpu_layers = _ALL_LAYERS if gpu else 0
+        given.port = 0  # any that is free
+        given.verbosity = _SILENT
+        self._server = binding.Server(given)
+        self.built_for = " ".join(str(binding.get_system_info()).split()).strip(" |")
         """Instructions that this build uses, in llama.cpp's own words."""
-        return str(self._ffi.string(self._lib.llama_print_system_info()).decode(errors="replace")).strip()
 
     def prefill_s(self, ids: Sequence[int]) -> float:
-        """Seconds from a prompt's tokens to its next token, in one batch."""
-        self._forget()
-        started = perf_counter()
-        self._next(ids)
-        return perf_counter() - started
+        """Seconds of one batch that reads a prompt."""
+        return float(self._timings(ids, 1)["prompt_ms"]) / 1000
 
     def decode_rate(self, ids: Sequence[int], tokens: int) -> float:
         """Greedy tokens/s behind a prompt, prefill left out."""
-        self._forget()
-        token = self._next(ids)
-        started = perf_counter()
-        for _ in range(tokens):
-            token = self._next([token])
-        return tokens / (perf_counter() - started)
+        found = self._timings(ids, tokens + 1)  # the first comes out of the prompt's pass
+        return 1000 * tokens / float(found["predicted_ms"])
 
-    def _forget(self) -> None:
-        self._lib.llama_memory_clear(self._lib.llama_get_memory(self._context), True)
-
-    def _next(self, ids: Sequence[int]) -> int:
-        given = self._ffi.new("llama_token[]", list(ids))
-        failed = self._lib.llama_decode(self._context, self._lib.llama_batch_get_one(given, len(ids)))
-        if failed:
-            raise RuntimeError(f"llama_decode: {failed}")
-        logits = self._lib.llama_get_logits_ith(self._context, -1)  # waits for the result
-        return int(np.frombuffer(self._ffi.buffer(logits, 4 * self._vocabulary), dtype=np.float32).argmax())
+    def _timings(self, ids: Sequence[int], tokens: int) -> Any:
+        asked = {
+            "prompt": list(ids),
+            "n_predict": tokens,
+            "temperature": 0.0,
+            "top_k": 1,
+            "ignore_eos": True,
+            "cache_prompt": False,
+        }
+        found = self._server.handle_completions(asked)
+        timings = found["timings"]
+        if (timings["prompt_n"], timings["predicted_n"]) != (len(ids), tokens):
+            raise RuntimeError(f"llama.cpp was given {len(ids)} tokens and asked for {tokens}: {timings}")
+        return timings
 
 
 @contextmanager
@@ -83,18 +71,15 @@ def open_llamacpp(lab: Lab, context_tokens: int) -> Iterator[tuple[LlamaCpp, int
         NotMeasured: The wheel or the file is not here.
     """
     try:
-        import llama_cpp_py_sync
+        import xllamacpp
     except ImportError as error:
         raise NotMeasured("llama.cpp is not installed (pip install 'hhh-router[bench]')") from error
     with _gguf(lab) as path:
         model = LlamaCpp(
-            llama_cpp_py_sync, path, context_tokens=context_tokens, threads=lab.settings.threads,
+            xllamacpp, path, context_tokens=context_tokens, threads=lab.settings.threads,
             gpu=lab.device.type == "cuda",
         )  # fmt: skip
-        try:
-            yield model, path.stat().st_size
-        finally:
-            model.close()
+        yield model, path.stat().st_size
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import torch
 
 from benchmarks.timing import seconds
 
-_PACKAGES = ("torch", "transformers", "peft", "numpy", "llama-cpp-py-sync")
+_PACKAGES = ("torch", "transformers", "peft", "numpy", "xllamacpp")
 _INSTRUCTIONS = (
     "avx2",
     "avx512_f",

@@ -66,7 +66,7 @@ def shown(value: float, unit: str) -> str:
 def _plain(value: float) -> str:
     """Four digits, never in powers of ten.
 
-    >>> _plain(12345678.0), _plain(0.012345)
+    >>> _plain(12345678.0), _plain(0.01234)
     ('12,345,678', '0.01234')
     """
     return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"
@@ -115,9 +115,11 @@ def _bars(axes: object, group: Sequence[Record], wanted: str) -> None:
         )
         axes.hlines(y + 0.18, low, high, color=INK, linewidth=1.2)
         text = f"{r['title']}: {shown(r['value'], r['unit'])} ({_target(r)}{'' if met else ', missed'})"
-        axes.text(0, y - 0.06, text, transform=axes.get_yaxis_transform(), va="bottom")
+        paper = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}  # the line must not cross the words
+        axes.text(0, y - 0.06, text, transform=axes.get_yaxis_transform(), va="bottom", bbox=paper)
+    longest = 1.05 * max(1.0, *(max(r["value"], r["high"]) / r["target"] for r in group))
     axes.axvline(1, color=MUTED, linewidth=1.0, linestyle=(0, (3, 2)))
-    axes.set(ylim=(len(group) - 0.5, -0.5), yticks=[], xlim=(0, None), xlabel=f"value over target; {wanted}")
+    axes.set(ylim=(len(group) - 0.5, -0.5), yticks=[], xlim=(0, longest), xlabel=f"value over target; {wanted}")
     axes.grid(axis="x", color=HAIR)
     axes.set_axisbelow(True)
     for side in ("top", "right", "left"):

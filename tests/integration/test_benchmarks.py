@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from benchmarks import baselines, continuous_batching, engine, throughput
 from benchmarks.decoding import weight_bytes
 from benchmarks.figures import Figure, Measured, NotMeasured, Results
 from benchmarks.lab import BARE, MIXTURES, QUICK, Lab, plan_for
+from benchmarks.llamacpp import LlamaCpp
 from benchmarks.present import draw, present
 from benchmarks.prompts import mixed
 from benchmarks.run import parse, run
@@ -196,6 +198,42 @@ def test_transformers_continuous_batching_comes_out(tiny: Bundle, tmp_path: Path
     assert list(found) == ["chats-16-over-manager", "prefill-8-over-manager"]
     for record in found.values():
         check(record)
+
+
+class _Server:
+    """Answers as llama.cpp's server does, with timings of its own."""
+
+    def __init__(self, params: Any) -> None:
+        self.asked: list[Mapping[str, Any]] = []
+
+    def handle_completions(self, asked: Mapping[str, Any]) -> Mapping[str, Any]:
+        self.asked.append(asked)
+        tokens = asked["n_predict"]
+        timings = {"prompt_n": len(asked["prompt"]), "prompt_ms": 500.0, "predicted_n": tokens, "predicted_ms": 200.0}
+        return {"timings": timings}
+
+
+def test_llamacpp_is_believed_what_it_says_of_itself(tmp_path: Path) -> None:
+    params = SimpleNamespace(
+        model=SimpleNamespace(), cpuparams=SimpleNamespace(), cpuparams_batch=SimpleNamespace()
+    )  # fmt: skip
+    binding = SimpleNamespace(CommonParams=lambda: params, Server=_Server, get_system_info=lambda: "AVX2 = 1 | ")
+    model = LlamaCpp(binding, tmp_path / "a.gguf", context_tokens=32, threads=3, gpu=False)
+
+    assert model.prefill_s([1, 2, 3]) == 0.5
+    assert model.decode_rate([1, 2, 3], 10) == pytest.approx(50)  # the prompt's own pass brings the eleventh token
+    assert model.built_for == "AVX2 = 1"
+    assert (params.cpuparams.n_threads, params.cpuparams_batch.n_threads, params.n_gpu_layers) == (3, 3, 0)
+
+
+def test_the_documentation_names_every_figure_and_its_target() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+
+    for figure in engine.figures("cpu"):
+        (row,) = [line for line in page.splitlines() if line.startswith(f"| `{figure.name}` |")]
+        if figure.target is not None and figure.name != "refusal-cost":
+            wanted = f"{100 * figure.target:g} %" if figure.unit == "share" else f"{figure.target:g}".lstrip("0")
+            assert row.endswith(f"{'≥' if figure.at == 'least' else '≤'} {wanted} |")
 
 
 def test_sides_take_turns_and_warmups_do_not_count() -> None:
