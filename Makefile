@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PROMPT
 
-.PHONY: chat install test report check format help
+.PHONY: chat install test report bench-engine check format help
 
 chat: $(STAMP)  ## answer PROMPT="…" and show weights, needs, confidence and decision
 	@$(BIN)/hhh-router chat "$$PROMPT" || [ $$? -eq 3 ]  # 3: the policy refused, which is an answer too
@@ -21,6 +21,12 @@ report: $(STAMP)  ## measure the shipped bundle; HHH_ROUTER_DATA names the folde
 	@test -n "$$HHH_ROUTER_DATA" || { echo "set HHH_ROUTER_DATA to the folder of data sets, see docs/evaluation.md"; exit 2; }
 	$(BIN)/hhh-router evaluate --bundle smollm2-135m --baselines recipes/smollm2-135m.yaml
 
+bench-engine: $(STAMP)  ## measure the embedded engine on an idle machine; figures, chart and table in benchmarks/results
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[bench]' || \
+		echo "llama.cpp's wheel is not to be had here: its figures will say so"
+	$(BIN)/python -m benchmarks.engine
+	$(BIN)/python -m benchmarks.continuous_batching
+
 check: $(STAMP)  ## format, lint, types, fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -32,7 +38,7 @@ format: $(STAMP)  ## rewrite the code as ruff wants it
 	$(BIN)/ruff check --fix .
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
 
 # A plain `pip install torch` may bring CUDA builds of several GB. Where they are not wanted, set PIP_EXTRA_INDEX_URL
 # to PyTorch's index of CPU wheels: the pin accepts them, and pip prefers them.
