@@ -1,12 +1,13 @@
 # `make chat` and `make test` set up everything they need; second runs skip what is there.
 PYTHON ?= python3
+MINUTES ?= 20
 PROMPT ?= What is the capital of France?
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 export PROMPT
 
-.PHONY: chat install test report bench-engine check format help
+.PHONY: chat install test report bench-engine soak check format help
 
 chat: $(STAMP)  ## answer PROMPT="…" and show weights, needs, confidence and decision
 	@$(BIN)/hhh-router chat "$$PROMPT" || [ $$? -eq 3 ]  # 3: the policy refused, which is an answer too
@@ -26,6 +27,9 @@ bench-engine: $(STAMP)  ## measure the embedded engine on an idle machine; figur
 		echo "llama.cpp's wheel is not to be had here: its figures will say so"
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.continuous_batching
+
+soak: $(STAMP)  ## keep the engine at twice its capacity for MINUTES=20, with callers who leave; nothing may pile up
+	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
 
 check: $(STAMP)  ## format, lint, types, fast tests
 	$(BIN)/ruff format --check .

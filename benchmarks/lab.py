@@ -18,6 +18,7 @@ from hhh_router.bundle import Bundle
 from hhh_router.model.base import compute_dtype
 from hhh_router.model.batcher import Batcher, ChatJob
 from hhh_router.model.encode import Encoder
+from hhh_router.model.engine import EngineGenerator
 from hhh_router.model.fetch import fetch_backbone
 from hhh_router.model.reads import Reads
 from hhh_router.model.worker import Worker, load_embedded
@@ -109,20 +110,23 @@ class Lab:
         Raises:
             BundleError: Anything missing, corrupt or made for another backbone.
         """
-        given: dict[str, object] = {"device": device, "threads": threads}
+        # nothing is kept of prompts: sides that ask the same again would find it
+        given: dict[str, object] = {"device": device, "threads": threads, "prefix_tokens": 0}
         if device.startswith("cuda"):
             given |= {"max_rows": _GPU_ROWS, "kv_tokens": _GPU_ROWS * 1024}
         settings = Settings.load(**given)
         model = load_embedded(bundle, settings)
-        asyncio.run(model.aclose())  # its thread is done; what it served is used by this one now
+        worker = model.engine
+        assert isinstance(worker, Worker)
+        worker.close()  # its thread is done; what it served is used by this one now
         return cls(
             bundle=bundle,
             settings=settings,
             sizes=sizes,
             repeats=repeats,
             dtype=compute_dtype(bundle.manifest.backbone, device, settings.dtype),
-            batcher=model.worker._batcher,
-            reads=model.worker._reads,
+            batcher=worker._batcher,
+            reads=worker._reads,
         )
 
     @property
@@ -248,16 +252,17 @@ class Lab:
     def chats_rate(self, prompts: Sequence[Sequence[Message]], weights: Sequence[Weights], tokens: int) -> float:
         """Tokens/s over all chats, asked at once through the worker's thread, from the first put to the last event."""
         worker = Worker(self.reads, self.batcher)
+        generator = EngineGenerator(worker)
 
         async def chat(prompt: Sequence[Message], own: Weights) -> int:
-            events = worker.chat(self.request(prompt, tokens), plan_for(own), window_tokens=WINDOW_TOKENS)
+            events = generator.generate(self.request(prompt, tokens), plan_for(own), window_tokens=WINDOW_TOKENS)
             return sum([e.tokens async for e in events if isinstance(e, Delta)])
 
         async def all_chats() -> tuple[int, float]:
             started = perf_counter()
             counts = await asyncio.gather(*(chat(p, w) for p, w in zip(prompts, weights, strict=True)))
             elapsed = perf_counter() - started
-            await worker.aclose()
+            worker.close()
             return sum(counts), elapsed
 
         said, elapsed = asyncio.run(all_chats())
