@@ -147,7 +147,7 @@ def test_each_expert_alone_equals_peft_on_the_default_model(bundle: Bundle, back
 
 def test_many_prompts_are_guarded_in_few_passes(router: HHHRouter, pipeline: Pipeline) -> None:
     passes = []
-    stack = pipeline.parts.reader._reader.stack
+    stack = pipeline.parts.reader._engine._reads._reader.stack
     handle = stack.layers[0].register_forward_hook(lambda *_: passes.append(1))
     prompts = [*HARMLESS, HARMFUL] * 20
 
