@@ -34,7 +34,7 @@ from hhh_router.model.heads import Views
 from hhh_router.model.mixture import Gates
 from hhh_router.model.prefixes import BLOCK, Found, Prefixes
 from hhh_router.model.reader import HeadReader, RunningReply
-from hhh_router.model.sampler import Sampler, check_biases
+from hhh_router.model.sampler import Drawn, Sampler, check_biases, draw_rows
 from hhh_router.model.slots import Opening, Slots
 from hhh_router.model.stack import Pass
 from hhh_router.protocols import Finished, FinishReason, Load, Planned, Planner, Steered, Steerer, Window
@@ -382,10 +382,14 @@ class Batcher:
     # -- one step -----------------------------------------------------------------------------------------------------
 
     def _decode(self) -> None:
-        for row in list(self._rows):
+        rows = list(self._rows)
+        drawn = draw_rows([r.sampler for r in rows], torch.stack([r.logits for r in rows]))
+        for row, found in zip(rows, drawn, strict=True):
             try:
-                self._draw(row)
-            except Exception as error:  # a row with NaN logits, say: the others go on
+                if isinstance(found, Exception):
+                    raise found
+                self._say(row, found)
+            except Exception as error:  # a row with NaN logits, or a caller who has left: the others go on
                 self._fail(row, error)
         for row in [r for r in self._rows if r.reason == "stop" and not (r.empty or r.stream.stopped)]:
             self._finish(row)  # its end marker is no part of the reply
@@ -416,8 +420,7 @@ class Batcher:
             found.__cause__ = error
             self._rows[slot].error = found
 
-    def _draw(self, row: _Row) -> None:
-        found = row.sampler.draw(row.logits)
+    def _say(self, row: _Row, found: Drawn) -> None:
         if found.token in self._ends:
             row.reason = "stop"
             row.empty = row.drawn == 0

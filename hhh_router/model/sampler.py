@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from hhh_router.errors import GeneratorError, InvalidRequest
+from hhh_router.errors import GeneratorError, HHHRouterError, InvalidRequest
 from hhh_router.model.grammar import Following
 from hhh_router.types import Sampling
 
@@ -82,25 +83,76 @@ class Sampler:
 
         Raises:
             GeneratorError: A logit is NaN, all are infinite, or the schema leaves nothing.
+            InvalidRequest: The schema turned out too large to be followed further.
         """
-        logprobs = torch.log_softmax(logits.float(), dim=-1)
-        if torch.isnan(logprobs).any():
-            raise GeneratorError("the model gave NaN logits", hint="hhh-router bundle verify checks the weights")
-        scores = logprobs
+        (found,) = draw_rows([self], logits[None])
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    @property
+    def shapes(self) -> bool:
+        """True where bias or schema change the logits."""
+        return bool(len(self._biased)) or self._following is not None
+
+    def shape(self, logprobs: Tensor) -> Tensor:
+        """With bias and schema, (V,)."""
         if len(self._biased):
-            scores = scores.index_add(0, self._biased, self._bias)
-        if self._following is not None:
-            scores = self._following.mask(scores)
+            logprobs = logprobs.index_add(0, self._biased, self._bias)
+        return logprobs if self._following is None else self._following.mask(logprobs)
+
+    def pick(self, scores: Tensor, likeliest: Tensor) -> Tensor:
+        """A token as a tensor of shape (), still on the device; ``likeliest`` is what greedy decoding takes."""
         if self._greedy:
-            token = int(scores.argmax())
-        else:
-            warped = self._warpers(torch.empty((1, 0), dtype=torch.long), scores[None])
-            token = int(torch.multinomial(warped[0].softmax(-1), 1, generator=self._random))
+            return likeliest
+        shares = self._warpers(_NOTHING_BEFORE, scores[None])[0].softmax(-1)
+        # a row of NaN is told apart afterwards; on a GPU drawing from it would take the whole process down
+        shares = torch.where(shares.isnan().any(), torch.ones_like(shares), shares)
+        return torch.multinomial(shares, 1, generator=self._random)[0]
+
+    def finish(self, token: int, logprob: float, logprobs: Tensor) -> Drawn:
+        """The token that was picked, with what is told of it."""
         if self._following is not None:
             self._following.take(token)
         best = logprobs.topk(self._told) if self._told else None
         likeliest = tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True)) if best else ()
-        return Drawn(token, float(logprobs[token]), likeliest)
+        return Drawn(token, logprob, likeliest)
+
+
+def draw_rows(samplers: Sequence[Sampler], logits: Tensor) -> list[Drawn | HHHRouterError]:
+    """A token for each row, with one transfer from the device for all of them.
+
+    Args:
+        samplers: Of each row.
+        logits: (B, V), any float dtype.
+
+    Returns:
+        Per row what was drawn, or why nothing could be: a logit is NaN, all are infinite, the schema leaves nothing or
+        cannot be followed further.
+    """
+    logprobs = torch.log_softmax(logits.float(), dim=-1)
+    scores = logprobs
+    if any(s.shapes for s in samplers):
+        scores = torch.stack([s.shape(row) if s.shapes else row for s, row in zip(samplers, logprobs, strict=True)])
+    best = scores.max(dim=-1)
+    tokens = torch.stack([s.pick(row, top) for s, row, top in zip(samplers, scores, best.indices, strict=True)])
+    chosen = logprobs.gather(1, tokens[:, None])[:, 0]
+    failed = best.values.isnan() | best.values.isneginf()
+    found: list[Drawn | HHHRouterError] = []
+    together = torch.stack([tokens.double(), chosen.double(), failed.double()]).tolist()
+    for row, (sampler, token, logprob, nothing) in enumerate(zip(samplers, *together, strict=True)):
+        if nothing:
+            said = "the model gave NaN logits" if math.isnan(logprob) else "no token is left that may come next"
+            found.append(GeneratorError(said, hint="hhh-router bundle verify checks the weights"))
+            continue
+        try:
+            found.append(sampler.finish(int(token), logprob, logprobs[row]))
+        except HHHRouterError as error:
+            found.append(error)
+    return found
+
+
+_NOTHING_BEFORE = torch.empty((1, 0), dtype=torch.long)  # what warpers of repetition would look at
 
 
 class TextStream:

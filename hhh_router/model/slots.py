@@ -156,6 +156,8 @@ class Step:
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """transformers' cache protocol: take a layer's new keys and values, (B, H, 1, d), and return all of them."""
         kept = self._slots.store(layer_idx, keys)
+        if self._rows.device != keys.device:  # once a step, not once a layer
+            self._rows, self._places = self._rows.to(keys.device), self._places.to(keys.device)
         for store, new in zip(kept, (keys, values), strict=True):
             store[self._rows, :, self._places] = new[:, :, 0]
         return kept[0][self._view, :, : self._longest], kept[1][self._view, :, : self._longest]

@@ -8,13 +8,14 @@ from typing import Any
 
 import jsonschema
 import pytest
+import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from hhh_router.bundle import Bundle
-from hhh_router.errors import InvalidRequest
+from hhh_router.errors import GeneratorError, InvalidRequest
 from hhh_router.model.deltas import Deltas, Spelling
-from hhh_router.model.sampler import Drawn
+from hhh_router.model.sampler import Drawn, Sampler, draw_rows
 from hhh_router.protocols import Delta, Event, Finished, TokenLogprob
 from hhh_router.types import Sampling, Weights
 
@@ -265,3 +266,42 @@ def test_vocabularies_that_spell_bytes_out_are_read_too() -> None:
 
 def load_tokenizer(bundle: Bundle) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast.from_pretrained(bundle.root / "backbone")
+
+
+ROWS = [
+    Sampling(),
+    Sampling(temperature=1.3, seed=1),
+    Sampling(temperature=1.3, seed=1, top_p=0.5),
+    Sampling(temperature=0.7, seed=2, top_k=3, top_logprobs=4),
+    Sampling(logit_bias={5: 50.0}),
+]
+
+
+def test_rows_drawn_together_are_what_each_draws_alone() -> None:
+    logits = torch.randn((len(ROWS), 40), generator=torch.Generator().manual_seed(3))
+    cpu = torch.device("cpu")
+    together, alone = [Sampler(s, cpu) for s in ROWS], [Sampler(s, cpu) for s in ROWS]
+
+    for _ in range(20):
+        assert draw_rows(together, logits) == [s.draw(row) for s, row in zip(alone, logits, strict=True)]
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf, math.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_row_that_has_no_token_to_draw_fails_alone(value: float, temperature: float) -> None:
+    logits = torch.randn((3, 40), generator=torch.Generator().manual_seed(3))
+    logits[1] = value
+    samplers = [Sampler(Sampling(temperature=temperature, seed=4), torch.device("cpu")) for _ in range(3)]
+
+    first, second, third = draw_rows(samplers, logits)
+
+    assert isinstance(second, GeneratorError)
+    assert isinstance(first, Drawn)
+    assert isinstance(third, Drawn)
+
+
+def test_a_bias_against_every_token_leaves_nothing_to_draw() -> None:
+    sampler = Sampler(Sampling(logit_bias=dict.fromkeys(range(40), -math.inf)), torch.device("cpu"))
+
+    with pytest.raises(GeneratorError, match="no token is left"):
+        sampler.draw(torch.zeros(40))
