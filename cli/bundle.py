@@ -1,6 +1,16 @@
 """``hhh-router bundle``: list, check and describe bundles."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
 import typer
+
+from .train import stage_bars
+
+if TYPE_CHECKING:
+    from hhh_router.model.quantisation import Record
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="List, check and describe bundles.")
 
@@ -97,3 +107,65 @@ def card(
         typer.echo(json.dumps({"manifest": manifest, "sha256": loaded.sha256, "card": text}, indent=2))
         return
     typer.echo(text)
+
+
+@app.command()
+def quantise(
+    data: Annotated[Path, typer.Option("--data", envvar="HHH_ROUTER_DATA", help="Folder of data sets.")],
+    bundle: Annotated[str, typer.Option("--bundle", help="Bundle name or folder.")] = "smollm2-135m",
+    scheme: Annotated[str, typer.Option("--scheme", help="int8.")] = "int8",
+    replies: Annotated[int, typer.Option(min=1, help="Harmless prompts that are answered.")] = 40,
+    items: Annotated[int, typer.Option(min=1, help="Labelled replies that are read.")] = 200,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Of each reply.")] = 40,
+    seed: Annotated[int, typer.Option(help="Of the draws of rows.")] = 17,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
+) -> None:
+    """Measure what quantised weights change, and write quantisation.json into the bundle.
+
+    HHH_ROUTER_QUANTISE serves the bundle with them only where the bounds held, in the precision measured here
+    (HHH_ROUTER_DTYPE). Rows are those of split calibrate. Exit code 1: a bound is broken.
+    """
+    from hhh_router.bundle import Bundle
+    from hhh_router.errors import EXIT_FAILURE, MissingExtra, SettingsError
+    from hhh_router.model.quantisation import SCHEMES, keep_record
+    from hhh_router.settings import Settings
+
+    if scheme not in SCHEMES:
+        raise SettingsError(f"--scheme {scheme}: not known", hint=f"one of {', '.join(SCHEMES)}")
+    if not data.is_dir():
+        raise SettingsError(f"--data {data}: no such folder", hint="give the folder that holds the data sets")
+    try:
+        from hhh_router.evaluation.quantise import Sizes, measure_quantisation
+    except ImportError as error:
+        raise MissingExtra("train", needed_for="measuring a bundle") from error
+    loaded = Bundle.load(bundle)
+    loaded.verify()
+    sizes = Sizes(replies=replies, items=items, max_tokens=max_tokens)
+    with stage_bars() as told:
+        record = measure_quantisation(loaded, data, settings=Settings.load(), sizes=sizes, seed=seed, on_progress=told)
+    path = keep_record(loaded, record)
+    if as_json:
+        typer.echo(record.model_dump_json(indent=2))
+    else:
+        _show(record)
+        typer.echo(str(path))
+    for line in record.broken():
+        typer.echo(line, err=True)
+    if not record.passes:
+        raise typer.Exit(EXIT_FAILURE)
+
+
+def _show(record: Record) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"{record.scheme} against {record.dtype}, seed {record.seed}")
+    for heading in ("what", "n", "before", "after"):
+        table.add_column(heading)
+    d, r = record.divergence, record.refusals
+    table.add_row("KL of the next token, nats", f"{d.n} tokens of {d.replies} replies", "", f"{d.mean_nats:.4f}")
+    for x in record.readings:
+        n = f"{x.n} ({x.positives} positive)"
+        table.add_row(f"ECE of {x.outcome}, mode {x.mode}", n, f"{x.ece_before:.4f}", f"{x.ece_after:.4f}")
+    table.add_row("harmless prompts refused", str(r.n), f"{r.before:.3f}", f"{r.after:.3f}")
+    Console().print(table)

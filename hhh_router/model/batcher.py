@@ -31,6 +31,7 @@ from hhh_router.model.encode import Encoded, Encoder
 from hhh_router.model.engine import EndChat, TellEvent
 from hhh_router.model.grammar import Following, Grammars
 from hhh_router.model.heads import Views
+from hhh_router.model.int8 import Phase
 from hhh_router.model.mixture import Gates
 from hhh_router.model.prefixes import BLOCK, Found, Prefixes
 from hhh_router.model.reader import HeadReader, RunningReply
@@ -147,6 +148,8 @@ class Batcher:
     reader: HeadReader
     encoder: Encoder
     gates: Gates
+    phase: Phase = field(default_factory=Phase)
+    """Of the backbone's int8 layers, where it has any."""
     max_rows: int = 16
     """Replies decoded together."""
     max_tokens: int = 32_768
@@ -250,7 +253,8 @@ class Batcher:
         if self._waiting and self._has_room(self._waiting[0]):
             self._admit(self._waiting.popleft())
         if self._rows:
-            self._decode()
+            with self.phase.decoding():
+                self._decode()
         if not self._rows and not self._waiting:
             self._slots.trim()
 
@@ -487,7 +491,9 @@ class Batcher:
         row.timing["decode"] = 1000 * (time.perf_counter() - row.prefilled_at)
         text = row.job.text
         assert text is not None
-        if row.drawn > 1 and not row.steered:  # the last token's upper layers may not have run
+        # what int8 layers made must not reach the reading of a later prompt; it is calibrated for the base weights
+        kept = not (row.steered or self.phase.quantised)
+        if row.drawn > 1 and kept:  # the last token's upper layers may not have run
             ids, start = [*text.ids, *row.tokens[:-1]], _whole(len(text.ids))
             slot = self._rows.index(row)
             self._prefixes.keep(ids, self._slots, slot, torch.cat(row.entering), start, row.weights)

@@ -19,6 +19,7 @@ from hhh_router.model.deltas import Deltas, Spelling
 from hhh_router.model.encode import Encoder
 from hhh_router.model.grammar import Grammars
 from hhh_router.model.heads import Views
+from hhh_router.model.int8 import Phase
 from hhh_router.model.mixture import Gates
 from hhh_router.model.reader import HeadReader, RunningReply
 from hhh_router.model.sampler import Sampler, check_biases
@@ -43,11 +44,14 @@ class _Steps:
 class MixtureGenerator:
     """Generates with the mixture that the planner chooses mid-pass. Used by one thread, the model's own."""
 
-    def __init__(self, stack: DecoderStack, encoder: Encoder, reader: HeadReader, gates: Gates) -> None:
+    def __init__(
+        self, stack: DecoderStack, encoder: Encoder, reader: HeadReader, gates: Gates, phase: Phase | None = None
+    ) -> None:
         self._stack = stack
         self._encoder = encoder
         self._reader = reader
         self._gates = gates
+        self._phase = phase or Phase()
         config_eos = stack.model.generation_config.eos_token_id
         listed = config_eos if isinstance(config_eos, list) else [config_eos]
         self._ends = frozenset({encoder.end_id, *(e for e in listed if e is not None)})
@@ -121,7 +125,8 @@ class MixtureGenerator:
                     weights = wanted
                     yield Steered(weights=weights, completion_tokens=drawn)
             if drawn < steps.budget:  # the last token's upper layers would decide nothing
-                logits = self._upper_layers(state, weights)
+                with self._phase.decoding():
+                    logits = self._upper_layers(state, weights)
         if rest := stream.end():
             yield rest
         completion_tokens = steps.reply.tokens
@@ -134,7 +139,8 @@ class MixtureGenerator:
     def _read_token(self, token: int, steps: _Steps) -> Pass:
         """Run the bare lower layers on one more token of the reply and pool its states."""
         state = self._stack.begin(torch.tensor([[token]], device=self._stack.device), cache=steps.cache)
-        steps.reply.add(list(self._reader.states(state)))
+        with self._phase.decoding():
+            steps.reply.add(list(self._reader.states(state)))
         return state
 
     @torch.inference_mode()

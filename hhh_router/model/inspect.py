@@ -10,6 +10,7 @@ from pathlib import Path
 from hhh_router.bundle import Bundle, file_sha256
 from hhh_router.calibration import Calibrators
 from hhh_router.errors import BundleError, MissingExtra
+from hhh_router.model.quantisation import QUANTISATION, QuantisationFile
 from hhh_router.types import DIMENSIONS
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -20,7 +21,8 @@ def bundle_mistakes(bundle: Bundle) -> list[str]:
     """Everything that is wrong with a bundle, one line each; empty when it can be served.
 
     Files are compared with their hashes, experts with the manifest's rank, scale, layers and width, heads with the
-    backbone's width, calibrators with the heads they were fitted for. NaN and infinity anywhere are mistakes.
+    backbone's width, calibrators with the heads they were fitted for. NaN and infinity anywhere are mistakes. A record
+    of quantisation need not be there, nor hold for these weights (serving asks for that), but must be readable.
 
     Raises:
         MissingExtra: torch or safetensors is not installed.
@@ -37,6 +39,7 @@ def bundle_mistakes(bundle: Bundle) -> list[str]:
         mistakes += _expert_mistakes(bundle, dimension)
     mistakes += _heads_mistakes(bundle)
     mistakes += _calibrator_mistakes(bundle)
+    mistakes += _quantisation_mistakes(bundle)
     for pattern in _PICKLES:
         mistakes += [
             f"{path}: pickles can run code; a bundle holds safetensors only" for path in bundle.root.rglob(pattern)
@@ -118,6 +121,16 @@ def _calibrator_mistakes(bundle: Bundle) -> list[str]:
         Calibrators.load(bundle.root / spec.path, heads_sha256=sha256, dtype=bundle.manifest.backbone.dtype)
     except OSError:
         return []  # missing heads are reported above
+    except BundleError as error:
+        return error.message.splitlines()
+    return []
+
+
+def _quantisation_mistakes(bundle: Bundle) -> list[str]:
+    path = bundle.root / QUANTISATION
+    try:
+        if path.exists():
+            QuantisationFile.read(path)
     except BundleError as error:
         return error.message.splitlines()
     return []

@@ -7,12 +7,14 @@ length go together, and systems that differ in weights alone share the bare lowe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from hhh_router.model.base import Backbone
+from hhh_router.model.int8 import Phase
 from hhh_router.model.mixture import Gates
 from hhh_router.model.stack import DecoderStack, Pass
 from hhh_router.types import Message, ReadRequest, Weights
@@ -62,17 +64,22 @@ def as_reply(
 class Runner:
     """A backbone with or without experts. Used by one thread."""
 
-    def __init__(self, backbone: Backbone, gates: Gates | None, first_adapted_layer: int) -> None:
+    def __init__(
+        self, backbone: Backbone, gates: Gates | None, first_adapted_layer: int, phase: Phase | None = None
+    ) -> None:
         """Wrap a loaded backbone.
 
         Args:
             backbone: Weights and tokenizer.
             gates: Of the experts that were put into its layers; None for the bare backbone.
             first_adapted_layer: l_r; the layers below are the same under all weights.
+            phase: Of the backbone's int8 layers, for replies to be made through them as a server's are; None for
+                replies through the base weights.
         """
         self.backbone = backbone
         self._stack: DecoderStack = backbone.stack
         self._gates = gates
+        self._phase = phase or Phase()
         self._first = first_adapted_layer
         listed = self._stack.model.generation_config.eos_token_id
         self._ends = {backbone.encoder.end_id, *(listed if isinstance(listed, list) else [listed] if listed else [])}
@@ -166,11 +173,13 @@ class Runner:
         replies: list[list[int]] = [[] for _ in prompts]
         rows = list(range(len(prompts)))
         cache = stack.new_cache()
-        for _ in range(max_tokens):
+        for step in range(max_tokens):
             state = stack.begin(ids, attention_mask=mask, cache=cache)
             self._set(None if weights is None else [weights[i] for i in rows])
-            hidden = stack.run(state, stack.depth)
-            drawn = stack.logits(hidden[:, -1]).argmax(-1)
+            # more rows than a server decodes in int8 are no other replies: each row comes out the same
+            with self._phase.decoding(any_rows=True) if step else nullcontext():
+                hidden = stack.run(state, stack.depth)
+                drawn = stack.logits(hidden[:, -1]).argmax(-1)
             going = []
             for k, token in enumerate(drawn.tolist()):
                 row = replies[rows[k]]

@@ -25,7 +25,9 @@ from hhh_router.model.engine import EmbeddedModel, EndChat, EndRead, TellEvent, 
 from hhh_router.model.experts import load_experts
 from hhh_router.model.fetch import fetch_backbone
 from hhh_router.model.heads import Heads
+from hhh_router.model.int8 import Phase, check_int8, install_int8
 from hhh_router.model.mixture import install_mixture
+from hhh_router.model.quantisation import require_record
 from hhh_router.model.reader import HeadReader
 from hhh_router.model.reads import ReadJob, Reads
 from hhh_router.protocols import Load, Planner, Steerer
@@ -184,15 +186,22 @@ def load_embedded(bundle: Bundle, settings: Settings) -> EmbeddedModel:
     """Open a bundle's reader, put its experts on the backbone too, and start the model's thread.
 
     Raises:
-        BundleError: Anything missing, corrupt or made for another backbone.
+        BundleError: Anything missing, corrupt or made for another backbone, or quantised weights without a record.
+        SettingsError: Quantised weights cannot be used on this device, in this precision or with this torch.
     """
+    if settings.quantise != "none":  # before seconds of loading
+        dtype = compute_dtype(bundle.manifest.backbone, settings.device, settings.dtype)
+        check_int8(settings.device, dtype)
+        require_record(bundle, settings.quantise, dtype)
     reader, encoder = open_reader(bundle, settings)
     stack = reader.stack
     gates = install_mixture(stack.model, load_experts(bundle))
+    phase = Phase() if settings.quantise == "none" else install_int8(stack.model)
     batcher = Batcher(
         reader=reader,
         encoder=encoder,
         gates=gates,
+        phase=phase,
         max_rows=settings.max_rows,
         max_tokens=settings.kv_tokens,
         prefix_tokens=settings.prefix_tokens,
@@ -210,5 +219,7 @@ def load_embedded(bundle: Bundle, settings: Settings) -> EmbeddedModel:
             "context_tokens": encoder.context_tokens,
             "device": str(stack.device),
             "threads": settings.threads,
+            "quantise": settings.quantise,
+            "quantised_bytes": phase.added_bytes,
         },
     )

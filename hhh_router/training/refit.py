@@ -14,6 +14,7 @@ from hhh_router.calibration.fit import fit_distance_limit, fit_head
 from hhh_router.data.examples import Example, data_hash
 from hhh_router.errors import BundleError, DataError
 from hhh_router.model.encode import Encoder
+from hhh_router.model.quantisation import QUANTISATION
 from hhh_router.model.reader import HeadReader
 from hhh_router.model.worker import open_reader
 from hhh_router.settings import Settings
@@ -166,7 +167,8 @@ def _write(bundle: Bundle, target: Path, file: CalibrationFile) -> None:
     """The bundle with other calibrators, without the figures of the old ones; complete, or not there."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(bundle.root, partial, ignore=shutil.ignore_patterns("figures.json", "CARD.md", "report.*"))
+    measured = shutil.ignore_patterns("figures.json", "CARD.md", "report.*", QUANTISATION)
+    shutil.copytree(bundle.root, partial, ignore=measured)
     file.write(partial / CALIBRATORS)
     spec = CalibratorsSpec(path=CALIBRATORS, sha256=file_sha256(partial / CALIBRATORS))
     write_manifest(partial, bundle.manifest.model_copy(update={"calibrators": spec, "name": target.name}))
