@@ -16,11 +16,12 @@ from benchmarks.prompts import of_length
 from benchmarks.timing import Side, interleaved
 from hhh_router.bundle import Bundle
 from hhh_router.model.base import compute_dtype
-from hhh_router.model.batcher import Batcher, ChatJob
+from hhh_router.model.batcher import Batcher
 from hhh_router.model.encode import Encoder
 from hhh_router.model.engine import EngineGenerator
 from hhh_router.model.fetch import fetch_backbone
 from hhh_router.model.reads import Reads
+from hhh_router.model.rows import ChatJob
 from hhh_router.model.worker import Worker, load_embedded
 from hhh_router.protocols import Delta, Event, Planner
 from hhh_router.settings import Settings

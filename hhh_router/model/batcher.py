@@ -9,7 +9,6 @@ fails leaves alone.
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -27,118 +26,21 @@ from hhh_router.errors import (
     Quarantined,
 )
 from hhh_router.model.deltas import Deltas, Spelling
-from hhh_router.model.encode import Encoded, Encoder
-from hhh_router.model.engine import EndChat, TellEvent
-from hhh_router.model.grammar import Following, Grammars
+from hhh_router.model.encode import Encoder
+from hhh_router.model.grammar import Grammars
 from hhh_router.model.heads import Views
 from hhh_router.model.int8 import Phase
 from hhh_router.model.mixture import Gates
-from hhh_router.model.prefixes import BLOCK, Found, Prefixes
+from hhh_router.model.prefixes import BLOCK, Found, Prefixes, whole_tokens
 from hhh_router.model.reader import HeadReader, RunningReply
+from hhh_router.model.rows import ChatJob, Pace, Row
 from hhh_router.model.sampler import Drawn, Sampler, check_biases, draw_rows
 from hhh_router.model.slots import Opening, Slots
 from hhh_router.model.stack import Pass
-from hhh_router.protocols import Finished, FinishReason, Load, Planned, Planner, Steered, Steerer, Window
-from hhh_router.types import ChatRequest, ReadRequest, Weights
+from hhh_router.protocols import Finished, Load, Planned, Steered, Window
+from hhh_router.types import ReadRequest
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class ChatJob:
-    """One request on its way through the batch."""
-
-    request: ChatRequest
-    planner: Planner
-    window_tokens: int
-    tell: TellEvent
-    """Takes each event; called on the model's thread."""
-    end: EndChat
-    """Called once, when there are no more events; with what went wrong, if anything did."""
-    steer: Steerer | None = None
-    """Asked at every window but the last, on the model's thread, before the upper layers run."""
-    deadline: float = field(init=False)
-    """When nobody waits for it any more, by `time.monotonic`; counted from when it arrived."""
-    cancelled: bool = False
-    """Set by any thread: nobody waits for this any more."""
-    text: Encoded | None = None
-    """The prompt, once it is encoded."""
-    budget: int = 0
-    """Tokens of the reply at most."""
-    following: Following | None = None
-    """Of the schema that the reply must follow, if there is one."""
-
-    def __post_init__(self) -> None:
-        given = self.request.timeout_s
-        self.deadline = math.inf if given is None else time.monotonic() + given
-
-    def cancel(self) -> None:
-        """As `hhh_router.model.engine.Ticket` has it."""
-        self.cancelled = True
-
-    @property
-    def prompt_tokens(self) -> int:
-        """Of the prompt, once it is encoded."""
-        assert self.text is not None
-        return len(self.text.ids)
-
-    @property
-    def need(self) -> int:
-        """Tokens of prompt and longest reply."""
-        return self.prompt_tokens + self.budget
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class _Row:
-    job: ChatJob
-    weights: Weights
-    sampler: Sampler
-    stream: Deltas
-    reply: RunningReply
-    timing: dict[str, float]
-    prefilled_at: float
-    logits: Tensor
-    """(V,), of the next token."""
-    drawn: int = 0
-    token: int = 0
-    """The one being read."""
-    reason: FinishReason | None = None
-    """Set when no further token is to come."""
-    empty: bool = False
-    """The reply ended before its first token; an end marker is read in its place."""
-    logprobs: list[float] = field(default_factory=list)
-    """Of the tokens drawn, in nats."""
-    tokens: list[int] = field(default_factory=list)
-    """Of the reply."""
-    entering: list[Tensor]
-    """States that enter the layers above the boundary: (T, D) of the prompt's end, then (1, D) of each reply token."""
-    steered: bool = False
-    """Its weights have changed, so its states above the boundary are nobody else's."""
-    error: Exception | None = None
-    """What this row's part of a step ended in."""
-
-
-@dataclass(slots=True)
-class _Pace:
-    """How long things have taken of late; running means."""
-
-    token_s: float = 0.0
-    """Seconds per prompt token."""
-    row_s: float = 0.0
-    """Seconds a row stays."""
-
-    def prompt(self, tokens: int, seconds: float) -> None:
-        self.token_s = self._mean(self.token_s, seconds / tokens)
-
-    def row(self, seconds: float) -> None:
-        self.row_s = self._mean(self.row_s, seconds)
-
-    @staticmethod
-    def _mean(before: float, new: float) -> float:
-        return new if not before else before + _NEWEST * (new - before)
-
-
-_NEWEST = 0.2
 
 
 @dataclass(slots=True)
@@ -160,11 +62,11 @@ class Batcher:
     """Chats that may wait for a row."""
     max_waiting_tokens: int = 131_072
     """Tokens of their prompts."""
-    _rows: list[_Row] = field(default_factory=list)
+    _rows: list[Row] = field(default_factory=list)
     """In slot order."""
     _waiting: deque[ChatJob] = field(default_factory=deque)
     _slots: Slots = field(default_factory=Slots)
-    _pace: _Pace = field(default_factory=_Pace)
+    _pace: Pace = field(default_factory=Pace)
     _prefixes: Prefixes = field(init=False)
     _ends: frozenset[int] = frozenset()
     _grammars: Grammars = field(init=False)
@@ -304,7 +206,7 @@ class Batcher:
             self._rows.append(row)
 
     @torch.inference_mode()
-    def _prefill(self, job: ChatJob, opening: Opening) -> _Row | None:
+    def _prefill(self, job: ChatJob, opening: Opening) -> Row | None:
         """Read the prompt, ask the planner, and go on with the mixture; None where the plan stops."""
         text, stack = job.text, self.reader.stack
         assert text is not None
@@ -337,7 +239,7 @@ class Batcher:
             )
             job.end(None)
             return None
-        return _Row(
+        return Row(
             job=job,
             weights=plan.weights,
             sampler=Sampler(job.request.sampling, stack.device, job.following),
@@ -346,7 +248,7 @@ class Batcher:
             timing=timing,
             prefilled_at=prefilled_at,
             logits=logits,
-            entering=[entering[_whole(len(text.ids)) - known.tokens :].clone()],
+            entering=[entering[whole_tokens(len(text.ids)) - known.tokens :].clone()],
         )
 
     def _begin(self, ids: Sequence[int], opening: Opening, known: Found) -> Pass:
@@ -371,7 +273,7 @@ class Batcher:
         hidden = state.hidden if between is None else torch.cat([between[None], state.hidden], dim=1)
         return self.reader.stack.resume(known.upper_tokens, opening, hidden=hidden, layer=self._prefixes.boundary)
 
-    def _leave(self, row: _Row) -> None:
+    def _leave(self, row: Row) -> None:
         slot = self._rows.index(row)
         self._slots.release(slot)
         last = self._rows.pop()
@@ -379,7 +281,7 @@ class Batcher:
             self._rows[slot] = last
         self._pace.row(time.perf_counter() - row.prefilled_at)
 
-    def _fail(self, row: _Row, error: Exception) -> None:
+    def _fail(self, row: Row, error: Exception) -> None:
         self._leave(row)
         row.job.end(_known(error))
 
@@ -424,7 +326,7 @@ class Batcher:
             found.__cause__ = error
             self._rows[slot].error = found
 
-    def _say(self, row: _Row, found: Drawn) -> None:
+    def _say(self, row: Row, found: Drawn) -> None:
         if found.token in self._ends:
             row.reason = "stop"
             row.empty = row.drawn == 0
@@ -464,7 +366,7 @@ class Batcher:
             for i, row in enumerate(rows):
                 row.logits = logits[i]
 
-    def _take(self, row: _Row, features: Tensor, topmost: Tensor) -> None:
+    def _take(self, row: Row, features: Tensor, topmost: Tensor) -> None:
         """Add a token to what the heads read; at the end of a window tell what they say, and steer by it."""
         row.reply.append(features, topmost)
         row.entering.append(topmost[None].clone())
@@ -479,7 +381,7 @@ class Batcher:
             row.weights, row.steered = weights, True
             row.job.tell(Steered(weights=weights, completion_tokens=row.drawn))
 
-    def _finish(self, row: _Row) -> None:
+    def _finish(self, row: Row) -> None:
         """Send what is left of a reply, and its last reading."""
         try:
             if rest := row.stream.end():
@@ -494,7 +396,7 @@ class Batcher:
         # what int8 layers made must not reach the reading of a later prompt; it is calibrated for the base weights
         kept = not (row.steered or self.phase.quantised)
         if row.drawn > 1 and kept:  # the last token's upper layers may not have run
-            ids, start = [*text.ids, *row.tokens[:-1]], _whole(len(text.ids))
+            ids, start = [*text.ids, *row.tokens[:-1]], whole_tokens(len(text.ids))
             slot = self._rows.index(row)
             self._prefixes.keep(ids, self._slots, slot, torch.cat(row.entering), start, row.weights)
         assert row.reason is not None
@@ -503,15 +405,6 @@ class Batcher:
         )
         self._leave(row)
         row.job.end(None)
-
-
-def _whole(tokens: int) -> int:
-    """Tokens of whole blocks.
-
-    >>> _whole(70)
-    64
-    """
-    return tokens // BLOCK * BLOCK
 
 
 def _too_late(job: ChatJob) -> BackendTimeout:

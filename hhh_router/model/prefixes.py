@@ -146,6 +146,15 @@ class Prefixes:
         return weights
 
 
+def whole_tokens(tokens: int) -> int:
+    """Tokens of whole blocks.
+
+    >>> whole_tokens(70)
+    64
+    """
+    return tokens // BLOCK * BLOCK
+
+
 def _names(ids: Sequence[int]) -> list[bytes]:
     """A name per whole block, which depends on all tokens before it too."""
     names, name = [], b""

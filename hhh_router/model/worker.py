@@ -19,7 +19,7 @@ import torch
 from hhh_router.bundle import Bundle
 from hhh_router.errors import BundleError, GeneratorError, Overloaded, ReaderError, Unavailable
 from hhh_router.model.base import compute_dtype, load_backbone
-from hhh_router.model.batcher import Batcher, ChatJob
+from hhh_router.model.batcher import Batcher
 from hhh_router.model.encode import Encoder
 from hhh_router.model.engine import EmbeddedModel, EndChat, EndRead, TellEvent, Ticket
 from hhh_router.model.experts import load_experts
@@ -30,6 +30,7 @@ from hhh_router.model.mixture import install_mixture
 from hhh_router.model.quantisation import require_record
 from hhh_router.model.reader import HeadReader
 from hhh_router.model.reads import ReadJob, Reads
+from hhh_router.model.rows import ChatJob
 from hhh_router.protocols import Load, Planner, Steerer
 from hhh_router.settings import Settings
 from hhh_router.types import ChatRequest, ReadRequest

@@ -19,10 +19,11 @@ from hhh_router.errors import (
     Overloaded,
     Quarantined,
 )
-from hhh_router.model.batcher import Batcher, ChatJob
+from hhh_router.model.batcher import Batcher
 from hhh_router.model.experts import load_experts
 from hhh_router.model.generator import MixtureGenerator
 from hhh_router.model.mixture import install_mixture
+from hhh_router.model.rows import ChatJob
 from hhh_router.model.worker import open_reader
 from hhh_router.protocols import Delta, Event, Finished, Planned, Steered, Steerer, Window
 from hhh_router.settings import Settings
