@@ -47,6 +47,10 @@ ANSWERED_SETS: tuple[str, ...] = (
 """Labelled replies, of licences that allow any use; those whose files are not there are left out."""
 _MAX_TOKENS = 224  # of a text that is read, as in the shipped recipes' calibration
 
+_DECIMALS = 3
+"""Of the probabilities whose ECE is compared. Where a calibrator makes nearly the same of every reading, further digits
+put rows into bins at random: a mean shift of 1e-6 moved an ECE of 0.11 by 0.017."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sizes:
@@ -180,12 +184,21 @@ def _drifts(bench: _Bench, rows: Sequence[Example]) -> list[Drift]:
                     outcome=outcome,
                     n=len(of),
                     positives=sum(labels),
-                    ece_before=ece(p, labels),
-                    ece_after=ece(q, labels),
+                    ece_before=_ece(p, labels),
+                    ece_after=_ece(q, labels),
                     mean_shift=shift,
                 )
             )
     return found
+
+
+def _ece(probabilities: Sequence[float], labels: Sequence[int]) -> float:
+    """ECE that does not depend on how readings are ordered which a calibrator makes the same of.
+
+    >>> round(ece([0.4999999, 0.5000001], [0, 1]), 3), _ece([0.4999999, 0.5000001], [0, 1])
+    (0.5, 0.0)
+    """
+    return ece([round(p, _DECIMALS) for p in probabilities], labels)
 
 
 def read_whole(reader: HeadReader, texts: Sequence[Encoded]) -> list[Scores]:
