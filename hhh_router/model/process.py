@@ -140,10 +140,19 @@ def serve(fd: int) -> None:
 
         model = load_embedded(Bundle.load(str(Path(root))), settings)
     except Exception as error:
-        connection.send(("failed", _sendable(error, GeneratorError)))
+        _send_first(connection, "failed", _sendable(error, GeneratorError))
         return
-    connection.send(("ready", model.description))
-    _Served(connection, model.engine).run()
+    if _send_first(connection, "ready", model.description):
+        _Served(connection, model.engine).run()
+
+
+def _send_first(connection: Connection, *message: object) -> bool:
+    """False where the parent went while the model was loaded."""
+    try:
+        connection.send(message)
+    except OSError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

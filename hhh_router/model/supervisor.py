@@ -91,6 +91,7 @@ class Supervisor:
         self._deaths = 0
         self._load_s = 10.0
         self.description: dict[str, Any] = {}
+        self._starting: _Child | None = None
         self._child: _Child | None = self._start()
         self._watch(self._child)
 
@@ -153,6 +154,9 @@ class Supervisor:
             self._work.clear()
         for work in lost:
             work.end(closed)
+        if child is None and self._starting is not None:
+            self._starting.process.kill()  # it is loading the model, and would only find out at the end
+            self._starting.process.wait(_END_S)
         if child is not None:
             child.send("close")
             _end(child)
@@ -262,7 +266,9 @@ class Supervisor:
                 [sys.executable, "-m", "hhh_router.model.process", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
-        child = _Child(process, Connection(ours.detach()))
+        child = self._starting = _Child(process, Connection(ours.detach()))
+        if self._closed:  # in the meantime
+            process.kill()
         child.send(self._root, self._settings)
         try:
             if not child.connection.poll(_START_S):
@@ -320,7 +326,7 @@ class Supervisor:
 
     def _restarting(self, message: str) -> Unavailable:
         wait = self._load_s + min(_FIRST_PAUSE_S * 2**self._deaths, _LONGEST_PAUSE_S)
-        return Unavailable(message, hint=f"it is started again; try in {wait:.0f} s", retry_after_s=wait)
+        return Unavailable(message, hint=f"try again in {wait:.0f} s", retry_after_s=wait)
 
 
 class _Ticket:

@@ -241,6 +241,21 @@ async def test_what_outlasts_the_drain_ends_with_an_error_and_no_process_stays(o
     assert not Path(f"/proc/{pid}").exists()
 
 
+async def test_closing_while_it_is_started_again_leaves_no_process(
+    own_model: EmbeddedModel,
+) -> None:
+    engine = own_model.engine
+    assert isinstance(engine, Supervisor)
+    os.kill(pid_of(own_model), signal.SIGKILL)
+    await until(lambda: engine._starting is not None and engine._starting.process.poll() is None)
+    second = engine._starting.process.pid  # type: ignore[union-attr]
+
+    await own_model.aclose()
+
+    assert engine.load.state == "starting"  # none is there
+    await until(lambda: not Path(f"/proc/{second}").exists(), 20)
+
+
 async def test_the_process_gets_no_keys(tiny: Bundle, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HHH_ROUTER_API_KEY", "canary-1")
     monkeypatch.setenv("HHH_ROUTER_UPSTREAM_API_KEY", "canary-2")
