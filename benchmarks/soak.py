@@ -22,29 +22,17 @@ from typing import Any
 import numpy as np
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from benchmarks.lab import plan_for
 from hhh_router.bundle import Bundle
 from hhh_router.errors import HHHRouterError
 from hhh_router.model.engine import EmbeddedModel
 from hhh_router.model.supervisor import Supervisor, open_supervised
 from hhh_router.protocols import Finished
 from hhh_router.settings import Settings
-from hhh_router.types import (
-    Action,
-    ChatRequest,
-    Decision,
-    Evidence,
-    Message,
-    Plan,
-    Posterior,
-    ReadRequest,
-    Sampling,
-    Scores,
-    Weights,
-)  # fmt: skip
+from hhh_router.types import Action, ChatRequest, Message, ReadRequest, Sampling, Weights
 
 SAMPLES = 240  # over the whole run
 MOST_GROWTH = 0.05  # of memory, from the second quarter's median to the last one's
-_EVEN = Posterior(0.25, 0.25, 0.25, 0.25)
 _SUBJECTS = ("rivers", "bread", "the moon", "old clocks", "bees", "tax law", "a small village", "chess")
 
 
@@ -65,14 +53,6 @@ def resident_bytes(pid: int) -> int:
         if line.startswith("VmRSS:"):
             return 1024 * int(line.split()[1])
     raise ValueError(f"process {pid} has no memory")
-
-
-def _plan(weights: Weights, action: Action, scores: Scores) -> Plan:
-    evidence = Evidence(
-        mode="prompt", needs={}, posterior=_EVEN, outcomes={}, in_distribution=True, calibrated=False, scores=scores
-    )
-    decision = Decision(checkpoint="input", action=action, rule="soak", reason="soak")
-    return Plan(evidence=evidence, decision=decision, weights=weights, policy_shift_nats=0.0, confidence=0.5)
 
 
 class Callers:
@@ -109,7 +89,7 @@ class Callers:
         )
         leaves_after = rng.randint(0, tokens) if rng.random() < 0.4 else None
         seen = 0
-        events = self._model.generator.generate(request, lambda s: _plan(weights, action, s), window_tokens=8)
+        events = self._model.generator.generate(request, plan_for(weights, action), window_tokens=8)
         async with aclosing(events):
             async for event in events:
                 if isinstance(event, Finished):

@@ -47,8 +47,7 @@ def build_pipeline(
     bundle = Bundle.load(settings.bundle)
     bundle.verify()
     own_process = settings.engine == "process" or (settings.engine == "auto" and serving and os.name == "posix")
-    model = _supervised(bundle, settings) if own_process else _embedded(bundle, settings)
-    calibrators = load_calibrators(bundle, settings, model.description["dtype"])
+    model, calibrators = (_supervised if own_process else _embedded)(bundle, settings)
     generator: Generator = model.generator
     closers: list[Callable[[], Awaitable[None]]] = [model.aclose]
     if upstream is not None:
@@ -72,27 +71,33 @@ def build_pipeline(
         settings=settings,
         answers_elsewhere=upstream is not None,
         closers=closers,
-        drain=model.drain,
+        drain=None if upstream else model.drain,  # an upstream's replies are read to their end; uvicorn waits for them
         load=lambda: model.engine.load,
     )
 
 
-def _embedded(bundle: Bundle, settings: Settings) -> EmbeddedModel:
+def _embedded(bundle: Bundle, settings: Settings) -> tuple[EmbeddedModel, Calibrators]:
     """On a thread of this process; a wrong calibrator is found before the model is loaded."""
     try:
         from hhh_router.model.base import compute_dtype
         from hhh_router.model.worker import load_embedded
     except ImportError as error:
         raise MissingExtra("model", needed_for="the embedded model") from error
-    load_calibrators(bundle, settings, compute_dtype(bundle.manifest.backbone, settings.device, settings.dtype))
-    return load_embedded(bundle, settings)
+    dtype = compute_dtype(bundle.manifest.backbone, settings.device, settings.dtype)
+    calibrators = load_calibrators(bundle, settings, dtype)
+    return load_embedded(bundle, settings), calibrators
 
 
-def _supervised(bundle: Bundle, settings: Settings) -> EmbeddedModel:
-    """In a process of its own; this one imports no torch."""
+def _supervised(bundle: Bundle, settings: Settings) -> tuple[EmbeddedModel, Calibrators]:
+    """In a process of its own, which tells the precision it runs in; this one imports no torch."""
     from hhh_router.model.supervisor import open_supervised
 
-    return open_supervised(bundle, settings)
+    model = open_supervised(bundle, settings)
+    try:
+        return model, load_calibrators(bundle, settings, model.description["dtype"])
+    except BundleError:
+        model.engine.close()
+        raise
 
 
 def check_upstream(base_url: str) -> None:

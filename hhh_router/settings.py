@@ -59,7 +59,7 @@ class Settings(BaseSettings):
     """Replies that are decoded together."""
     kv_tokens: int = Field(default=32_768, ge=256)
     """Room for keys and values of all replies together: rows times the longest prompt + reply among them, in tokens."""
-    prefix_tokens: int = Field(default=8192, ge=0)
+    prefix_tokens: int = Field(default=4096, ge=0)
     """Tokens of earlier chats whose keys and values are kept for prompts that begin alike; 0 keeps none."""
     max_waiting: int = Field(default=256, ge=1)
     """Chats that may wait for a row; one more is turned away."""

@@ -21,12 +21,12 @@ from hhh_router.errors import (
     BackendTimeout,
     ContextTooLong,
     GeneratorError,
-    HHHRouterError,
     Overloaded,
     Quarantined,
 )
 from hhh_router.model.deltas import Deltas, Spelling
 from hhh_router.model.encode import Encoder
+from hhh_router.model.engine import known
 from hhh_router.model.grammar import Grammars
 from hhh_router.model.heads import Views
 from hhh_router.model.int8 import Phase
@@ -56,7 +56,7 @@ class Batcher:
     """Replies decoded together."""
     max_tokens: int = 32_768
     """Room for keys and values, rows times their longest prompt + reply."""
-    prefix_tokens: int = 8192
+    prefix_tokens: int = 4096
     """Tokens of earlier prompts whose keys and values are kept for prompts that begin alike."""
     max_waiting: int = 256
     """Chats that may wait for a row."""
@@ -65,7 +65,7 @@ class Batcher:
     _rows: list[Row] = field(default_factory=list)
     """In slot order."""
     _waiting: deque[ChatJob] = field(default_factory=deque)
-    _slots: Slots = field(default_factory=Slots)
+    _slots: Slots = field(init=False)
     _pace: Pace = field(default_factory=Pace)
     _prefixes: Prefixes = field(init=False)
     _ends: frozenset[int] = frozenset()
@@ -73,9 +73,8 @@ class Batcher:
     _spelling: Spelling = field(init=False)
 
     def __post_init__(self) -> None:
-        listed = self.reader.stack.model.generation_config.eos_token_id
-        others = listed if isinstance(listed, list) else [listed]
-        self._ends = frozenset({self.encoder.end_id, *(e for e in others if e is not None)})
+        self._ends = frozenset({self.encoder.end_id, *self.reader.stack.end_ids})
+        self._slots = Slots(self.max_tokens)
         boundary, depth = max(self.reader.read_layers), self.reader.stack.depth
         self._prefixes = Prefixes(boundary, depth, self.prefix_tokens)
         self._grammars = Grammars(self.encoder.tokenizer, self.reader.stack.config.vocab_size, self._ends)
@@ -109,12 +108,7 @@ class Batcher:
         try:
             job.text = self.encoder.encode(ReadRequest(messages=job.request.messages))
             prompt = len(job.text.ids)
-            job.budget = min(job.request.sampling.max_tokens, self.encoder.context_tokens - prompt)
-            if job.budget < 1:
-                raise ContextTooLong(
-                    f"the prompt is {prompt} tokens and fills the model's window of {self.encoder.context_tokens}",
-                    hint="shorten the conversation",
-                )
+            job.budget = self.encoder.reply_tokens(prompt, job.request.sampling.max_tokens)
             check_biases(job.request.sampling.logit_bias, self.reader.stack.config.vocab_size)
             if job.request.sampling.json_schema:
                 job.following = self._grammars.follow(job.request.sampling.json_schema)
@@ -125,7 +119,7 @@ class Batcher:
                 )
             self._check_queue(job)
         except Exception as error:  # a seam: it must reach its caller, not kill the thread
-            job.end(_known(error))
+            job.end(known(error, GeneratorError))
             return
         self._waiting.append(job)
 
@@ -198,7 +192,7 @@ class Batcher:
         try:
             row = self._prefill(job, opening)
         except Exception as error:  # a seam, as above
-            job.end(_known(error))
+            job.end(known(error, GeneratorError))
         if row is None:
             self._slots.forget(opening)
         else:
@@ -211,9 +205,9 @@ class Batcher:
         text, stack = job.text, self.reader.stack
         assert text is not None
         started = time.perf_counter()
-        known = self._prefixes.below(text.ids, text.prompt_span[0])  # what the heads pool is read anew
-        state = self._begin(text.ids, opening, known)
-        prompt = self.reader.prompt(list(self.reader.states(state)), text, known.tokens)
+        shared = self._prefixes.below(text.ids, text.prompt_span[0])  # what the heads pool is read anew
+        state = self._begin(text.ids, opening, shared)
+        prompt = self.reader.prompt(list(self.reader.states(state)), text, shared.tokens)
         entering = state.hidden[0]  # of the tokens that were not known
         views = Views(prompt=prompt, response=prompt, modes=["prompt"])  # mode prompt looks at no response
         layers_run = state.next_layer
@@ -223,14 +217,14 @@ class Batcher:
         logits = None
         if not plan.stops:
             self.gates.set([plan.weights])
-            known = self._prefixes.above(known, plan.weights)
-            hidden = stack.run(self._go_on(state, opening, known), stack.depth)
+            shared = self._prefixes.above(shared, plan.weights)
+            hidden = stack.run(self._go_on(state, opening, shared), stack.depth)
             logits = stack.logits(hidden[0, -1])
             layers_run = stack.depth
             if logits.isfinite().all():
-                self._prefixes.keep(text.ids, self._slots, opening.slot, entering, known.tokens, plan.weights)
+                self._prefixes.keep(text.ids, self._slots, opening.slot, entering, shared.tokens, plan.weights)
         prefilled_at = time.perf_counter()
-        self._pace.prompt(len(text.ids) - known.tokens, prefilled_at - started)
+        self._pace.prompt(len(text.ids), prefilled_at - started)
         timing = {"read": 1000 * (planned_at - started), "prefill": 1000 * (prefilled_at - started)}
         job.tell(Planned(plan=plan, prompt_tokens=len(text.ids), layers_run=layers_run, read_ms=timing["read"]))
         if logits is None:
@@ -248,30 +242,30 @@ class Batcher:
             timing=timing,
             prefilled_at=prefilled_at,
             logits=logits,
-            entering=[entering[whole_tokens(len(text.ids)) - known.tokens :].clone()],
+            entering=[entering[whole_tokens(len(text.ids)) - shared.tokens :].clone()],
         )
 
-    def _begin(self, ids: Sequence[int], opening: Opening, known: Found) -> Pass:
+    def _begin(self, ids: Sequence[int], opening: Opening, shared: Found) -> Pass:
         """A pass over the tokens of a prompt that are not known below the boundary."""
         stack = self.reader.stack
-        if not known.tokens:
+        if not shared.tokens:
             state = stack.begin(torch.tensor([ids], device=stack.device))
             state.cache = opening
             return state
         below = range(self._prefixes.boundary)
-        for number, block in enumerate(known.lower):
+        for number, block in enumerate(shared.lower):
             self._slots.put(opening.slot, slice(number * BLOCK, (number + 1) * BLOCK), below, block.lower)
-        return stack.resume(known.tokens, opening, input_ids=torch.tensor([ids[known.tokens :]], device=stack.device))
+        return stack.resume(shared.tokens, opening, input_ids=torch.tensor([ids[shared.tokens :]], device=stack.device))
 
-    def _go_on(self, state: Pass, opening: Opening, known: Found) -> Pass:
+    def _go_on(self, state: Pass, opening: Opening, shared: Found) -> Pass:
         """The same pass above the boundary, where fewer tokens may be known than below it."""
-        if (between := known.between) is None and not known.upper:
+        if (between := shared.between) is None and not shared.upper:
             return state
         above = range(self._prefixes.boundary, self.reader.stack.depth)
-        for number, kept in enumerate(known.upper):
+        for number, kept in enumerate(shared.upper):
             self._slots.put(opening.slot, slice(number * BLOCK, (number + 1) * BLOCK), above, kept)
         hidden = state.hidden if between is None else torch.cat([between[None], state.hidden], dim=1)
-        return self.reader.stack.resume(known.upper_tokens, opening, hidden=hidden, layer=self._prefixes.boundary)
+        return self.reader.stack.resume(shared.upper_tokens, opening, hidden=hidden, layer=self._prefixes.boundary)
 
     def _leave(self, row: Row) -> None:
         slot = self._rows.index(row)
@@ -283,7 +277,7 @@ class Batcher:
 
     def _fail(self, row: Row, error: Exception) -> None:
         self._leave(row)
-        row.job.end(_known(error))
+        row.job.end(known(error, GeneratorError))
 
     # -- one step -----------------------------------------------------------------------------------------------------
 
@@ -369,7 +363,8 @@ class Batcher:
     def _take(self, row: Row, features: Tensor, topmost: Tensor) -> None:
         """Add a token to what the heads read; at the end of a window tell what they say, and steer by it."""
         row.reply.append(features, topmost)
-        row.entering.append(topmost[None].clone())
+        if self._keeps_replies:
+            row.entering.append(topmost[None].clone())
         if not row.drawn or row.stream.stopped or row.drawn % row.job.window_tokens:
             return
         scores = row.reply.scores()
@@ -387,36 +382,35 @@ class Batcher:
             if rest := row.stream.end():
                 row.job.tell(rest)
             row.job.tell(Window(scores=row.reply.scores(), completion_tokens=row.drawn, is_final=True))
+            row.timing["decode"] = 1000 * (time.perf_counter() - row.prefilled_at)
+            text = row.job.text
+            assert text is not None
+            if row.drawn > 1 and self._keeps_replies and not row.steered:
+                ids, start = (
+                    [*text.ids, *row.tokens[:-1]],
+                    whole_tokens(len(text.ids)),
+                )  # the last one's pass may be half
+                slot = self._rows.index(row)
+                self._prefixes.keep(ids, self._slots, slot, torch.cat(row.entering), start, row.weights)
+            assert row.reason is not None
+            row.job.tell(
+                Finished(
+                    reason=row.reason, prompt_tokens=len(text.ids), completion_tokens=row.drawn, timing_ms=row.timing
+                )
+            )
         except Exception as error:  # a seam, as above
             self._fail(row, error)
             return
-        row.timing["decode"] = 1000 * (time.perf_counter() - row.prefilled_at)
-        text = row.job.text
-        assert text is not None
-        # what int8 layers made must not reach the reading of a later prompt; it is calibrated for the base weights
-        kept = not (row.steered or self.phase.quantised)
-        if row.drawn > 1 and kept:  # the last token's upper layers may not have run
-            ids, start = [*text.ids, *row.tokens[:-1]], whole_tokens(len(text.ids))
-            slot = self._rows.index(row)
-            self._prefixes.keep(ids, self._slots, slot, torch.cat(row.entering), start, row.weights)
-        assert row.reason is not None
-        row.job.tell(
-            Finished(reason=row.reason, prompt_tokens=len(text.ids), completion_tokens=row.drawn, timing_ms=row.timing)
-        )
         self._leave(row)
         row.job.end(None)
+
+    @property
+    def _keeps_replies(self) -> bool:
+        """Whether later prompts may find replies: not those of int8 layers, for readings are calibrated without."""
+        return self._prefixes.max_tokens > 0 and not self.phase.quantised
 
 
 def _too_late(job: ChatJob) -> BackendTimeout:
     return BackendTimeout(
         f"no end of the reply after {job.request.timeout_s:g} s", hint="ask for fewer tokens, or allow more time"
     )
-
-
-def _known(error: Exception) -> HHHRouterError:
-    if isinstance(error, HHHRouterError):
-        return error
-    _log.error("the model failed", exc_info=error)
-    wrapped = GeneratorError(f"the model failed: {type(error).__name__}: {error}")
-    wrapped.__cause__ = error
-    return wrapped

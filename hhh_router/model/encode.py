@@ -47,6 +47,20 @@ class Encoder:
         self.context_tokens = context_tokens
         self._marks = tuple(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
 
+    def reply_tokens(self, prompt_tokens: int, wanted: int) -> int:
+        """Tokens that a reply may have behind a prompt.
+
+        Raises:
+            ContextTooLong: The prompt leaves no room for any.
+        """
+        left = self.context_tokens - prompt_tokens
+        if left < 1:
+            raise ContextTooLong(
+                f"the prompt is {prompt_tokens} tokens and fills the model's window of {self.context_tokens}",
+                hint="shorten the conversation",
+            )
+        return min(wanted, left)
+
     def encode(self, request: ReadRequest) -> Encoded:
         """Tokens of a prompt, a response, or both, in one sequence.
 

@@ -6,14 +6,16 @@ No torch here: an engine may run on a thread of this process or in a process of 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from hhh_router.errors import GeneratorError
+from hhh_router.errors import GeneratorError, HHHRouterError
 from hhh_router.protocols import Event, Load, Planner, Steerer
 from hhh_router.types import ChatRequest, ReadRequest, Scores
 
+_log = logging.getLogger(__name__)
 _UNREAD_EVENTS = 4096  # a caller that far behind is not reading; its reply would pile up in memory
 
 TellEvent = Callable[[Event], None]
@@ -170,6 +172,16 @@ class EmbeddedModel:
     async def aclose(self) -> None:
         """Stop the engine; does nothing the second time."""
         await asyncio.to_thread(self.engine.close)
+
+
+def known(error: Exception, kind: type[HHHRouterError]) -> HHHRouterError:
+    """An error of ours as it is; any other one, which is the model's fault, as this kind, and in the log."""
+    if isinstance(error, HHHRouterError):
+        return error
+    _log.error("the model failed", exc_info=error)
+    wrapped = kind(f"the model failed: {type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped
 
 
 _END = object()

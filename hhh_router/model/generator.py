@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from hhh_router.errors import ContextTooLong
 from hhh_router.model.deltas import Deltas, Spelling
 from hhh_router.model.encode import Encoder
 from hhh_router.model.grammar import Grammars
@@ -52,9 +51,7 @@ class MixtureGenerator:
         self._reader = reader
         self._gates = gates
         self._phase = phase or Phase()
-        config_eos = stack.model.generation_config.eos_token_id
-        listed = config_eos if isinstance(config_eos, list) else [config_eos]
-        self._ends = frozenset({encoder.end_id, *(e for e in listed if e is not None)})
+        self._ends = frozenset({encoder.end_id, *stack.end_ids})
         self._grammars = Grammars(encoder.tokenizer, stack.config.vocab_size, self._ends)
         self._spelling = Spelling(encoder.tokenizer)
 
@@ -64,12 +61,7 @@ class MixtureGenerator:
         """Yield the events of one request, as `hhh_router.protocols.Generator` describes them."""
         started = time.perf_counter()
         text = self._encoder.encode(ReadRequest(messages=request.messages))
-        budget = min(request.sampling.max_tokens, self._encoder.context_tokens - len(text.ids))
-        if budget < 1:
-            raise ContextTooLong(
-                f"the prompt is {len(text.ids)} tokens and fills the model's window of {self._encoder.context_tokens}",
-                hint="shorten the conversation",
-            )
+        budget = self._encoder.reply_tokens(len(text.ids), request.sampling.max_tokens)
         check_biases(request.sampling.logit_bias, self._stack.config.vocab_size)
         cache = self._stack.new_cache()
         with torch.inference_mode():

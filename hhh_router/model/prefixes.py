@@ -70,11 +70,13 @@ class Prefixes:
         Args:
             boundary: The first layer whose states depend on the mixture, or an earlier one.
             depth: Layers, L.
-            max_tokens: Tokens to keep; 0 keeps none.
+            max_tokens: Tokens to keep, each with the states of all layers once; 0 keeps none. Those above the
+                boundary under further weights count half a token more.
         """
         self.boundary = boundary
+        self.max_tokens = max_tokens
         self._depth = depth
-        self._most = max_tokens // BLOCK
+        self._halves = 0  # of blocks: what is below the boundary is one, what is above it one per weights
         self._blocks: OrderedDict[bytes, Block] = OrderedDict()
 
     @property
@@ -84,8 +86,6 @@ class Prefixes:
 
     def below(self, ids: Sequence[int], limit: int) -> Found:
         """The longest known beginning of ``ids``, at most ``limit`` tokens of it."""
-        if not self._most:
-            return Found()
         found = []
         for name in _names(ids[:limit]):
             if (block := self._blocks.get(name)) is None:
@@ -114,7 +114,7 @@ class Prefixes:
             start: Tokens before; a whole number of blocks, all of which were found.
             weights: What the row was read under, all of it.
         """
-        if not self._most:
+        if not self.max_tokens:
             return
         for number, name in enumerate(_names(ids)):
             place = slice(number * BLOCK, (number + 1) * BLOCK)
@@ -127,18 +127,23 @@ class Prefixes:
                     hidden=hidden[place.start - start : place.stop - start].clone(),
                 )
                 self._blocks[name] = block
+                self._halves += 1
             self._blocks.move_to_end(name)
             salt = self._salt(weights)
             if salt not in block.upper:
                 block.upper[salt] = slots.copied(slot, place, range(self.boundary, self._depth))
-                while len(block.upper) > _MIXTURES:
+                self._halves += 1
+                if len(block.upper) > _MIXTURES:
                     block.upper.popitem(last=False)
-        while len(self._blocks) > self._most:
-            self._blocks.popitem(last=False)
+                    self._halves -= 1
+        while self._halves * BLOCK > 2 * self.max_tokens:
+            _, dropped = self._blocks.popitem(last=False)
+            self._halves -= 1 + len(dropped.upper)
 
     def clear(self) -> None:
         """Forget everything."""
         self._blocks.clear()
+        self._halves = 0
 
     @staticmethod
     def _salt(weights: Weights) -> Weights:

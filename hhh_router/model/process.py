@@ -34,7 +34,9 @@ class _Served:
         self._connection = connection
         self._worker = worker
         self._outbox: queue.SimpleQueue[tuple[object, ...]] = queue.SimpleQueue()
-        self._tickets: dict[int, Ticket] = {}
+        self._open = threading.Lock()
+        self._tickets: dict[int, Ticket | None] = {}
+        """Of what is under way; None while it is handed over."""
         self._answers: dict[int, queue.SimpleQueue[Any]] = {}
 
     def run(self) -> None:
@@ -54,6 +56,7 @@ class _Served:
     def _chat(self, number: int, request: ChatRequest, window_tokens: int, steers: bool) -> None:
         answers: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._answers[number] = answers
+        self._tickets[number] = None
 
         def ask(question: str, *given: object) -> Any:
             self._send(question, number, *given)
@@ -80,8 +83,11 @@ class _Served:
             self._over(number)
             self._send("end", number, _sendable(error, GeneratorError) if error else None)
 
-        self._tickets[number] = self._worker.chat(
-            request, planner, window_tokens=window_tokens, tell=tell, end=end, steer=steer if steers else None
+        self._taken(
+            number,
+            self._worker.chat(
+                request, planner, window_tokens=window_tokens, tell=tell, end=end, steer=steer if steers else None
+            ),
         )
 
     def _read(self, number: int, requests: Sequence[ReadRequest]) -> None:
@@ -89,7 +95,14 @@ class _Served:
             self._over(number)
             self._send("scores", number, _sendable(found, ReaderError) if isinstance(found, Exception) else found)
 
-        self._tickets[number] = self._worker.read(requests, end)
+        self._tickets[number] = None
+        self._taken(number, self._worker.read(requests, end))
+
+    def _taken(self, number: int, ticket: Ticket) -> None:
+        """Remember work, unless it came to its end while it was handed over."""
+        with self._open:
+            if number in self._tickets:
+                self._tickets[number] = ticket
 
     def _answer(self, number: int, answer: Any) -> None:
         if (waiting := self._answers.get(number)) is not None:
@@ -101,7 +114,8 @@ class _Served:
             self._over(number)
 
     def _over(self, number: int) -> None:
-        self._tickets.pop(number, None)
+        with self._open:
+            self._tickets.pop(number, None)
         self._answers.pop(number, None)
 
     def _beat(self) -> None:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import bisect
+import hashlib
 import logging
+from array import array
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from hhh_router.errors import ContextTooLong, HHHRouterError, InvalidRequest, Overloaded, ReaderError
+from hhh_router.errors import ContextTooLong, InvalidRequest, Overloaded, ReaderError
 from hhh_router.model.encode import Encoded, Encoder
-from hhh_router.model.engine import EndRead
+from hhh_router.model.engine import EndRead, known
 from hhh_router.model.reader import HeadReader
 from hhh_router.types import ReadRequest, Scores
 
@@ -67,7 +69,7 @@ class Reads:
         self._arriving: deque[tuple[ReadJob, int]] = deque()  # not yet encoded
         self._by_length: list[_Waiting] = []
         self._by_age: deque[_Waiting] = deque()
-        self._known: OrderedDict[Encoded, Scores] = OrderedDict()
+        self._known: OrderedDict[bytes, Scores] = OrderedDict()
         self._arrived = 0
 
     @property
@@ -106,7 +108,7 @@ class Reads:
             if isinstance(scores, Exception):
                 self._fail(entry.job, scores)
                 continue
-            self._known[entry.text] = scores
+            self._known[_name(entry.text)] = scores
             while len(self._known) > _REMEMBERED:
                 self._known.popitem(last=False)
             self._settle(entry.job, entry.index, scores)
@@ -141,7 +143,7 @@ class Reads:
     def _fail(self, job: ReadJob, error: Exception) -> None:
         if not job.cancelled:
             job.cancelled = True  # its other texts need not be read any more
-            job.end(_known(error))
+            job.end(known(error, ReaderError))
 
     def close(self, error: Exception) -> None:
         """End everything that waits with an error."""
@@ -192,9 +194,10 @@ class Reads:
             raise type(error)(f"text {index} of {len(job.requests)}: {error.message}", hint=error.hint) from error
 
     def _remembered(self, text: Encoded) -> Scores | None:
-        if text in self._known:
-            self._known.move_to_end(text)
-        return self._known.get(text)
+        name = _name(text)
+        if name in self._known:
+            self._known.move_to_end(name)
+        return self._known.get(name)
 
     @staticmethod
     def _finish(job: ReadJob) -> None:
@@ -202,10 +205,7 @@ class Reads:
             job.end([s for s in job.found if s is not None])
 
 
-def _known(error: Exception) -> HHHRouterError:
-    if isinstance(error, HHHRouterError):
-        return error
-    _log.error("reading failed", exc_info=error)
-    wrapped = ReaderError(f"the model failed: {type(error).__name__}: {error}")
-    wrapped.__cause__ = error
-    return wrapped
+def _name(text: Encoded) -> bytes:
+    """Names a text by its tokens and what is read of them: 16 bytes in place of a prompt."""
+    spans = (text.prompt_tokens, *text.focus, text.has_prompt)
+    return hashlib.blake2b(array("q", [*spans, *text.ids]).tobytes(), digest_size=16).digest()

@@ -81,8 +81,7 @@ class Runner:
         self._gates = gates
         self._phase = phase or Phase()
         self._first = first_adapted_layer
-        listed = self._stack.model.generation_config.eos_token_id
-        self._ends = {backbone.encoder.end_id, *(listed if isinstance(listed, list) else [listed] if listed else [])}
+        self._ends = {backbone.encoder.end_id, *self._stack.end_ids}
 
     @torch.inference_mode()
     def log_likelihoods(

@@ -17,7 +17,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
 )
 
-from hhh_router.errors import GeneratorError, HHHRouterError, InvalidRequest
+from hhh_router.errors import GeneratorError, InvalidRequest
 from hhh_router.model.grammar import Following
 from hhh_router.types import Sampling
 
@@ -119,7 +119,7 @@ class Sampler:
         return Drawn(token, logprob, likeliest)
 
 
-def draw_rows(samplers: Sequence[Sampler], logits: Tensor) -> list[Drawn | HHHRouterError]:
+def draw_rows(samplers: Sequence[Sampler], logits: Tensor) -> list[Drawn | Exception]:
     """A token for each row, with one transfer from the device for all of them.
 
     Args:
@@ -128,28 +128,43 @@ def draw_rows(samplers: Sequence[Sampler], logits: Tensor) -> list[Drawn | HHHRo
 
     Returns:
         Per row what was drawn, or why nothing could be: a logit is NaN, all are infinite, the schema leaves nothing or
-        cannot be followed further.
+        cannot be followed further. One row's fault is no other's.
     """
     logprobs = torch.log_softmax(logits.float(), dim=-1)
+    errors: dict[int, Exception] = {}
     scores = logprobs
     if any(s.shapes for s in samplers):
-        scores = torch.stack([s.shape(row) if s.shapes else row for s, row in zip(samplers, logprobs, strict=True)])
+        scores = torch.stack(
+            [_shaped(s, row, errors, i) for i, (s, row) in enumerate(zip(samplers, logprobs, strict=True))]
+        )
     best = scores.max(dim=-1)
     tokens = torch.stack([s.pick(row, top) for s, row, top in zip(samplers, scores, best.indices, strict=True)])
     chosen = logprobs.gather(1, tokens[:, None])[:, 0]
     failed = best.values.isnan() | best.values.isneginf()
-    found: list[Drawn | HHHRouterError] = []
+    found: list[Drawn | Exception] = []
     together = torch.stack([tokens.double(), chosen.double(), failed.double()]).tolist()
     for row, (sampler, token, logprob, nothing) in enumerate(zip(samplers, *together, strict=True)):
+        if row in errors:
+            found.append(errors[row])
+            continue
         if nothing:
             said = "the model gave NaN logits" if math.isnan(logprob) else "no token is left that may come next"
             found.append(GeneratorError(said, hint="hhh-router bundle verify checks the weights"))
             continue
         try:
             found.append(sampler.finish(int(token), logprob, logprobs[row]))
-        except HHHRouterError as error:
+        except Exception as error:  # a matcher's, say
             found.append(error)
     return found
+
+
+def _shaped(sampler: Sampler, logprobs: Tensor, errors: dict[int, Exception], row: int) -> Tensor:
+    if sampler.shapes:
+        try:
+            return sampler.shape(logprobs)
+        except Exception as error:  # as above
+            errors[row] = error
+    return logprobs
 
 
 _NOTHING_BEFORE = torch.empty((1, 0), dtype=torch.long)  # what warpers of repetition would look at

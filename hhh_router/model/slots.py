@@ -21,7 +21,9 @@ _GROWTH = 1.5
 class Slots:
     """Room for the keys and values of several rows. Used by one thread, the model's own."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_tokens: int) -> None:
+        """Room for ``max_tokens`` at most, or for what is reserved at once if that is more."""
+        self._most = max_tokens
         self.lengths: list[int] = []
         """Tokens kept of each row, in slot order."""
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # (rows, heads, tokens, size) each
@@ -33,13 +35,14 @@ class Slots:
         return self._room[0] * self._room[1]
 
     def reserve(self, rows: int, length: int) -> None:
-        """Make room for so many rows of so many tokens; what is kept stays where it is."""
+        """Make room for so many rows, those kept included, of so many tokens; what is kept stays where it is."""
         length = math.ceil(length / _STEP) * _STEP
         if rows <= self._room[0] and length <= self._room[1]:
             return
-        rows = max(rows, self._room[0] if rows <= self._room[0] else math.ceil(self._room[0] * _GROWTH))
-        length = max(length, self._room[1])
-        self._room = (rows, length)
+        most_rows = self._room[0] if rows <= self._room[0] else max(rows, math.ceil(self._room[0] * _GROWTH))
+        most_length = max(length, self._room[1])
+        # where both together would be too much, what earlier rows needed is let go
+        self._room = (most_rows, most_length) if most_rows * most_length <= self._most else (rows, length)
         kept, longest = len(self.lengths), max(self.lengths, default=0)
         for index, pair in self._layers.items():
             grown = tuple(_zeros(old, self._room) for old in pair)
@@ -48,8 +51,7 @@ class Slots:
             self._layers[index] = (grown[0], grown[1])
 
     def opening(self) -> Opening:
-        """A cache for the pass that reads a new row's prompt; the row is kept only by `keep`."""
-        self.reserve(len(self.lengths) + 1, 1)
+        """A cache for the pass that reads a new row's prompt, in room that was reserved; kept only by `keep`."""
         return Opening(self, len(self.lengths))
 
     def keep(self, opening: Opening) -> int:

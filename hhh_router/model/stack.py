@@ -72,6 +72,12 @@ class DecoderStack:
         return set(self._layer_types) == {"full_attention"}
 
     @property
+    def end_ids(self) -> frozenset[int]:
+        """Tokens that the model's own settings end a reply with."""
+        listed = self.model.generation_config.eos_token_id
+        return frozenset(listed if isinstance(listed, list) else [] if listed is None else [listed])
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.text.embed_tokens.weight.device

@@ -86,7 +86,7 @@ class Supervisor:
         self._numbers = itertools.count(1)
         self._work: dict[int, _Work] = {}
         self._quarantine = Quarantine()
-        self._refusal: Unavailable | None = None
+        self._refusal: str | None = None  # what new work is told, once none is taken
         self._draining = self._closed = False
         self._deaths = 0
         self._load_s = 10.0
@@ -99,7 +99,7 @@ class Supervisor:
     def load(self) -> Load:
         """See `hhh_router.model.engine.Engine.load`."""
         child = self._child
-        if self._draining:
+        if self._draining or self._closed:
             return changed(child.load if child else Load(), state="draining")
         return child.load if child else Load(state="starting", wait_s=self._load_s)
 
@@ -134,7 +134,7 @@ class Supervisor:
         """See `hhh_router.model.engine.Engine.drain`."""
         with self._lock:
             self._draining = True
-            self._refusal = self._refusal or Unavailable("the engine is shutting down", hint="ask another one")
+            self._refusal = self._refusal or "the engine is shutting down"
         until = time.monotonic() + timeout_s
         while self._work:
             if time.monotonic() > until:
@@ -148,12 +148,12 @@ class Supervisor:
             if self._closed:
                 return
             self._closed = True
-            closed = self._refusal = Unavailable("the engine was closed", hint="open a new router")
+            self._refusal = "the engine was closed"
             child, self._child = self._child, None
             lost = list(self._work.values())
             self._work.clear()
         for work in lost:
-            work.end(closed)
+            work.end(Unavailable("the engine was closed", hint="open a new router"))
         if child is None and self._starting is not None:
             self._starting.process.kill()  # it is loading the model, and would only find out at the end
             self._starting.process.wait(_END_S)
@@ -167,7 +167,7 @@ class Supervisor:
         refusal: HHHRouterError | None = None
         with self._lock:
             if self._refusal is not None:
-                refusal = self._refusal
+                refusal = Unavailable(self._refusal, hint="ask another one")
             elif self._child is None:
                 refusal = self._restarting("the engine is starting again")
             else:

@@ -56,7 +56,8 @@ class Worker:
         self._batcher = batcher
         self._inbox: queue.SimpleQueue[ReadJob | ChatJob | None] = queue.SimpleQueue()
         self._open = threading.Lock()
-        self._refusal: Unavailable | None = None  # what new work is told, once none is taken
+        self._refusal: str | None = None  # what new work is told, once none is taken
+        self._put_in = self._taken_out = 0  # of the inbox
         self._turning = False
         self._began = 0.0
         self._thread = threading.Thread(target=self._serve, name=name, daemon=True)
@@ -92,9 +93,9 @@ class Worker:
     def drain(self, timeout_s: float) -> bool:
         """See `hhh_router.model.engine.Engine.drain`."""
         with self._open:
-            self._refusal = self._refusal or Unavailable("the engine is shutting down", hint="ask another one")
+            self._refusal = self._refusal or "the engine is shutting down"
         end = time.monotonic() + timeout_s
-        while self._turning or not self._inbox.empty():
+        while self._turning or self._taken_out < self._put_in:
             if time.monotonic() > end or not self._thread.is_alive():
                 return False
             time.sleep(_POLL_S)
@@ -113,13 +114,14 @@ class Worker:
 
     def _put(self, job: ReadJob | ChatJob) -> None:
         with self._open:
-            refusal: Unavailable | Overloaded | None = self._refusal
-            if refusal is None and self._inbox.qsize() >= _ARRIVING:
-                refusal = Overloaded("more arrives than can be looked at", hint="try again", retry_after_s=1.0)
-            if refusal is None:
+            if self._refusal is None and self._inbox.qsize() < _ARRIVING:
+                self._put_in += 1
                 self._inbox.put(job)
                 return
-        job.end(refusal)
+        if self._refusal is None:
+            job.end(Overloaded("more arrives than can be looked at", hint="try again", retry_after_s=1.0))
+        else:
+            job.end(Unavailable(self._refusal, hint="ask another one"))
 
     def _serve(self) -> None:
         while True:
@@ -131,6 +133,7 @@ class Worker:
                     if job is None:
                         self._end()
                         return
+                    self._taken_out += 1
                     self._take(job)
             except queue.Empty:
                 pass
@@ -151,12 +154,13 @@ class Worker:
 
     def _end(self) -> None:
         """End what is under way and what has arrived since."""
-        closed = Unavailable("the engine was closed", hint="open a new router")
         with self._open:
-            self._refusal = closed
+            self._refusal = "the engine was closed"
+        closed = Unavailable(self._refusal, hint="open a new router")
         while not self._inbox.empty():
             job = self._inbox.get()
             if job is not None:
+                self._taken_out += 1
                 self._take(job)
         self._reads.close(closed)
         self._batcher.close(closed)

@@ -54,7 +54,7 @@ class Server:
 
 
 @contextmanager
-def serving(folder: Path, bundle: Path, **settings: str) -> Iterator[Server]:
+def serving(folder: Path, bundle: Path, *command: str, **settings: str) -> Iterator[Server]:
     policy = folder / "anything.yaml"
     policy.write_text(POLICY)
     environment = {
@@ -64,7 +64,7 @@ def serving(folder: Path, bundle: Path, **settings: str) -> Iterator[Server]:
         "PYTHONUNBUFFERED": "1",
         **{f"HHH_ROUTER_{name.upper()}": value for name, value in settings.items()},
     }
-    arguments = ["serve", "--port", "0", "--bundle", str(bundle), "--policy", str(policy)]
+    arguments = [*(command or ("serve",)), "--port", "0", "--bundle", str(bundle), "--policy", str(policy)]
     with subprocess.Popen(
         [COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment
     ) as process:
@@ -192,3 +192,19 @@ def test_sigterm_lets_replies_end_and_leaves_no_process(server: Server) -> None:
     assert short.reason == "length"
     server.process.wait(30)
     wait(lambda: not Path(f"/proc/{engine}").exists(), 20)
+
+
+def test_a_sidecar_that_is_ended_lets_the_upstreams_reply_come_to_its_end(
+    server: Server, tmp_path: Path, bundle: Path
+) -> None:
+    folder = tmp_path / "sidecar"
+    folder.mkdir()
+    with serving(folder, bundle, "proxy", "--upstream", server.url) as sidecar:
+        reply = Reading(sidecar, 1, max_tokens=60, logit_bias={END_OF_TURN: -100})
+        assert reply.begun.wait(60)
+
+        sidecar.process.send_signal(signal.SIGTERM)
+        reply.join(60)
+
+    assert reply.error is None
+    assert reply.reason == "length"

@@ -223,3 +223,30 @@ def test_dora_and_other_inexact_adapters_are_refused(copy_of_tiny: Path) -> None
 
     with pytest.raises(BundleError, match="use_dora"):
         load_experts(Bundle.load(copy_of_tiny))
+
+
+async def test_a_caller_who_does_not_read_loses_the_reply_and_frees_the_row(
+    model: EmbeddedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hhh_router.model.engine._UNREAD_EVENTS", 5)
+    stream = model.generator.generate(
+        ask("hello", max_tokens=400, logit_bias={256: -100.0}), planner(), window_tokens=8
+    )
+    await anext(stream)
+
+    while model.engine._turning:  # type: ignore[attr-defined]
+        await asyncio.sleep(0.01)
+
+    assert model.engine.load.rows == 0
+    with pytest.raises(GeneratorError, match="have not been read"):
+        async for _ in stream:
+            pass
+
+
+async def test_draining_waits_for_what_has_only_just_come(model: EmbeddedModel) -> None:
+    tasks = [asyncio.create_task(events(model, ask(f"number {i}", max_tokens=6), planner())) for i in range(4)]
+    await asyncio.sleep(0)  # each has been put in, none has been looked at
+
+    assert await asyncio.to_thread(model.engine.drain, 60)
+
+    assert all([isinstance((await t)[-1], Finished) for t in tasks])

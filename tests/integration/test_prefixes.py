@@ -132,6 +132,16 @@ def test_what_was_said_last_is_kept_and_no_more_than_allowed(tiny: Bundle, tmp_p
     check_same(none.found["b"], none.alone(chat("b", "hello"), WEIGHTS[0]))
 
 
+def test_states_under_further_weights_count_too(tiny: Bundle, tmp_path: Path) -> None:
+    engine = Engine(tiny, tmp_path, prefix_tokens=8 * BLOCK)
+    for weights in WEIGHTS:
+        answer(engine, chat(str(weights), "hello", max_tokens=1), weights)
+
+    blocks = engine.batcher._prefixes._blocks.values()
+    assert 0 < sum(1 + len(b.upper) for b in blocks) <= 16
+    assert engine.batcher._prefixes._halves == sum(1 + len(b.upper) for b in blocks)
+
+
 def test_a_prompt_that_is_refused_leaves_nothing_above(engine: Engine) -> None:
     from hhh_router.types import Action
 

@@ -27,7 +27,7 @@ def step(slots: Slots, fill: float) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_a_step_writes_each_row_at_its_own_place_and_sees_all_of_it() -> None:
-    slots = Slots()
+    slots = Slots(100_000)
     row(slots, 4, 1.0)
     row(slots, 2, 2.0)
 
@@ -41,7 +41,7 @@ def test_a_step_writes_each_row_at_its_own_place_and_sees_all_of_it() -> None:
 
 
 def test_the_mask_hides_what_is_not_the_rows_own_and_what_lies_behind_a_window() -> None:
-    slots = Slots()
+    slots = Slots(100_000)
     row(slots, 4, 1.0)
     row(slots, 2, 2.0)
     cache = slots.step([0, 1])
@@ -55,7 +55,7 @@ def test_the_mask_hides_what_is_not_the_rows_own_and_what_lies_behind_a_window()
 
 
 def test_the_last_row_moves_into_a_slot_that_is_freed_and_nothing_stays_behind() -> None:
-    slots = Slots()
+    slots = Slots(100_000)
     for tokens, fill in ((6, torch.nan), (3, 2.0), (2, 3.0)):
         row(slots, tokens, fill)
 
@@ -70,7 +70,7 @@ def test_the_last_row_moves_into_a_slot_that_is_freed_and_nothing_stays_behind()
 
 
 def test_growing_keeps_what_is_there() -> None:
-    slots = Slots()
+    slots = Slots(100_000)
     row(slots, 3, 1.0)
     before = slots.tokens
     slots.reserve(5, 1000)
@@ -81,7 +81,7 @@ def test_growing_keeps_what_is_there() -> None:
 
 
 def test_a_prompt_that_is_not_answered_leaves_no_trace() -> None:
-    slots = Slots()
+    slots = Slots(100_000)
     slots.reserve(1, 10)
     opening = slots.opening()
     opening.update(torch.full((1, 2, 4, 3), 7.0), torch.full((1, 2, 4, 3), 7.0), 0)
@@ -91,3 +91,14 @@ def test_a_prompt_that_is_not_answered_leaves_no_trace() -> None:
     assert not keys.any()
     assert not values.any()
     assert slots.lengths == []
+
+
+def test_room_of_many_rows_lets_go_of_what_one_long_row_needed() -> None:
+    slots = Slots(2000)
+    slots.reserve(1, 1900)
+    row(slots, 4, 1.0)
+
+    slots.reserve(8, 100)
+
+    assert slots.tokens <= 2000
+    assert slots.store(0, torch.zeros(1, 2, 1, 3))[0][0, 0, :4, 0].tolist() == [1, 1, 1, 1]

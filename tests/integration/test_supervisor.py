@@ -252,7 +252,7 @@ async def test_closing_while_it_is_started_again_leaves_no_process(
 
     await own_model.aclose()
 
-    assert engine.load.state == "starting"  # none is there
+    assert engine.load.state == "draining"
     await until(lambda: not Path(f"/proc/{second}").exists(), 20)
 
 
