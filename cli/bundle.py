@@ -155,6 +155,51 @@ def quantise(
         raise typer.Exit(EXIT_FAILURE)
 
 
+@app.command()
+def skip(
+    data: Annotated[Path, typer.Option("--data", envvar="HHH_ROUTER_DATA", help="Folder of data sets.")],
+    bundle: Annotated[str, typer.Option("--bundle", help="Bundle name or folder.")] = "smollm2-135m",
+    budget: Annotated[float, typer.Option(min=1e-6, help="Mean KL divergence of the next token, in nats.")] = 0.002,
+    blocks: Annotated[int, typer.Option(min=1, max=4, help="Blocks of layers, each with a threshold.")] = 3,
+    replies: Annotated[int, typer.Option(min=1, help="Harmless prompts that are answered.")] = 40,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, help="Of each reply.")] = 40,
+    seed: Annotated[int, typer.Option(help="Of the draws of rows.")] = 17,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record as JSON.")] = False,
+) -> None:
+    """Fit below which weight an expert need not be run, and write skipping.json into the bundle.
+
+    HHH_ROUTER_SKIP_EXPERTS=true serves the bundle with it. Rows are those of split calibrate.
+    """
+    from hhh_router.bundle import Bundle
+    from hhh_router.errors import MissingExtra, SettingsError
+    from hhh_router.model.skipping import keep_skipping
+    from hhh_router.settings import Settings
+
+    if not data.is_dir():
+        raise SettingsError(f"--data {data}: no such folder", hint="give the folder that holds the data sets")
+    try:
+        from hhh_router.evaluation.skipping import fit_skipping
+    except ImportError as error:
+        raise MissingExtra("train", needed_for="measuring a bundle") from error
+    loaded = Bundle.load(bundle)
+    loaded.verify()
+    with stage_bars() as told:
+        record = fit_skipping(
+            loaded, data, settings=Settings.load(), budget_nats=budget, blocks=blocks, replies=replies,
+            max_tokens=max_tokens, seed=seed, on_progress=told,
+        )  # fmt: skip
+    path = keep_skipping(loaded, record)
+    if as_json:
+        typer.echo(record.model_dump_json(indent=2))
+        return
+    typer.echo(
+        f"thresholds {', '.join(f'{t:g}' for t in record.thresholds)}: {record.skipped:.0%} of experts are not run, "
+        f"{record.idle:.0%} of rows and blocks run none; the next token moves by {record.mean_nats:.4f} nats "
+        f"(budget {record.budget_nats:g}, {record.n} tokens of {record.replies} replies)"
+    )
+    typer.echo(str(path))
+
+
 def _show(record: Record) -> None:
     from rich.console import Console
     from rich.table import Table

@@ -54,6 +54,11 @@ def evaluate(
             help="Suite gates: NAME=HEADS_FILE, heads trained with recipes/trinityx.yaml or h3fusion.yaml; repeatable.",
         ),
     ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option("--without", help="Suite transfer: leave out this source alone; repeatable. Every one in turn."),
+    ] = None,
+    epochs: Annotated[int, typer.Option(help="Suite transfer: passes of every training.", min=1)] = 4,
     rows: Annotated[int, typer.Option(help="Prompts per set of the behaviour suite and of IFEval.", min=1)] = 40,
     items: Annotated[int, typer.Option(help="Items of each suite that scores given texts.", min=1)] = 200,
     max_tokens: Annotated[int, typer.Option(help="Length of each reply of the behaviour suite.", min=1)] = 40,
@@ -116,7 +121,8 @@ def evaluate(
             found = train_baselines(baselines, data, heads, on_progress=told)
         bench = open_bench(
             bundle, data, settings=Settings.load(), seed=seed, work=work, baselines=found, rows=rows, items=items,
-            max_tokens=max_tokens, recipe=recipe, formulations=formulations, on_progress=told,
+            max_tokens=max_tokens, without=without or (), epochs=epochs, recipe=recipe, formulations=formulations,
+            on_progress=told,
         )  # fmt: skip
         command = "hhh-router evaluate " + shlex.join(_public(sys.argv[2:]))
         written = measure(bench, parts, command)

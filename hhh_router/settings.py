@@ -46,6 +46,8 @@ class Settings(BaseSettings):
     """Precision the backbone runs in. ``auto``: the bundle's, or ``float32`` on a CPU that has to emulate that."""
     quantise: Literal["none", "int8"] = "none"
     """Weights of the decode steps of few replies. ``int8``: on a CPU, where the bundle has a record that it may be."""
+    skip_experts: bool = False
+    """Do not run experts of a weight below the thresholds that the bundle's ``skipping.json`` holds."""
     engine: Literal["auto", "thread", "process"] = "auto"
     """Where the embedded model runs. ``auto``: behind a server in a process of its own, which is started again when it
     dies; elsewhere on a thread of this process."""

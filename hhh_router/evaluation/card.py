@@ -114,8 +114,8 @@ def _latency(figures: Mapping[str, Any]) -> str:
     lines = [f"| {f['system']} | {f['n']} | {f['median_ms']:.1f} | {f['p95_ms']:.1f} |" for f in rows]
     return (
         "## Latency of one prompt\n\n"
-        f"XSTest prompts one at a time, same process and threads, {figures['dtype']}; compare within the table "
-        "alone.\n\n"
+        f"XSTest prompts one at a time, same process and threads, {rows[0].get('dtype', figures['dtype'])}; compare "
+        "within the table alone.\n\n"
         "| system | n | median ms | p95 ms |\n|---|---|---|---|\n" + "\n".join(lines)
     )
 
@@ -309,8 +309,8 @@ def _provenance(figures: Mapping[str, Any]) -> str:
         f"Last run: `{figures['command']}`, seed {figures['seed']}, {figures['dtype']}, {figures['bootstraps']} "
         f"bootstrap samples, bundle parts `{figures['bundle_parts'][:16]}`, reader "
         f"`{figures['bundle_reader'][:16]}`, torch {figures['versions']['torch']}, "
-        f"transformers {figures['versions']['transformers']}. `figures.json` holds every number with its command and "
-        "the hash of its rows."
+        f"transformers {figures['versions']['transformers']}. `figures.json` holds every number with its command, "
+        "precision and the hash of its rows."
     )
 
 

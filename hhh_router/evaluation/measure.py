@@ -31,7 +31,7 @@ from hhh_router.evaluation.report import render_report
 from hhh_router.evaluation.routing import simplex, tradeoff
 from hhh_router.evaluation.steering import STEERING, Steering
 from hhh_router.evaluation.tasks import SUITES, TASKS, Task, task_rows
-from hhh_router.evaluation.transfer import transfer_figures
+from hhh_router.evaluation.transfer import EPOCHS, transfer_figures
 from hhh_router.model.worker import open_reader
 from hhh_router.policy import list_policies, load_policy
 from hhh_router.settings import Settings
@@ -75,6 +75,10 @@ class Bench:
     """Items of each likelihood suite."""
     max_tokens: int = 40
     """Of each reply of the behaviour suite."""
+    without: Sequence[str] = ()
+    """Groups of sources that the part ``transfer`` leaves out, each by itself; empty: every one."""
+    epochs: int = EPOCHS
+    """Of every training of the part ``transfer``."""
     on_progress: Callable[[str, int, int, str], None] = field(default=lambda *_: None)
 
     def told(self, part: str) -> Callable[[int, int, str], None]:
@@ -171,14 +175,14 @@ def _part(
     """The figures of one part, each row with the command that made it."""
     found: dict[str, Any] = {}
     if part in SUITES:
-        made = _stamped(_detection(bench, part), command)
+        made = _stamped(bench, _detection(bench, part), command)
         found["detection"] = _still_true(figures.get("detection", []), made, part) + made
     if part == "guard":
         # timed once, with the suite that asks about prompts of every kind, so that no other run replaces the table
-        found["latency"] = _stamped(_latency(bench), command)
+        found["latency"] = _stamped(bench, _latency(bench), command)
     if part in STEERING:
         steered = steering().part(part)
-        found |= {k: _stamped(v, command) if isinstance(v, list) else v for k, v in steered.items()}
+        found |= {k: _stamped(bench, v, command) if isinstance(v, list) else v for k, v in steered.items()}
     if "likelihood" in found:
         found["likelihood"] = [f for f in figures.get("likelihood", []) if f["suite"] != part] + found["likelihood"]
     if found:
@@ -186,10 +190,10 @@ def _part(
     if part == "calibration":
         return _calibration(bench, command)
     if part == "evasion":
-        return {"evasion": _stamped(_evasion(bench), command)}
+        return {"evasion": _stamped(bench, _evasion(bench), command)}
     if part == "gates":
-        return {"gates": _stamped(_gates(bench, steering()), command)}
-    return {"transfer": _stamped(_transfer(bench), command)}
+        return {"gates": _stamped(bench, _gates(bench, steering()), command)}
+    return {"transfer": _stamped(bench, _transfer(bench), command)}
 
 
 def _still_true(earlier: Sequence[dict[str, Any]], made: Sequence[dict[str, Any]], suite: str) -> list[dict[str, Any]]:
@@ -220,8 +224,9 @@ def _earlier(path: Path, parts: str, reader: str, bundle: str) -> dict[str, Any]
     return {"detection": [f for f in found.get("detection") or [] if f["system"] != bundle]}
 
 
-def _stamped(rows: Sequence[Mapping[str, Any]], command: str) -> list[dict[str, Any]]:
-    return [{**row, "command": command} for row in rows]
+def _stamped(bench: Bench, rows: Sequence[Mapping[str, Any]], command: str) -> list[dict[str, Any]]:
+    """Rows with how they were made, since later runs may keep them and be of another precision."""
+    return [{**row, "command": command, "dtype": bench.detector.reader.dtype} for row in rows]
 
 
 def _detection(bench: Bench, suite: str) -> list[dict[str, Any]]:
@@ -263,9 +268,9 @@ def _calibration(bench: Bench, command: str) -> dict[str, Any]:
     scores = bench.detector.scores([ReadRequest(messages=e.messages) for e in every])
     stamp = {"command": command, "seed": bench.seed}
     return {
-        "subgroups": _stamped(groups, command),
-        "confidence": _stamped(_confidence(bench, harm, scores[: len(harm)]), command),
-        "kinds": _stamped(_kinds(bench), command),
+        "subgroups": _stamped(bench, groups, command),
+        "confidence": _stamped(bench, _confidence(bench, harm, scores[: len(harm)]), command),
+        "kinds": _stamped(bench, _kinds(bench), command),
         "tradeoff": tradeoff(harm, scores[: len(harm)], policies, calibrators) | stamp,
         "simplex": simplex(every, scores, calibrators) | stamp,
     }
@@ -322,7 +327,9 @@ def _transfer(bench: Bench) -> list[dict[str, Any]]:
         device=bench.settings.device, on_progress=bench.on_progress,
     )  # fmt: skip
     reader, encoder = bench.detector.reader, bench.detector.encoder
-    return transfer_figures(shop, reader, encoder, seed=bench.seed, bootstraps=BOOTSTRAPS)
+    return transfer_figures(
+        shop, reader, encoder, seed=bench.seed, bootstraps=BOOTSTRAPS, only=bench.without, epochs=bench.epochs
+    )
 
 
 def _asked(task: Task, example: Example) -> ReadRequest:

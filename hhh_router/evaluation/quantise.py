@@ -21,11 +21,12 @@ from hhh_router.model.base import Backbone, compute_dtype
 from hhh_router.model.decoded import next_token_nats, read_decoded
 from hhh_router.model.encode import Encoded
 from hhh_router.model.experts import load_experts
-from hhh_router.model.int8 import Phase, check_int8, install_int8
-from hhh_router.model.mixture import Gates, install_mixture
+from hhh_router.model.int8 import Phase, check_int8
+from hhh_router.model.mixture import Gates
 from hhh_router.model.quantisation import Divergence, Drift, Record, Refusals, measured_parts
 from hhh_router.model.reader import HeadReader
 from hhh_router.model.runner import Reply, Runner
+from hhh_router.model.serving import install_serving
 from hhh_router.model.worker import open_reader
 from hhh_router.routing import weigh
 from hhh_router.settings import Settings
@@ -45,7 +46,8 @@ ANSWERED_SETS: tuple[str, ...] = (
     "halueval_general",
 )
 """Labelled replies, of licences that allow any use; those whose files are not there are left out."""
-_MAX_TOKENS = 224  # of a text that is read, as in the shipped recipes' calibration
+MAX_TOKENS = 224
+"""Of a text that is read, as in the shipped recipes' calibration."""
 
 _DECIMALS = 3
 """Of the probabilities whose ECE is compared. Where a calibrator makes nearly the same of every reading, further digits
@@ -108,14 +110,14 @@ def measure_quantisation(
     check_int8(settings.device, dtype)
     path = bundle.root / manifest.calibrators.path
     calibrators = Calibrators.load(path, heads_sha256=manifest.heads.sha256, dtype=dtype)
-    answered, asked = _answered(data, sizes.items, seed), _asked(data, sizes.replies, seed)
+    answered, asked = _answered(data, sizes.items, seed), draw_prompts(data, sizes.replies, seed)
     reader, encoder = open_reader(bundle, settings)
-    gates = install_mixture(reader.stack.model, load_experts(bundle))
+    gates, phase = install_serving(reader.stack.model, load_experts(bundle), "int8")
     bench = _Bench(
         reader=reader,
         backbone=Backbone(stack=reader.stack, encoder=encoder),
         gates=gates,
-        phase=install_int8(reader.stack.model),
+        phase=phase,
         first_adapted_layer=manifest.first_adapted_layer,
         calibrators=calibrators,
         told=on_progress,
@@ -151,7 +153,7 @@ def _answered(data: Path, items: int, seed: int) -> list[Example]:
     return [e for part in rows for e in (*part, *response_only(part))]
 
 
-def _asked(data: Path, replies: int, seed: int) -> list[Example]:
+def draw_prompts(data: Path, replies: int, seed: int) -> list[Example]:
     """Harmless prompts, then others that call for the experts; each once."""
     wanted = [(HARMLESS_SET, replies), *((name, max(1, replies // (2 * len(OTHER_SETS)))) for name in OTHER_SETS)]
     return draw([Share(set=n, rows=k, split="calibrate", view="prompt") for n, k in wanted], data, seed=seed)
@@ -162,7 +164,7 @@ def _asked(data: Path, replies: int, seed: int) -> list[Example]:
 
 def _drifts(bench: _Bench, rows: Sequence[Example]) -> list[Drift]:
     """How calibrated outcomes of replies move when their states come out of decode steps."""
-    texts = [encode_cut(bench.backbone.encoder, e.read(), _MAX_TOKENS) for e in rows]
+    texts = [encode_cut(bench.backbone.encoder, e.read(), MAX_TOKENS) for e in rows]
     before = read_whole(bench.reader, texts)
     after = []
     for text in texts:
@@ -218,8 +220,8 @@ def _replies(bench: _Bench, asked: Sequence[Example], sizes: Sizes) -> tuple[Div
     if not harmless:
         raise DataError(f"{HARMLESS_SET}: no row with split 'calibrate'", hint="the data set's README names its splits")
     requests = [ReadRequest(messages=e.messages) for e in asked]
-    texts = [encode_cut(bench.backbone.encoder, q, _MAX_TOKENS) for q in requests]
-    weights = [_weights(bench.calibrators, s) for s in read_whole(bench.reader, texts)]
+    texts = [encode_cut(bench.backbone.encoder, q, MAX_TOKENS) for q in requests]
+    weights = [routed_weights(bench.calibrators, s) for s in read_whole(bench.reader, texts)]
     said: list[list[str]] = []
     for phase, chosen in ((None, range(len(asked))), (bench.phase, harmless)):
         runner = Runner(bench.backbone, bench.gates, bench.first_adapted_layer, phase)
@@ -243,7 +245,7 @@ def _replies(bench: _Bench, asked: Sequence[Example], sizes: Sizes) -> tuple[Div
     )
 
 
-def _weights(calibrators: Calibrators, scores: Scores) -> Weights:
+def routed_weights(calibrators: Calibrators, scores: Scores) -> Weights:
     """The router's own weights for a prompt, without a policy."""
     free = dict.fromkeys(EXPERTS, 1.0)
     return weigh(

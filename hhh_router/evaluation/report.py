@@ -527,7 +527,11 @@ def _provenance(parts: Mapping[str, Sequence[Row]], figures: Mapping[str, Any]) 
 
 
 def _settings(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    told = {"dtype": "precision", "max_tokens": "longest text read, tokens", "bootstraps": "bootstrap samples"}
+    told = {
+        "dtype": "precision of the last run",
+        "max_tokens": "longest text read, tokens",
+        "bootstraps": "bootstrap samples",
+    }
     for key, name in told.items():
         if figures.get(key) is not None:
             yield name, plain(figures[key])

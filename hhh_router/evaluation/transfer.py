@@ -85,6 +85,7 @@ def transfer_figures(
     seed: int,
     bootstraps: int,
     groups: Mapping[str, Sequence[str]] | None = None,
+    only: Sequence[str] = (),
     epochs: int = EPOCHS,
     least: int = LEAST_ROWS,
 ) -> list[dict[str, Any]]:
@@ -100,6 +101,7 @@ def transfer_figures(
         seed: Of training, folds and bootstraps. Rows are drawn by the recipe's own seed.
         bootstraps: Resamples an interval.
         groups: Name → sources left out together; None takes `default_groups`.
+        only: Names of those to measure; empty measures all.
         epochs: Of every training.
         least: Training rows of a group that must label a need for the need to be reported.
 
@@ -115,7 +117,8 @@ def transfer_figures(
         of figures. A group without held-out rows has none.
 
     Raises:
-        DataError: The reader is not the recipe's, a group names no source of the recipe, or nothing can be measured.
+        DataError: The reader is not the recipe's, a group is not known or names no source of the recipe, or nothing can
+            be measured.
     """
     if reader.read_layers != shop.recipe.router.read_layers:
         raise DataError(
@@ -126,6 +129,11 @@ def transfer_figures(
     calibration = [e for e in calibration_examples(shop) if e.messages]
     named = {name: tuple(s) for name, s in groups.items()} if groups else default_groups(examples, least)
     _check_sources(named, examples)
+    if unknown := [name for name in only if name not in named]:
+        raise DataError(
+            f"no group {unknown[0]!r} can be left out of recipe {shop.recipe_file}", hint=f"known: {', '.join(named)}"
+        )
+    named = {name: sources for name, sources in named.items() if not only or name in only}
     folder = shop.work / "transfer" / f"{shop.recipe_sha256[:12]}-seed-{seed}-epochs-{epochs}"
     run = _Run(
         shop=shop, reader=reader, encoder=encoder, seed=seed, bootstraps=bootstraps, epochs=epochs, least=least,

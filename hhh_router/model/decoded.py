@@ -1,4 +1,4 @@
-"""A given reply as decode steps would see it, to compare their weights with the base weights.
+"""A given reply as decode steps would see it, to compare weights that are quantised or left out with all of them.
 
 Decode steps take a token at a time. A row of a product comes out the same however many rows it has, so here all tokens
 of a reply go through in one pass, behind a prompt that the base weights read.
@@ -16,7 +16,7 @@ from hhh_router.model.base import Backbone
 from hhh_router.model.encode import Encoded
 from hhh_router.model.heads import Ragged, Views
 from hhh_router.model.int8 import Phase
-from hhh_router.model.mixture import Gates
+from hhh_router.model.mixture import Gates, Skip
 from hhh_router.model.reader import HeadReader, mode_of
 from hhh_router.model.runner import Reply
 from hhh_router.types import Scores, Weights
@@ -51,6 +51,27 @@ def next_token_nats(backbone: Backbone, gates: Gates, phase: Phase, row: Reply, 
         found.append(logits.float().log_softmax(-1))
     base, other = found
     return (base.exp() * (base - other)).sum(-1)
+
+
+@torch.inference_mode()
+def skipped_nats(backbone: Backbone, gates: Gates, row: Reply, weights: Weights, trials: Sequence[Skip]) -> list[float]:
+    """Per trial the sum over a reply's tokens of KL(whole mixture || experts left out), in nats.
+
+    The layers below the first adapted one run once. ``gates`` keep the last trial.
+    """
+    stack = backbone.stack
+    state = stack.begin(_row(row.ids, stack.device))
+    first = trials[0].first
+    entering = stack.run(state, first)
+    found = []
+    for skip in (None, *trials):
+        gates.skip = skip or Skip((0.0,) * len(trials[0].thresholds), first, stack.depth)
+        gates.set([weights])
+        state.hidden, state.next_layer = entering, first
+        logits = stack.logits(stack.run(state, stack.depth)[0, row.start - 1 : -1])  # what each token was drawn from
+        found.append(logits.float().log_softmax(-1))
+    whole, *others = found
+    return [float((whole.exp() * (whole - other)).sum()) for other in others]
 
 
 def _tokens(layers: Sequence[Tensor], start: int) -> Ragged:

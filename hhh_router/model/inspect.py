@@ -11,6 +11,7 @@ from hhh_router.bundle import Bundle, file_sha256
 from hhh_router.calibration import Calibrators
 from hhh_router.errors import BundleError, MissingExtra
 from hhh_router.model.quantisation import QUANTISATION, QuantisationFile
+from hhh_router.model.skipping import SKIPPING, SkipRecord
 from hhh_router.types import DIMENSIONS
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
@@ -21,8 +22,9 @@ def bundle_mistakes(bundle: Bundle) -> list[str]:
     """Everything that is wrong with a bundle, one line each; empty when it can be served.
 
     Files are compared with their hashes, experts with the manifest's rank, scale, layers and width, heads with the
-    backbone's width, calibrators with the heads they were fitted for. NaN and infinity anywhere are mistakes. A record
-    of quantisation need not be there, nor hold for these weights (serving asks for that), but must be readable.
+    backbone's width, calibrators with the heads they were fitted for. NaN and infinity anywhere are mistakes. Records
+    of quantisation and skipping need not be there, nor hold for these weights (serving asks for that), but must be
+    readable.
 
     Raises:
         MissingExtra: torch or safetensors is not installed.
@@ -39,7 +41,7 @@ def bundle_mistakes(bundle: Bundle) -> list[str]:
         mistakes += _expert_mistakes(bundle, dimension)
     mistakes += _heads_mistakes(bundle)
     mistakes += _calibrator_mistakes(bundle)
-    mistakes += _quantisation_mistakes(bundle)
+    mistakes += _record_mistakes(bundle)
     for pattern in _PICKLES:
         mistakes += [
             f"{path}: pickles can run code; a bundle holds safetensors only" for path in bundle.root.rglob(pattern)
@@ -126,14 +128,16 @@ def _calibrator_mistakes(bundle: Bundle) -> list[str]:
     return []
 
 
-def _quantisation_mistakes(bundle: Bundle) -> list[str]:
-    path = bundle.root / QUANTISATION
-    try:
-        if path.exists():
-            QuantisationFile.read(path)
-    except BundleError as error:
-        return error.message.splitlines()
-    return []
+def _record_mistakes(bundle: Bundle) -> list[str]:
+    found = []
+    for name, kind in ((QUANTISATION, QuantisationFile), (SKIPPING, SkipRecord)):
+        path = bundle.root / name
+        try:
+            if path.exists():
+                kind.read(path)
+        except BundleError as error:
+            found += error.message.splitlines()
+    return found
 
 
 def _layer_of(module: str) -> int | None:

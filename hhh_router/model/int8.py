@@ -1,8 +1,8 @@
 """Int8 copies of a backbone's linear layers, for decode steps of few rows: those wait for weights to be read.
 
 Weights alone are rounded, symmetrically and with one scale per output channel. Activations stay as they are: rounded
-too, they broke the default model. The copies stand below the mixture (`hhh_router.model.mixture`): what the experts add
-is added in full precision, whichever weights made the rest.
+too, they broke the default model. The copies stand below the mixture (`hhh_router.model.mixture`): the experts' second
+factors are never rounded, the first ones where they are outputs of the layer's own product.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from hhh_router.errors import SettingsError
+from hhh_router.model.mixture import FoldedMixture
 
-MOST_ROWS = {"float32": 8, "bfloat16": 16}
+MOST_ROWS = {"float32": 8, "bfloat16": 4}
 """Most rows of a step that are multiplied with int8 weights, by the precision the backbone runs in.
 
-Whole decode steps of SmolLM2-135M under four weights, 96 tokens in each row's cache, torch 2.13 on 1 thread of an AVX2
-CPU (EPYC 7003) with other work on it: medians of 7 to 11 steps' CPU time, alternately through base and int8 weights.
-float32: 1.1 times as fast at 1 row, 1.4 at 2 and 4, 1.1 at 8, 0.9 at 16. bfloat16, which that CPU emulates: 1.04 at 1
-row, 1.6 at 4, 1.9 at 8, 2.0 at 16, where the server's default ends. One product for q, k and v and one for gate and up
-made no difference beyond the noise (70 to 71 ms at 1 row, 99 to 98 at 4)."""
+Whole decode steps of SmolLM2-135M under mixtures, torch 2.13. float32, 1 thread of an AVX2 CPU (EPYC 7003) with other
+work on it: 1.1 times as fast at 1 row, 1.4 at 2 and 4, 1.1 at 8, 0.9 at 16. bfloat16 beside packed weights
+(`hhh_router.model.packed`), 2 threads of a CPU with AMX: 1.18 times at 1 row, 1.13 at 2, 1.04 at 4, 0.81 at 8."""
 _LARGEST = 127
 _PRODUCT = torch.bfloat16
 """What the product takes and gives. torch 2.13's kernel for float32 activations is not vectorised on x86: 3 times as
@@ -149,6 +148,8 @@ def install_int8(model: nn.Module) -> Phase:
         if not isinstance(layer, nn.Linear) or layer.in_features % _ALIGNED:
             continue
         parent, _, child = name.rpartition(".")
+        if isinstance(model.get_submodule(parent), FoldedMixture) and child == "up":
+            continue  # small, and what it reads has been multiplied with rounded weights already
         made = Int8Linear(layer, phase)
         phase.added_bytes += made.added_bytes
         setattr(model.get_submodule(parent), child, made)

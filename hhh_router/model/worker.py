@@ -25,12 +25,14 @@ from hhh_router.model.engine import EmbeddedModel, EndChat, EndRead, TellEvent, 
 from hhh_router.model.experts import load_experts
 from hhh_router.model.fetch import fetch_backbone
 from hhh_router.model.heads import Heads
-from hhh_router.model.int8 import Phase, check_int8, install_int8
-from hhh_router.model.mixture import install_mixture
+from hhh_router.model.int8 import check_int8
+from hhh_router.model.mixture import Skip
 from hhh_router.model.quantisation import require_record
 from hhh_router.model.reader import HeadReader
 from hhh_router.model.reads import ReadJob, Reads
 from hhh_router.model.rows import ChatJob
+from hhh_router.model.serving import install_serving
+from hhh_router.model.skipping import require_skipping
 from hhh_router.protocols import Load, Planner, Steerer
 from hhh_router.settings import Settings
 from hhh_router.types import ChatRequest, ReadRequest
@@ -191,17 +193,21 @@ def load_embedded(bundle: Bundle, settings: Settings) -> EmbeddedModel:
     """Open a bundle's reader, put its experts on the backbone too, and start the model's thread.
 
     Raises:
-        BundleError: Anything missing, corrupt or made for another backbone, or quantised weights without a record.
+        BundleError: Anything missing, corrupt or made for another backbone, or quantised weights or skipped experts
+            without a record.
         SettingsError: Quantised weights cannot be used on this device, in this precision or with this torch.
     """
     if settings.quantise != "none":  # before seconds of loading
         dtype = compute_dtype(bundle.manifest.backbone, settings.device, settings.dtype)
         check_int8(settings.device, dtype)
         require_record(bundle, settings.quantise, dtype)
+    skip = None
+    if settings.skip_experts:
+        thresholds = require_skipping(bundle).thresholds
+        skip = Skip(thresholds, bundle.manifest.first_adapted_layer, bundle.manifest.backbone.layers)
     reader, encoder = open_reader(bundle, settings)
     stack = reader.stack
-    gates = install_mixture(stack.model, load_experts(bundle))
-    phase = Phase() if settings.quantise == "none" else install_int8(stack.model)
+    gates, phase = install_serving(stack.model, load_experts(bundle), settings.quantise, skip)
     batcher = Batcher(
         reader=reader,
         encoder=encoder,
@@ -226,5 +232,6 @@ def load_embedded(bundle: Bundle, settings: Settings) -> EmbeddedModel:
             "threads": settings.threads,
             "quantise": settings.quantise,
             "quantised_bytes": phase.added_bytes,
+            "skip_below": list(skip.thresholds) if skip else None,
         },
     )

@@ -184,3 +184,11 @@ calibration:
     - {{set: xstest/completions, split: calibrate}}
     - {{set: made, rows: 60, split: calibrate}}
 """
+
+
+def write_harmless_prompts(root: Path) -> None:
+    """Add the set of harmless prompts that quantised weights and skipped experts are measured on."""
+    rows = [{"prompt": f"How do I paint door {i}?", "language": "English", "split": "calibrate"} for i in range(20)]
+    rows += [{"prompt": f"eval prompt {i}", "language": "English", "split": "eval"} for i in range(20)]
+    (root / "wildchat_benign").mkdir()
+    (root / "wildchat_benign" / "w.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))

@@ -15,7 +15,7 @@ from hhh_router.assemble import build_pipeline
 from hhh_router.bundle import Bundle
 from hhh_router.errors import ContextTooLong, InvalidRequest, PolicyNotAllowed
 from hhh_router.interfaces.sdk import HHHRouter
-from hhh_router.model.base import compute_dtype, load_backbone
+from hhh_router.model.base import load_backbone
 from hhh_router.model.experts import block_of, load_experts
 from hhh_router.model.fetch import fetch_backbone
 from hhh_router.model.mixture import install_mixture
@@ -99,9 +99,8 @@ def test_the_same_prompt_under_two_policies_gives_different_text(router: HHHRout
     assert differing
 
 
-def test_weight_one_on_base_is_the_bare_backbone_token_for_token(
-    router: HHHRouter, bundle: Bundle, backbone_folder: Path, tmp_path: Path
-) -> None:
+def test_weight_one_on_base_is_the_bare_backbone_token_for_token(backbone_folder: Path, tmp_path: Path) -> None:
+    """In float32: in bfloat16 packed weights round otherwise than torch's own product, by as little."""
     policy = tmp_path / "unbound.yaml"
     policy.write_text(
         "version: 1\nname: unbound\nstrength: 0.0\n"
@@ -110,15 +109,14 @@ def test_weight_one_on_base_is_the_bare_backbone_token_for_token(
     )
     messages = [{"role": "user", "content": "Name three colours."}]
     tokenizer = AutoTokenizer.from_pretrained(backbone_folder)
-    model = AutoModelForCausalLM.from_pretrained(
-        backbone_folder, dtype=getattr(torch, compute_dtype(bundle.manifest.backbone))
-    ).eval()
+    model = AutoModelForCausalLM.from_pretrained(backbone_folder, dtype=torch.float32).eval()
     inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
     with torch.inference_mode():
         output = model.generate(**inputs, max_new_tokens=24, do_sample=False)
     expected = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
-    result = router.chat(messages, policy=policy, weights="hhh@16-0-0-0", max_tokens=24)
+    with HHHRouter(pipeline=build_pipeline(Settings.load(dtype="float32"))) as router:
+        result = router.chat(messages, policy=policy, weights="hhh@16-0-0-0", max_tokens=24)
 
     assert result.metadata.weights["base"] == 1
     assert result.text == expected

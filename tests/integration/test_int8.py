@@ -238,7 +238,7 @@ def agree(together: Sequence[Event | Exception | None], alone: Sequence[Event]) 
     assert together[-1] is None
     found, expected = ([e for e in events if isinstance(e, Delta) and e.tokens] for events in (together, alone))
     for a, b in zip(found, expected, strict=False):
-        assert a.logprob == pytest.approx(b.logprob, abs=0.02)
+        assert a.logprob == pytest.approx(b.logprob, abs=0.05)
         if a.token != b.token:
             return False
     assert last(together).completion_tokens == last(alone).completion_tokens

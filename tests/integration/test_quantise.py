@@ -26,7 +26,7 @@ from hhh_router.model.quantisation import (
 from hhh_router.model.worker import load_embedded
 from hhh_router.settings import Settings
 
-from .datasets import write_sets
+from .datasets import write_harmless_prompts, write_sets
 
 pytestmark = pytest.mark.integration
 
@@ -171,10 +171,7 @@ def test_another_device_or_precision_is_refused_before_anything_is_loaded(
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of small data sets, with one of harmless prompts."""
     root = write_sets(tmp_path_factory.mktemp("sets"), rows=24)
-    rows = [{"prompt": f"How do I paint door {i}?", "language": "English", "split": "calibrate"} for i in range(20)]
-    rows += [{"prompt": f"eval prompt {i}", "language": "English", "split": "eval"} for i in range(20)]
-    (root / "wildchat_benign").mkdir()
-    (root / "wildchat_benign" / "w.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    write_harmless_prompts(root)
     return root
 
 

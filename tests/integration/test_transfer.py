@@ -219,6 +219,22 @@ def test_an_unknown_source_is_named(shop: Workshop, measure: Callable[..., list[
         measure(shop, groups={"x": ("nowhere",)})
 
 
+def test_only_the_groups_that_are_named_are_left_out(
+    shop: Workshop, measure: Callable[..., list[dict[str, Any]]], rows: list[dict[str, Any]]
+) -> None:
+    found = measure(shop, only=["made"])
+
+    assert {r["group"] for r in found} == {"made"}
+    assert found == [r for r in rows if r["group"] == "made"]
+
+
+def test_a_group_that_cannot_be_left_out_is_named(shop: Workshop, measure: Callable[..., list[dict[str, Any]]]) -> None:
+    with pytest.raises(DataError, match="no group 'mad'") as caught:
+        measure(shop, only=["mad"])
+
+    assert "made" in (caught.value.hint or "")
+
+
 def test_a_recipe_that_reads_other_layers_is_refused(
     shop: Workshop, measure: Callable[..., list[dict[str, Any]]]
 ) -> None:

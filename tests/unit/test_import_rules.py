@@ -44,7 +44,7 @@ EXCEPTIONS: dict[str, set[str]] = {
     "cli/doctor.py": {"model.fetch"},
     "cli/session.py": {"model.fetch"},
     "cli/render.py": {"model.sources"},
-    "cli/bundle.py": {"model.inspect", "model.quantisation"},
+    "cli/bundle.py": {"model.inspect", "model.quantisation", "model.skipping"},
     # makes a tiny random bundle with real experts; nothing that runs without torch names it
     "testing/tiny.py": {"training.experts"},
 }
