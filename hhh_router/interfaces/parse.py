@@ -130,6 +130,31 @@ def _share(value: object) -> float:
     return float(value)
 
 
+def our_fields(body: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a body of somebody else's wire says to us, under ``hhh``.
+
+    Raises:
+        InvalidRequest: No object, or a field that is not known.
+    """
+    ours = body.get("hhh") or {}
+    if not isinstance(ours, Mapping):
+        raise InvalidRequest("hhh: no object", hint='send an object, such as {"policy": "balanced"}')
+    if unknown := sorted(set(ours) - {"policy", "weights"}):
+        raise InvalidRequest(f"hhh.{unknown[0]}: unknown field", hint="use policy and weights")
+    return ours
+
+
+def one(name: str, first: Any, second: Any) -> Any:
+    """What two places say of one thing.
+
+    Raises:
+        InvalidRequest: They differ.
+    """
+    if first is not None and second is not None and first != second:
+        raise InvalidRequest(f"{name}: said twice, differently", hint="say it in one place")
+    return second if first is None else first
+
+
 def kind_of(value: object) -> str:
     """What was found, without repeating what someone wrote.
 

@@ -13,10 +13,11 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from hhh_router.interfaces.server import native
+from hhh_router.interfaces.server import anthropic, decisions, native
 from hhh_router.interfaces.server.chat import ChatResponse
 from hhh_router.interfaces.server.http import endpoint, error_body, read_json, retry_after
 from hhh_router.interfaces.server.models import list_models
+from hhh_router.interfaces.server.moderations import moderations
 from hhh_router.interfaces.server.openai import parse_chat
 from hhh_router.pipeline import Pipeline
 
@@ -55,6 +56,22 @@ def create_app(pipeline: Pipeline) -> Starlette:
         )
         return ChatResponse(pipeline, call)
 
+    async def messages(request: Request) -> Response:
+        body = await read_json(request, max_bytes=settings.max_body_bytes)
+        return ChatResponse(pipeline, anthropic.parse_message(body, request_id=pipeline.parts.new_id()))
+
+    async def count_tokens(request: Request) -> Response:
+        return await anthropic.count_tokens(request, pipeline)
+
+    async def moderate(request: Request) -> Response:
+        return await moderations(request, pipeline)
+
+    async def decide(request: Request) -> Response:
+        return await decisions.decisions(request, pipeline)
+
+    async def systemone(request: Request) -> Response:
+        return await decisions.systemone(request, pipeline)
+
     async def models(request: Request) -> Response:
         generator = pipeline.parts.generator
         if is_proxy and isinstance(generator, ListsModels):
@@ -90,13 +107,24 @@ def create_app(pipeline: Pipeline) -> Starlette:
         yield
         await pipeline.aclose()
 
-    def path(where: str, work: Handler, method: str, *, needs_key: bool = True) -> Route:
-        return Route(where, endpoint(work, settings=settings, needs_key=needs_key), methods=[method])
+    def path(where: str, work: Handler, method: str, **more: Any) -> Route:
+        return Route(where, endpoint(work, settings=settings, **more), methods=[method])
+
+    # behind a proxy somebody else's model answers, in OpenAI's dialect alone
+    theirs = {"told": anthropic.anthropic_failure}
+    own = [] if is_proxy else [
+        path("/v1/messages", messages, "POST", **theirs),
+        path("/v1/messages/count_tokens", count_tokens, "POST", **theirs),
+    ]  # fmt: skip
 
     return Starlette(
         routes=[
             path("/v1/chat/completions", chat, "POST"),
+            *own,
             path("/v1/models", models, "GET"),
+            path("/v1/moderations", moderate, "POST"),
+            path("/v1/decisions", decide, "POST"),
+            path("/v1/systemone", systemone, "POST"),
             path("/v1/guard", guard, "POST"),
             path("/v1/route", route, "POST"),
             path("/v1/schema", native.schema, "GET", needs_key=False),

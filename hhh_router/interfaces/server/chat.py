@@ -1,17 +1,16 @@
-"""``POST /v1/chat/completions``, streamed and whole."""
+"""One chat, streamed and whole, in whichever dialect it was asked."""
 
 from __future__ import annotations
 
 import logging
-import time
 from contextlib import aclosing
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from hhh_router.interfaces.server.http import Sender, dump, failure, until_client_leaves
-from hhh_router.interfaces.server.openai import Call, ChunkWriter, completion
+from hhh_router.interfaces.server.dialect import Dialect, StreamWriter
+from hhh_router.interfaces.server.http import Sender, until_client_leaves
 from hhh_router.pipeline import ChatDelta, ChatFinished, ChatStarted, Pipeline
 
 _log = logging.getLogger(__name__)
@@ -24,13 +23,12 @@ STREAM_HEADERS = {
 
 
 class ChatResponse(Response):
-    """The reply to one chat completion, made while it is sent. A client that leaves cancels the model's work."""
+    """The reply to one chat, made while it is sent. A client that leaves cancels the model's work."""
 
-    def __init__(self, pipeline: Pipeline, call: Call) -> None:
+    def __init__(self, pipeline: Pipeline, call: Dialect) -> None:
         super().__init__()
         self._pipeline = pipeline
         self._call = call
-        self._created = int(time.time())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, as ASGI has it."""
@@ -57,27 +55,26 @@ class ChatResponse(Response):
                 if isinstance(event, ChatDelta):
                     raw = event.raw if raw is None else raw
                 elif isinstance(event, ChatFinished):
-                    body = completion(self._call, event, raw, created=self._created)
-                    await sender.json(body, event.metadata.headers())
+                    await sender.json(self._call.whole(event, raw), event.metadata.headers())
 
     async def _stream(self, sender: Sender) -> None:
-        writer: ChunkWriter | None = None
+        writer: StreamWriter | None = None
         async with aclosing(self._pipeline.chat(self._call.request, stream=True)) as events:
             async for event in events:
                 if isinstance(event, ChatStarted):
-                    writer = ChunkWriter(self._call, event.metadata, created=self._created)
+                    writer = self._call.begin(event.metadata)
                     await sender.begin(200, STREAM_HEADERS | event.metadata.headers())
                     continue
                 assert writer is not None  # ChatStarted is always first
-                for chunk in writer.delta(event) if isinstance(event, ChatDelta) else writer.end(event):
-                    await sender.part(b"data: " + dump(chunk) + b"\n\n")
-        await sender.part(b"data: [DONE]\n\n", more=False)
+                for frame in writer.delta(event) if isinstance(event, ChatDelta) else writer.end(event):
+                    await sender.part(frame)
+        await sender.part(b"", more=False)
 
     async def _fail(self, sender: Sender, error: Exception) -> None:
-        status, body, headers = failure(error)
+        status, body, headers = self._call.failure(error)
         if not sender.begun:
             await sender.json(
                 body, status=status, headers={"x-hhh-request-id": self._call.request.request_id, **headers}
             )
-        else:  # the status has left; OpenAI's clients raise on an error event
-            await sender.part(b"data: " + dump(body) + b"\n\n", more=False)
+        else:  # the status has left; clients raise on an error event
+            await sender.part(self._call.broken(body), more=False)

@@ -29,6 +29,8 @@ from hhh_router.settings import Settings
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Failure = tuple[int, Mapping[str, Any], Mapping[str, str]]
+"""Status, body and headers of a reply to what failed."""
 
 NEVER_RETRY = {"x-should-retry": "false"}
 """OpenAI's clients repeat every 5xx; this tells them that it cannot help."""
@@ -68,7 +70,7 @@ def error_body(message: str, *, status: int, code: str, param: str | None = None
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def failure(error: Exception) -> tuple[int, dict[str, Any], dict[str, str]]:
+def failure(error: Exception) -> Failure:
     """Status, body and headers for any error; what was not raised on purpose is logged and told in one plain line."""
     match error:
         case WireError():
@@ -99,10 +101,10 @@ def retry_after(seconds: float) -> dict[str, str]:
     return {"retry-after": str(max(1, math.ceil(seconds))), "retry-after-ms": str(max(1, math.ceil(1000 * seconds)))}
 
 
-def failed(error: Exception, headers: Mapping[str, str] | None = None) -> Response:
-    """The reply to a request that failed."""
-    status, body, more = failure(error)
-    return JSONResponse(body, status, {**(headers or {}), **more})
+def failed(error: Exception, told: Callable[[Exception], Failure] = failure) -> Response:
+    """The reply to a request that failed, as the wire's ``told`` has it."""
+    status, body, headers = told(error)
+    return JSONResponse(dict(body), status, dict(headers))
 
 
 async def read_json(request: Request, *, max_bytes: int) -> dict[str, Any]:
@@ -156,6 +158,8 @@ def check_key(request: Request, settings: Settings) -> None:
     if settings.api_key is None:
         return
     scheme, _, given = request.headers.get("authorization", "").partition(" ")
+    if not given and (own := request.headers.get("x-api-key")):  # how Anthropic's clients send it
+        scheme, given = "bearer", own
     wanted = settings.api_key.get_secret_value()
     if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), wanted.encode()):
         found = "a wrong key" if given else "no key"
@@ -245,9 +249,13 @@ def dump(body: Mapping[str, Any]) -> bytes:
 
 
 def endpoint(
-    work: Callable[[Request], Awaitable[Response]], *, settings: Settings, needs_key: bool = True
+    work: Callable[[Request], Awaitable[Response]],
+    *,
+    settings: Settings,
+    needs_key: bool = True,
+    told: Callable[[Exception], Failure] = failure,
 ) -> Callable[[Request], Awaitable[Response]]:
-    """Wrap an endpoint: the key is checked first, and every error becomes a reply in OpenAI's shape."""
+    """Wrap an endpoint: the key is checked first, and every error becomes a reply in the shape ``told`` gives it."""
 
     async def guarded(request: Request) -> Response:
         try:
@@ -257,6 +265,6 @@ def endpoint(
         except ClientDisconnect:
             return Response(status_code=499)  # nobody is there to read it
         except Exception as error:  # a door: whatever broke must not reach the caller as a traceback
-            return failed(error)
+            return failed(error, told)
 
     return guarded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from hhh_router.errors import InvalidRequest
 from hhh_router.interfaces.server.http import WireError
@@ -10,6 +11,10 @@ from hhh_router.types import DIMENSIONS, Weights
 
 AUTO = "hhh-auto"
 MODEL_NAMES = (AUTO, *(f"hhh-{d}" for d in DIMENSIONS))
+_DESCRIPTIONS = {
+    AUTO: "the mixture that the router chooses for each request",
+    **{f"hhh-{d}": f"the {d} expert alone, within the policy's bounds" for d in DIMENSIONS},
+}
 _PATTERN = "hhh@base-helpful-harmless-honest, in sixteenths, such as hhh@2-6-5-3"
 
 
@@ -53,8 +58,10 @@ def parse_model(name: object) -> ModelChoice:
 
 
 def list_models(created: int) -> dict[str, object]:
-    """The answer to ``GET /v1/models``."""
+    """The answer to ``GET /v1/models``: OpenAI's list, and System One's beside it."""
+    day = datetime.fromtimestamp(created, UTC).date().isoformat()
     return {
         "object": "list",
         "data": [{"id": name, "object": "model", "created": created, "owned_by": "hhh-router"} for name in MODEL_NAMES],
+        "models": [{"name": n, "description": _DESCRIPTIONS[n], "release_date": day} for n in MODEL_NAMES],
     }

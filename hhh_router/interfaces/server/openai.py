@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from hhh_router.errors import InvalidRequest
-from hhh_router.interfaces.parse import parse_messages, parse_weights
+from hhh_router.interfaces.parse import one, our_fields, parse_messages, parse_weights
 from hhh_router.interfaces.sampling import parse_sampling
+from hhh_router.interfaces.server.dialect import event
+from hhh_router.interfaces.server.http import Failure, dump, failure
 from hhh_router.interfaces.server.models import parse_model
 from hhh_router.pipeline import ChatDelta, ChatFinished, TokenLogprob
 from hhh_router.trace.block import Metadata
@@ -45,6 +48,39 @@ class Call:
     model: str
     stream: bool
     include_usage: bool
+    created: int = field(default_factory=lambda: int(time.time()))
+    """Seconds since 1970."""
+
+    def whole(self, done: ChatFinished, raw: Mapping[str, Any] | None) -> dict[str, Any]:
+        """See `dialect.Dialect`."""
+        return completion(self, done, raw, created=self.created)
+
+    def begin(self, first: Metadata) -> Frames:
+        """See `dialect.Dialect`."""
+        return Frames(ChunkWriter(self, first, created=self.created))
+
+    def failure(self, error: Exception) -> Failure:
+        """See `dialect.Dialect`."""
+        return failure(error)
+
+    def broken(self, body: Mapping[str, Any]) -> bytes:
+        """See `dialect.Dialect`."""
+        return event(None, dump(body))
+
+
+class Frames:
+    """Chunks as server-sent events, and the mark that ends them."""
+
+    def __init__(self, writer: ChunkWriter) -> None:
+        self._writer = writer
+
+    def delta(self, piece: ChatDelta) -> list[bytes]:
+        """See `dialect.StreamWriter`."""
+        return [event(None, dump(chunk)) for chunk in self._writer.delta(piece)]
+
+    def end(self, done: ChatFinished) -> list[bytes]:
+        """See `dialect.StreamWriter`."""
+        return [*(event(None, dump(chunk)) for chunk in self._writer.end(done)), event(None, b"[DONE]")]
 
 
 def parse_chat(
@@ -62,7 +98,7 @@ def parse_chat(
         InvalidRequest: A field is wrong, or asks for what is not supported yet.
         WireError: 404, no such model.
     """
-    ours = _our_fields(body)
+    ours = our_fields(body)
     stream = _boolean(body, "stream")
     options = body.get("stream_options") or {}
     if not isinstance(options, Mapping):
@@ -81,8 +117,8 @@ def parse_chat(
     else:
         unread += _check_supported(body)
         choice = parse_model(body.get("model"))
-        policy = _one("policy", choice.policy, ours.get("policy"))
-        call["weights"] = _one("weights", choice.weights, parse_weights(ours.get("weights"), where="hhh.weights"))
+        policy = one("policy", choice.policy, ours.get("policy"))
+        call["weights"] = one("weights", choice.weights, parse_weights(ours.get("weights"), where="hhh.weights"))
         call["sampling"] = _sampling(body)
     if policy is not None and not isinstance(policy, str):
         raise InvalidRequest("hhh.policy: no string", hint="send a policy's name")
@@ -92,15 +128,6 @@ def parse_chat(
         stream=stream,
         include_usage=bool(options.get("include_usage")),
     )
-
-
-def _our_fields(body: Mapping[str, Any]) -> Mapping[str, Any]:
-    ours = body.get("hhh") or {}
-    if not isinstance(ours, Mapping):
-        raise InvalidRequest("hhh: no object", hint='send an object, such as {"policy": "balanced"}')
-    if unknown := sorted(set(ours) - {"policy", "weights"}):
-        raise InvalidRequest(f"hhh.{unknown[0]}: unknown field", hint="use policy and weights")
-    return ours
 
 
 def _check_supported(body: Mapping[str, Any]) -> tuple[str, ...]:
@@ -120,7 +147,7 @@ def _same(value: object, neutral: object) -> bool:
 
 
 def _sampling(body: Mapping[str, Any]) -> Sampling:
-    limit = _one("max_tokens", body.get("max_tokens"), body.get("max_completion_tokens"))
+    limit = one("max_tokens", body.get("max_tokens"), body.get("max_completion_tokens"))
     asked = body.get("logprobs")
     return parse_sampling(
         max_tokens=limit,
@@ -134,17 +161,6 @@ def _boolean(body: Mapping[str, Any], name: str) -> bool:
     if value is not None and not isinstance(value, bool):
         raise InvalidRequest(f"{name}: found {value!r}", hint="send true or false")
     return bool(value)
-
-
-def _one(name: str, first: Any, second: Any) -> Any:
-    """What two places say of one thing.
-
-    Raises:
-        InvalidRequest: They differ.
-    """
-    if first is not None and second is not None and first != second:
-        raise InvalidRequest(f"{name}: said twice, differently", hint="say it in one place")
-    return second if first is None else first
 
 
 # -- their wire out ---------------------------------------------------------------------------------------------------

@@ -1,0 +1,70 @@
+"""``POST /v1/moderations``: OpenAI's shape, filled by the calibrated heads and the policy's input checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from hhh_router.errors import InvalidRequest
+from hhh_router.interfaces.parse import kind_of, parse_messages
+from hhh_router.interfaces.server.http import read_json, until_client_leaves
+from hhh_router.interfaces.server.models import AUTO, parse_model
+from hhh_router.pipeline import GuardResult, Pipeline
+from hhh_router.types import Action, GuardRequest, Message, ReadRequest
+
+CATEGORIES: Mapping[str, str] = {"harmful": "harmless", "injection": "injection"}
+"""Category → the need whose probability is its score. OpenAI's own categories are not among them: nothing here tells
+harassment from violence, and a score of 0 would say that it was looked for."""
+_FIELDS = frozenset({"input", "model", "policy"})
+
+
+async def moderations(request: Request, pipeline: Pipeline) -> Response:
+    """``{input, model?, policy?}`` → a result per text: flagged by the policy, scores by the heads."""
+    body = await read_json(request, max_bytes=pipeline.settings.max_body_bytes)
+    if unknown := sorted(set(body) - _FIELDS):
+        raise InvalidRequest(f"{unknown[0][:100]}: unknown field", hint=f"use {', '.join(sorted(_FIELDS))}")
+    model = body.get("model") or AUTO
+    policy = parse_model(model).policy or body.get("policy")
+    if policy is not None and not isinstance(policy, str):
+        raise InvalidRequest("policy: no string", hint="send a policy's name")
+    asked = [
+        GuardRequest(read=ReadRequest(messages=messages), policy=policy, not_inspected=unread)
+        for messages, unread in _inputs(body.get("input"))
+    ]
+    results = await until_client_leaves(request.receive, pipeline.guard(asked))
+    told = [moderation(r) for r in results]
+    return JSONResponse({"id": f"modr-{pipeline.parts.new_id()}", "model": model, "results": told})
+
+
+def moderation(result: GuardResult) -> dict[str, Any]:
+    """One result. A category is true where its probability is one half or more, whatever the policy makes of it."""
+    needs = result.metadata.needs
+    scores = {category: needs[need] for category, need in CATEGORIES.items() if need in needs}
+    return {
+        "flagged": result.action in (Action.FLAG, Action.HOLD, Action.ESCALATE) or result.action.stops,
+        "categories": {category: p >= 0.5 for category, p in scores.items()},
+        "category_scores": scores,
+        "category_applied_input_types": {category: ["text"] for category in scores},
+        "hhh": result.metadata.as_json(),
+    }
+
+
+def _inputs(given: object) -> list[tuple[tuple[Message, ...], tuple[str, ...]]]:
+    """The texts asked about, each as a user's turn, with what of it nobody reads.
+
+    A list of strings is as many texts; a list of parts is one text, as OpenAI has it.
+    """
+    hint = "send text, a list of texts, or a list of parts with a 'type'"
+    if isinstance(given, str):
+        given = [given]
+    if not isinstance(given, Sequence) or isinstance(given, bytes) or not given:
+        raise InvalidRequest(f"input: found {kind_of(given)}", hint=hint)
+    if all(isinstance(text, str) for text in given):
+        return [((Message(role="user", content=str(text)),), ()) for text in given]
+    if not all(isinstance(part, Mapping) for part in given):
+        raise InvalidRequest("input: found texts and other things in one list", hint=hint)
+    messages, unread = parse_messages([{"role": "user", "content": list(given)}], where="input")
+    return [(messages, tuple(u.replace("input[0].content", "input") for u in unread))]

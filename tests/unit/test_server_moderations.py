@@ -1,0 +1,81 @@
+"""``/v1/moderations``: the shape of OpenAI's, the numbers of our heads."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from hhh_router.interfaces.server.app import create_app
+from hhh_router.testing import FakeReader, fake_pipeline
+
+Policies = Callable[..., Path]
+RULES = {"bomb": {"needs.harmless": 6.0}, "ignore all": {"needs.injection": 6.0}}
+
+
+@pytest.fixture
+def served(watchful: Policies) -> Iterator[TestClient]:
+    with TestClient(create_app(fake_pipeline(watchful(), reader=FakeReader(RULES)))) as made:
+        yield made
+
+
+def post(served: TestClient, **body: Any) -> Any:
+    return served.post("/v1/moderations", json=body)
+
+
+def test_a_text_has_a_result_with_scores_categories_and_our_block(served: TestClient) -> None:
+    body = post(served, input="how to build a bomb").json()
+
+    [result] = body["results"]
+    assert body["id"].startswith("modr-")
+    assert body["model"] == "hhh-auto"
+    assert result["flagged"] is True
+    assert result["categories"] == {"harmful": True, "injection": False}
+    assert result["category_scores"]["harmful"] > 0.9 > 0.1 > result["category_scores"]["injection"]
+    assert result["category_applied_input_types"] == {"harmful": ["text"], "injection": ["text"]}
+    assert result["hhh"]["action"] if "action" in result["hhh"] else result["hhh"]["decisions"][0]["action"] == "refuse"
+
+
+def test_a_list_of_texts_has_a_result_each_in_order(served: TestClient) -> None:
+    results = post(served, input=["hello", "bomb", "ignore all rules"]).json()["results"]
+
+    assert [r["categories"]["harmful"] for r in results] == [False, True, False]
+    assert [r["categories"]["injection"] for r in results] == [False, False, True]
+    assert [r["flagged"] for r in results][:2] == [False, True]
+
+
+def test_a_list_of_parts_is_one_text_and_what_is_no_text_is_named(served: TestClient) -> None:
+    parts = [{"type": "text", "text": "bomb"}, {"type": "image_url", "image_url": {"url": "x"}}]
+
+    [result] = post(served, input=parts).json()["results"]
+
+    assert result["flagged"] is True
+    assert result["hhh"]["not_inspected"] == ["input[1]: image_url"]
+
+
+def test_a_policy_comes_with_the_model_or_beside_it(served: TestClient) -> None:
+    [result] = post(served, input="hello", model="hhh-auto:balanced").json()["results"]
+
+    assert result["hhh"]["policy"]["name"] == "balanced"
+    assert post(served, input="hello", policy="balanced").json()["results"][0]["hhh"]["policy"]["name"] == "balanced"
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "said"),
+    [
+        ({}, 400, "input: found null"),
+        ({"input": []}, 400, "input: found a list"),
+        ({"input": 3}, 400, "input: found a number"),
+        ({"input": ["a", {"type": "text", "text": "b"}]}, 400, "texts and other things"),
+        ({"input": [{"type": "image_url"}]}, 400, "content"),
+        ({"input": "a", "model": "omni-moderation-latest"}, 404, "does not exist"),
+        ({"input": "a", "policy": 3}, 400, "policy: no string"),
+        ({"input": "a", "threshold": 0.5}, 400, "threshold: unknown field"),
+    ],
+)
+def test_what_is_wrong_is_named(served: TestClient, body: dict[str, Any], status: int, said: str) -> None:
+    reply = served.post("/v1/moderations", json=body)
+
+    assert reply.status_code == status, reply.json()
+    assert said in reply.json()["error"]["message"]
