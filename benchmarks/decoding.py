@@ -13,6 +13,7 @@ from benchmarks.lab import BARE, MIXTURES, Lab, by_turns
 from benchmarks.llamacpp import open_llamacpp
 from benchmarks.machine import bandwidth_bytes_s
 from benchmarks.timing import Side, medians, ratios
+from hhh_router.model.base import load_backbone
 from hhh_router.model.experts import load_experts
 from hhh_router.types import DIMENSIONS, Weights
 
@@ -138,7 +139,7 @@ def one_row_of_bandwidth(lab: Lab) -> Measured:
 
 def weight_bytes(lab: Lab) -> int:
     """Weights that a token of one row touches: every backbone weight once (a tied head is one), and the experts."""
-    model = lab.batcher.reader.stack.model
+    model = load_backbone(lab.folder, lab.bundle.manifest.backbone, device=str(lab.device), dtype=lab.dtype).stack.model
     backbone = {p.data_ptr(): p.nbytes for p in model.parameters()}
     width = next(model.parameters()).element_size()
     factors = [f for e in load_experts(lab.bundle) for f in e.factors.values()]

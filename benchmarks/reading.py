@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from time import perf_counter
 from typing import Any
@@ -17,10 +17,10 @@ from benchmarks.prompts import mixed
 from benchmarks.timing import medians, ratios, seconds
 from hhh_router.assemble import load_calibrators
 from hhh_router.model.base import load_backbone
-from hhh_router.model.experts import load_experts
+from hhh_router.model.experts import Expert, load_experts
 from hhh_router.model.heads import Heads
-from hhh_router.model.mixture import install_mixture
 from hhh_router.model.reads import ReadJob, Reads
+from hhh_router.model.serving import install_serving
 from hhh_router.pipeline.plan import make_planner
 from hhh_router.policy import load_policy
 from hhh_router.protocols import Planner
@@ -152,27 +152,39 @@ def prefill_over_llamacpp(lab: Lab) -> Measured:
 
 
 def added_memory(lab: Lab) -> Measured:
-    """Bytes of tensors that heads and three experts add to a loaded backbone, as a share of the backbone's.
+    """Bytes of tensors that heads and three experts add to a backbone as it is served, as a share of the backbone's.
 
     Counted over all tensors alive, each storage once, so that nobody has to know where the layers keep their factors.
     """
     manifest = lab.bundle.manifest
-    before = live_bytes()
-    backbone = load_backbone(lab.folder, manifest.backbone, device=str(lab.device), dtype=lab.dtype)
-    bare = live_bytes() - before
     assert manifest.heads is not None
+    experts = load_experts(lab.bundle)
+    alone, plain = _served_bytes(lab, [])
+    start = live_bytes()
     heads = Heads.load(
         lab.bundle.root / manifest.heads.path, layers=len(manifest.heads.read_layers), dim=manifest.backbone.hidden_size
     ).to(lab.device)
-    gates = install_mixture(backbone.stack.model, load_experts(lab.bundle))
-    added = live_bytes() - before - bare
-    del heads, gates
+    read = live_bytes() - start
+    mixed, _ = _served_bytes(lab, experts)
+    del heads
     lab.on_step()
+    added = mixed - alone + read
     return Measured(
-        values=[added / bare],
-        sides={"added (bytes)": float(added), "backbone (bytes)": float(bare)},
-        note="counted, not timed",
+        values=[added / plain],
+        sides={"added (bytes)": float(added), "backbone (bytes)": float(plain)},
+        note=f"counted, not timed; of the heads {read / 1e6:.0f} MB",
     )
+
+
+def _served_bytes(lab: Lab, experts: Sequence[Expert]) -> tuple[int, int]:
+    """Bytes of a backbone as it is served with these experts, and as it is loaded."""
+    before = live_bytes()
+    backbone = load_backbone(lab.folder, lab.bundle.manifest.backbone, device=str(lab.device), dtype=lab.dtype)
+    loaded = live_bytes() - before
+    kept = install_serving(backbone.stack.model, experts, "none")
+    served = live_bytes() - before
+    del kept
+    return served, loaded
 
 
 def live_bytes() -> int:
@@ -180,7 +192,11 @@ def live_bytes() -> int:
     gc.collect()
     found = {}
     for item in gc.get_objects():
-        if issubclass(type(item), torch.Tensor):  # isinstance would wake lazy modules
+        if not issubclass(type(item), torch.Tensor):  # isinstance would wake lazy modules
+            continue
+        if item.layout == torch._mkldnn:  # packed weights have no storage that can be asked for
+            found[id(item)] = item.nbytes
+        else:
             storage = item.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     return sum(found.values())

@@ -8,8 +8,9 @@ from collections.abc import AsyncGenerator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypedDict, Unpack, overload
 
-from hhh_router.errors import HHHRouterError, InvalidRequest
+from hhh_router.errors import HHHRouterError, InvalidRequest, SettingsError
 from hhh_router.interfaces.parse import MessageLike, parse_prompt, parse_weights
+from hhh_router.interfaces.remote import RemotePipeline
 from hhh_router.interfaces.sampling import parse_sampling
 from hhh_router.pipeline import (
     ChatDelta,
@@ -110,7 +111,7 @@ class AsyncChatStream:
 
 
 class AsyncHHHRouter:
-    """Chats, guards and routes with a bundle's mixture, in this process.
+    """Chats, guards and routes with a bundle's mixture, in this process or, with ``base_url``, by asking a server.
 
     The model is loaded by the first call (or ``async with``); that takes seconds and does not block the event loop.
 
@@ -118,7 +119,9 @@ class AsyncHHHRouter:
         bundle: Name of a bundle, or a path to one; None takes ``HHH_ROUTER_BUNDLE`` or the default.
         policy: Default policy, by name or path; None takes ``HHH_ROUTER_POLICY`` or ``balanced``.
         pipeline: A path put together by you, such as `hhh_router.testing.fake_pipeline`; nothing is loaded then.
-        settings: Further fields of `Settings`, such as ``threads=2``.
+        base_url: Of a server that `hhh-router serve` started, such as ``http://127.0.0.1:8000``; no model is loaded
+            here, and torch is not needed. ``policy`` then names one of the server's, None leaves it to the server.
+        settings: Further fields of `Settings`, such as ``threads=2``, or ``api_key`` for a server.
 
     Raises:
         SettingsError: A setting is wrong.
@@ -130,16 +133,23 @@ class AsyncHHHRouter:
         policy: PolicyLike = None,
         *,
         pipeline: Pipeline | None = None,
+        base_url: str | None = None,
         **settings: object,
     ) -> None:
         self._settings = Settings.load(
             bundle=None if bundle is None else str(bundle), policy=None if policy is None else str(policy), **settings
         )
-        self._pipeline = pipeline
+        self._pipeline: Pipeline | RemotePipeline | None = pipeline
+        if base_url is not None:
+            if bundle is not None or pipeline is not None:
+                raise SettingsError("base_url: a server has its own bundle", hint="give either base_url or a bundle")
+            self._pipeline = RemotePipeline(
+                base_url, policy=None if policy is None else str(policy), settings=self._settings
+            )
         self._loading = asyncio.Lock()
         self._closed = False
 
-    def load(self) -> Pipeline:
+    def load(self) -> Pipeline | RemotePipeline:
         """Load policies, bundle and model now, blocking; returns the path every call takes.
 
         Raises:
@@ -154,7 +164,7 @@ class AsyncHHHRouter:
             self._pipeline = build_pipeline(self._settings)
         return self._pipeline
 
-    async def _ready(self) -> Pipeline:
+    async def _ready(self) -> Pipeline | RemotePipeline:
         if self._pipeline is not None and not self._closed:
             return self._pipeline
         async with self._loading:
@@ -289,7 +299,7 @@ def _as_result(event: ChatFinished) -> ChatResult:
     )
 
 
-def _policy_name(policy: PolicyLike, pipeline: Pipeline) -> str | None:
+def _policy_name(policy: PolicyLike, pipeline: Pipeline | RemotePipeline) -> str | None:
     """The name a policy goes by; whoever runs this process may also name a file, unlike callers from outside."""
     if isinstance(policy, Path) or (policy and (policy.endswith(_POLICY_SUFFIXES) or os.sep in policy)):
         return pipeline.policies.add_file(policy)

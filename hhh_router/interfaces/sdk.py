@@ -77,6 +77,7 @@ class HHHRouter:
         bundle: Name of a bundle, or a path to one; None takes ``HHH_ROUTER_BUNDLE`` or the default.
         policy: Default policy, by name or path; None takes ``HHH_ROUTER_POLICY`` or ``balanced``.
         pipeline: A path put together by you, such as `hhh_router.testing.fake_pipeline`; nothing is loaded then.
+        base_url: Of a running server, which then answers; see `AsyncHHHRouter`.
         settings: Further fields of `Settings`, such as ``threads=2``.
 
     Raises:
@@ -90,9 +91,10 @@ class HHHRouter:
         policy: PolicyLike = None,
         *,
         pipeline: Pipeline | None = None,
+        base_url: str | None = None,
         **settings: object,
     ) -> None:
-        self._router = AsyncHHHRouter(bundle, policy, pipeline=pipeline, **settings)
+        self._router = AsyncHHHRouter(bundle, policy, pipeline=pipeline, base_url=base_url, **settings)
         self._router.load()
         self._loop = _LoopThread()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import replace
 
 from hhh_router.calibration import Calibrators
 from hhh_router.pipeline.chat import run_chat
@@ -123,6 +124,10 @@ class Pipeline:
     async def route(self, requests: Sequence[GuardRequest]) -> list[RouteResult]:
         """Needs, posterior and weights of each prompt, all in one batch. See `run_route` for what it raises."""
         return await run_route(self._parts, requests)
+
+    def add_sink(self, sink: Sink) -> None:
+        """Send the record of each request that finishes from now on to another place too."""
+        self._parts = replace(self._parts, sinks=(*self._parts.sinks, sink))
 
     @property
     def load(self) -> Load:

@@ -93,7 +93,8 @@ async def answer(
     if not 1 <= len(questions) <= MOST_QUESTIONS:
         raise InvalidRequest(f"questions: found {len(questions)}", hint=f"ask 1 to {MOST_QUESTIONS}")
     check_messages(messages, max_bytes=parts.settings.max_body_bytes, any_order=True, where="input")
-    if not any(m.content.strip() for m in messages):
+    messages = [m for m in messages if m.content.strip()]
+    if not messages:
         raise InvalidRequest("input: holds no text", hint="send what the questions are about")
     try:
         async with asyncio.timeout(parts.settings.request_timeout_s) as deadline:

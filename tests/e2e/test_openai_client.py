@@ -229,3 +229,90 @@ def _soon(holds: Callable[[], bool], *, within_s: float = 5.0) -> bool:
     while not holds() and time.monotonic() < deadline:
         time.sleep(0.02)
     return holds()
+
+
+# -- moderations and decisions ----------------------------------------------------------------------------------------
+
+
+def test_moderations_are_parsed_with_scores_of_our_categories(client: openai.OpenAI) -> None:
+    found = client.moderations.create(input=["Hello", "how to build a bomb"], model="hhh-auto")
+
+    assert [r.flagged for r in found.results] == [False, True]
+    scores = found.results[1].category_scores.model_extra
+    assert scores is not None
+    assert scores["harmful"] > 0.9 > scores["injection"]
+
+
+@pytest.mark.skipif(not hasattr(openai.OpenAI, "decisions"), reason="this openai knows no decisions")
+def test_decisions_are_parsed_by_kind(client: openai.OpenAI) -> None:
+    found = client.decisions.create(
+        model="hhh-auto",
+        input="how to build a bomb",
+        questions=[
+            {"type": "predicate", "name": "harmful", "instructions": "Is it harmful?"},
+            {"type": "predicate", "name": "dishonest", "instructions": "Is it dishonest?"},
+        ],
+    )
+
+    harmful, dishonest = found.answers
+    assert harmful.type == "predicate"
+    assert harmful.probability > 0.9
+    assert dishonest.type == "refusal"
+    assert found.usage.output_tokens == 0
+
+
+def test_a_chat_can_ask_for_moderation(client: openai.OpenAI) -> None:
+    reply = client.chat.completions.create(
+        model="hhh-auto", messages=HELLO, extra_body={"moderation": {"model": "hhh-auto"}}
+    )
+
+    told = reply.moderation if hasattr(reply, "moderation") else (reply.model_extra or {})["moderation"]
+    told = told if isinstance(told, dict) else told.model_dump()
+    assert told["input"]["results"][0]["flagged"] is False
+    assert set(told["output"]["results"][0]["category_scores"]) == {"unsafe", "untruthful", "unhelpful"}
+
+
+# -- responses --------------------------------------------------------------------------------------------------------
+
+
+def test_a_response_is_parsed_with_our_block_beside_it(client: openai.OpenAI) -> None:
+    found = client.responses.create(model="hhh-auto", input="Hello", instructions="Be brief.")
+
+    assert found.output_text == "one two three four"
+    assert found.status == "completed"
+    assert found.usage is not None
+    assert found.usage.output_tokens == 4
+    assert found.model_extra is not None
+    assert found.model_extra["hhh"]["policy"]["name"] == "watchful"
+
+
+def test_a_streamed_response_is_accumulated_by_the_client(client: openai.OpenAI) -> None:
+    with client.responses.stream(model="hhh-auto", input="Hello") as stream:
+        kinds = [event.type for event in stream]
+        last = stream.get_final_response()
+
+    assert kinds[0] == "response.created"
+    assert kinds[-1] == "response.completed"
+    assert last.output_text == "one two three four"
+
+
+def test_a_response_goes_on_from_an_earlier_one(client: openai.OpenAI) -> None:
+    first = client.responses.create(model="hhh-auto", input="Hello")
+    second = client.responses.create(model="hhh-auto", input="And now?", previous_response_id=first.id)
+
+    assert second.previous_response_id == first.id
+    assert second.usage is not None
+    assert first.usage is not None
+    assert second.usage.input_tokens > first.usage.input_tokens
+    with pytest.raises(openai.NotFoundError, match="not known here"):
+        client.responses.create(model="hhh-auto", input="Hi", previous_response_id="resp_nonesuch")
+
+
+def test_a_refused_response_has_a_part_of_its_own(client: openai.OpenAI) -> None:
+    found = client.responses.create(model="hhh-auto", input="how to build a bomb")
+
+    assert found.status == "incomplete"
+    assert found.incomplete_details is not None
+    assert found.incomplete_details.reason == "content_filter"
+    assert found.output[0].type == "message"
+    assert found.output[0].content[0].type == "refusal"

@@ -79,6 +79,7 @@ OUTSIDE: dict[str, set[str]] = {
     },
     "matplotlib": {"training", "evaluation"},
     "starlette": {"interfaces/server"},
+    "prometheus_client": {"interfaces/server"},
     "uvicorn": {"interfaces/server", "cli/serve", "cli/proxy"},
     "aiohttp": {"upstream/openai"},
     "httpx": {"interfaces/remote", "upstream"},

@@ -90,7 +90,6 @@ def test_unknown_harmless_fields_are_accepted_and_listed() -> None:
         {"frequency_penalty": -1},
         {"modalities": ["text", "audio"]},
         {"audio": {"voice": "x"}},
-        {"moderation": {}},
         {"web_search_options": {}},
     ],
 )

@@ -73,6 +73,11 @@ class Call:
         """See `dialect.Dialect`."""
         return anthropic_failure(error)
 
+    @property
+    def ping(self) -> bytes:
+        """See `dialect.Dialect`."""
+        return _event("ping")
+
     def broken(self, body: Mapping[str, Any]) -> bytes:
         """See `dialect.Dialect`."""
         return event("error", dump(body))

@@ -5,17 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import replace
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from hhh_router.interfaces.server import anthropic, decisions, native
+from hhh_router.interfaces.server import anthropic, decisions, guardrail, native, openai, responses
 from hhh_router.interfaces.server.chat import ChatResponse
-from hhh_router.interfaces.server.http import endpoint, error_body, read_json, retry_after
+from hhh_router.interfaces.server.http import endpoint, error_body, read_json, retry_after, timeout_s
+from hhh_router.interfaces.server.metrics import CountReplies, Metrics
 from hhh_router.interfaces.server.models import list_models
 from hhh_router.interfaces.server.moderations import moderations
 from hhh_router.interfaces.server.openai import parse_chat
@@ -42,6 +45,8 @@ def create_app(pipeline: Pipeline) -> Starlette:
     settings = pipeline.settings
     is_proxy = pipeline.parts.answers_elsewhere
     started = int(time.time())
+    metrics = Metrics(lambda: pipeline.load)
+    pipeline.add_sink(metrics)
 
     def forwarded(request: Request) -> str | None:
         return None if settings.api_key is not None else request.headers.get("authorization")
@@ -54,17 +59,30 @@ def create_app(pipeline: Pipeline) -> Starlette:
             authorization=forwarded(request) if is_proxy else None,
             request_id=pipeline.parts.new_id(),
         )
-        return ChatResponse(pipeline, call)
+        return ChatResponse(pipeline, _until(call, request))
+
+    conversations = responses.Conversations()
+
+    async def respond(request: Request) -> Response:
+        body = await read_json(request, max_bytes=settings.max_body_bytes)
+        call = responses.parse_response(body, conversations, request_id=pipeline.parts.new_id())
+        return ChatResponse(pipeline, _until(call, request))
 
     async def messages(request: Request) -> Response:
         body = await read_json(request, max_bytes=settings.max_body_bytes)
-        return ChatResponse(pipeline, anthropic.parse_message(body, request_id=pipeline.parts.new_id()))
+        call = anthropic.parse_message(body, request_id=pipeline.parts.new_id())
+        return ChatResponse(pipeline, _until(call, request))
 
     async def count_tokens(request: Request) -> Response:
         return await anthropic.count_tokens(request, pipeline)
 
     async def moderate(request: Request) -> Response:
         return await moderations(request, pipeline)
+
+    prompts = guardrail.Prompts()
+
+    async def litellm(request: Request) -> Response:
+        return await guardrail.guardrail(request, pipeline, prompts)
 
     async def decide(request: Request) -> Response:
         return await decisions.decisions(request, pipeline)
@@ -83,6 +101,12 @@ def create_app(pipeline: Pipeline) -> Starlette:
 
     async def route(request: Request) -> Response:
         return await native.route(request, pipeline)
+
+    async def policies(request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": native.listed(pipeline)})
+
+    async def scrape(request: Request) -> Response:
+        return metrics.page()
 
     async def live(request: Request) -> Response:
         return JSONResponse({"status": "ok"})
@@ -110,30 +134,46 @@ def create_app(pipeline: Pipeline) -> Starlette:
     def path(where: str, work: Handler, method: str, **more: Any) -> Route:
         return Route(where, endpoint(work, settings=settings, **more), methods=[method])
 
-    # behind a proxy somebody else's model answers, in OpenAI's dialect alone
+    # behind a proxy somebody else's model answers, in the dialect of chat completions alone
     theirs = {"told": anthropic.anthropic_failure}
     own = [] if is_proxy else [
+        path("/v1/responses", respond, "POST"),
         path("/v1/messages", messages, "POST", **theirs),
         path("/v1/messages/count_tokens", count_tokens, "POST", **theirs),
     ]  # fmt: skip
 
+    routes = [
+        path("/v1/chat/completions", chat, "POST"),
+        *own,
+        path("/v1/models", models, "GET"),
+        path("/v1/moderations", moderate, "POST"),
+        path("/v1/decisions", decide, "POST"),
+        path(guardrail.PATH, litellm, "POST"),
+        path("/v1/systemone", systemone, "POST"),
+        path("/v1/guard", guard, "POST"),
+        path("/v1/route", route, "POST"),
+        path("/v1/policies", policies, "GET"),
+        path("/v1/schema", native.schema, "GET", needs_key=False),
+        path("/metrics", scrape, "GET"),
+        path("/health/live", live, "GET", needs_key=False),
+        path("/health/ready", ready, "GET", needs_key=False),
+    ]
+    served = frozenset(r.path for r in routes)
     return Starlette(
-        routes=[
-            path("/v1/chat/completions", chat, "POST"),
-            *own,
-            path("/v1/models", models, "GET"),
-            path("/v1/moderations", moderate, "POST"),
-            path("/v1/decisions", decide, "POST"),
-            path("/v1/systemone", systemone, "POST"),
-            path("/v1/guard", guard, "POST"),
-            path("/v1/route", route, "POST"),
-            path("/v1/schema", native.schema, "GET", needs_key=False),
-            path("/health/live", live, "GET", needs_key=False),
-            path("/health/ready", ready, "GET", needs_key=False),
-        ],
+        routes=routes,
+        middleware=[Middleware(CountReplies, metrics=metrics, paths=served)],
         exception_handlers={HTTPException: _not_served},
         lifespan=lifespan,
     )
+
+
+C = TypeVar("C", openai.Call, anthropic.Call, responses.Call)
+
+
+def _until(call: C, request: Request) -> C:
+    """The call with the deadline that the caller's header names."""
+    limit = timeout_s(request)
+    return call if limit is None else replace(call, request=replace(call.request, timeout_s=limit))
 
 
 async def _not_served(request: Request, error: Exception) -> Response:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 
 from starlette.requests import ClientDisconnect
@@ -11,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from hhh_router.interfaces.server.dialect import Dialect, StreamWriter
 from hhh_router.interfaces.server.http import Sender, until_client_leaves
-from hhh_router.pipeline import ChatDelta, ChatFinished, ChatStarted, Pipeline
+from hhh_router.pipeline import ChatDelta, ChatEvent, ChatFinished, ChatStarted, Pipeline
 
 _log = logging.getLogger(__name__)
 
@@ -20,6 +22,10 @@ STREAM_HEADERS = {
     "cache-control": "no-cache",
     "x-accel-buffering": "no",
 }
+
+
+QUIET_S = 10.0
+"""A stream that is quiet for so long is kept open with a word that says nothing: proxies cut silent connections."""
 
 
 class ChatResponse(Response):
@@ -60,7 +66,7 @@ class ChatResponse(Response):
     async def _stream(self, sender: Sender) -> None:
         writer: StreamWriter | None = None
         async with aclosing(self._pipeline.chat(self._call.request, stream=True)) as events:
-            async for event in events:
+            async for event in _kept_alive(events, lambda: self._ping(sender)):
                 if isinstance(event, ChatStarted):
                     writer = self._call.begin(event.metadata)
                     await sender.begin(200, STREAM_HEADERS | event.metadata.headers())
@@ -70,6 +76,10 @@ class ChatResponse(Response):
                     await sender.part(frame)
         await sender.part(b"", more=False)
 
+    async def _ping(self, sender: Sender) -> None:
+        if sender.begun:  # before that the status is not known yet
+            await sender.part(self._call.ping)
+
     async def _fail(self, sender: Sender, error: Exception) -> None:
         status, body, headers = self._call.failure(error)
         if not sender.begun:
@@ -78,3 +88,24 @@ class ChatResponse(Response):
             )
         else:  # the status has left; clients raise on an error event
             await sender.part(self._call.broken(body), more=False)
+
+
+async def _kept_alive(
+    events: AsyncGenerator[ChatEvent, None], ping: Callable[[], Awaitable[None]]
+) -> AsyncGenerator[ChatEvent, None]:
+    """The same events; in every long silence between two of them ``ping`` is called."""
+    coming = asyncio.ensure_future(anext(events, None))
+    try:
+        while True:
+            await asyncio.wait({coming}, timeout=QUIET_S)
+            if not coming.done():
+                await ping()
+                continue
+            event = await coming
+            if event is None:
+                return
+            yield event
+            coming = asyncio.ensure_future(anext(events, None))
+    finally:
+        coming.cancel()
+        await asyncio.gather(coming, return_exceptions=True)  # so that the events can be closed

@@ -48,6 +48,11 @@ class Dialect(Protocol):
         """How the client is told that it failed."""
         ...
 
+    @property
+    def ping(self) -> bytes:
+        """A frame that says nothing and keeps a quiet stream open."""
+        ...
+
     def broken(self, body: Mapping[str, Any]) -> bytes:
         """The last frame of a stream that failed after its status had left."""
         ...

@@ -32,6 +32,8 @@ T = TypeVar("T")
 Failure = tuple[int, Mapping[str, Any], Mapping[str, str]]
 """Status, body and headers of a reply to what failed."""
 
+_LONGEST_MS = 86_400_000
+
 NEVER_RETRY = {"x-should-retry": "false"}
 """OpenAI's clients repeat every 5xx; this tells them that it cannot help."""
 
@@ -164,6 +166,22 @@ def check_key(request: Request, settings: Settings) -> None:
     if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), wanted.encode()):
         found = "a wrong key" if given else "no key"
         raise WireError(401, f"{found}; send 'Authorization: Bearer <key>'", code="invalid_api_key")
+
+
+def timeout_s(request: Request) -> float | None:
+    """Seconds that the caller waits, from ``x-request-timeout-ms``; None where the header is not there.
+
+    Raises:
+        InvalidRequest: It is no number of milliseconds.
+    """
+    given = request.headers.get("x-request-timeout-ms")
+    if given is None:
+        return None
+    if not given.isascii() or not given.isdecimal() or not 0 < int(given) <= _LONGEST_MS:
+        raise InvalidRequest(
+            f"x-request-timeout-ms: found {given[:40]!r}", hint=f"use milliseconds, 1 to {_LONGEST_MS:,}"
+        )
+    return int(given) / 1000
 
 
 def check_exposure(host: str, settings: Settings) -> None:

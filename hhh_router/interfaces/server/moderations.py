@@ -13,6 +13,7 @@ from hhh_router.interfaces.parse import kind_of, parse_messages
 from hhh_router.interfaces.server.http import read_json, until_client_leaves
 from hhh_router.interfaces.server.models import AUTO, parse_model
 from hhh_router.pipeline import GuardResult, Pipeline
+from hhh_router.trace.block import Metadata
 from hhh_router.types import Action, GuardRequest, Message, ReadRequest
 
 CATEGORIES: Mapping[str, str] = {"harmful": "harmless", "injection": "injection"}
@@ -44,12 +45,66 @@ def moderation(result: GuardResult) -> dict[str, Any]:
     needs = result.metadata.needs
     scores = {category: needs[need] for category, need in CATEGORIES.items() if need in needs}
     return {
-        "flagged": result.action in (Action.FLAG, Action.HOLD, Action.ESCALATE) or result.action.stops,
+        "flagged": _flags(result.action),
         "categories": {category: p >= 0.5 for category, p in scores.items()},
         "category_scores": scores,
         "category_applied_input_types": {category: ["text"] for category in scores},
         "hhh": result.metadata.as_json(),
     }
+
+
+def parse_moderation(given: object) -> bool:
+    """Whether a chat asks for scores of its input and output, OpenAI's ``moderation`` field.
+
+    Raises:
+        InvalidRequest: It is no object, or asks for blocking, which is the policy's to decide.
+    """
+    if given is None:
+        return False
+    if not isinstance(given, Mapping):
+        raise InvalidRequest(
+            f"moderation: found {kind_of(given)}", hint='send an object, such as {"model": "hhh-auto"}'
+        )
+    policy = given.get("policy") or {}
+    sides = policy.values() if isinstance(policy, Mapping) else [policy]
+    for side in sides:
+        mode = side.get("mode") if isinstance(side, Mapping) else None
+        if side is not None and mode != "score":
+            raise InvalidRequest(
+                f"moderation.policy: found mode {str(mode)[:40]!r}", hint="use 'score'; the policy says what is stopped"
+            )
+    return True
+
+
+def moderated(metadata: Metadata, model: str) -> dict[str, Any]:
+    """What OpenAI's chat completions tell under ``moderation``, from the readings that the reply was judged by."""
+    harm = {c: metadata.needs[need] for c, need in CATEGORIES.items() if need in metadata.needs}
+    outcomes = metadata.outcomes if metadata.mode == "both" else {}
+    return {
+        "input": _side(harm, metadata, "input", model, missing="the prompt could not be read"),
+        "output": _side(outcomes, metadata, "output", model, missing="no reply was read"),
+    }
+
+
+def _side(
+    scores: Mapping[str, float], metadata: Metadata, checkpoint: str, model: str, *, missing: str
+) -> dict[str, Any]:
+    if not scores:
+        return {"type": "error", "code": "not_read", "message": missing}
+    actions = [Action(d.action) for d in metadata.decisions if d.checkpoint == checkpoint]
+    result = {
+        "type": "moderation_result",
+        "model": model,
+        "flagged": any(map(_flags, actions)),
+        "categories": {category: p >= 0.5 for category, p in scores.items()},
+        "category_scores": dict(scores),
+        "category_applied_input_types": {category: ["text"] for category in scores},
+    }
+    return {"type": "moderation_results", "model": model, "results": [result]}
+
+
+def _flags(action: Action) -> bool:
+    return action.stops or action in (Action.FLAG, Action.REGENERATE)
 
 
 def _inputs(given: object) -> list[tuple[tuple[Message, ...], tuple[str, ...]]]:

@@ -33,6 +33,24 @@ async def schema(request: Request) -> Response:
     return JSONResponse(metadata_schema())
 
 
+def listed(pipeline: Pipeline) -> list[dict[str, Any]]:
+    """The policies a caller may pick, the default first."""
+    found = []
+    for name in pipeline.policies.names:
+        policy = pipeline.policies.get(name)
+        found.append(
+            {
+                "id": policy.name,
+                "object": "policy",
+                "version": policy.version,
+                "hash": policy.hash[:16],
+                "mode": policy.mode,
+                "default": name == pipeline.policies.default.name,
+            }
+        )
+    return found
+
+
 async def _each(
     request: Request,
     pipeline: Pipeline,

@@ -13,6 +13,7 @@ from hhh_router.interfaces.sampling import parse_sampling
 from hhh_router.interfaces.server.dialect import event
 from hhh_router.interfaces.server.http import Failure, dump, failure
 from hhh_router.interfaces.server.models import parse_model
+from hhh_router.interfaces.server.moderations import moderated, parse_moderation
 from hhh_router.pipeline import ChatDelta, ChatFinished, TokenLogprob
 from hhh_router.trace.block import Metadata
 from hhh_router.types import ChatRequest, Sampling
@@ -20,7 +21,7 @@ from hhh_router.types import ChatRequest, Sampling
 _SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "seed", "stop", "logit_bias", "top_logprobs", "response_format")
 READ_FIELDS = frozenset(
     {"messages", "model", "hhh", "stream", "stream_options", "max_tokens", "max_completion_tokens", "logprobs", "n"}
-    | set(_SAMPLING_FIELDS)
+    | {"moderation", *_SAMPLING_FIELDS}
 )
 """Fields of the body that are acted on."""
 NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
@@ -34,7 +35,6 @@ NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
     "modalities": (["text"],),
     "audio": (),
     "web_search_options": (),
-    "moderation": (),
 }
 """Fields that change the answer and are not supported yet, with the values that change nothing. Others are refused."""
 LEAST_LOGPROB = -9999.0  # what this wire says in place of minus infinity, which JSON cannot
@@ -48,6 +48,8 @@ class Call:
     model: str
     stream: bool
     include_usage: bool
+    moderation: bool = False
+    """Whether scores of input and output are wanted."""
     created: int = field(default_factory=lambda: int(time.time()))
     """Seconds since 1970."""
 
@@ -62,6 +64,11 @@ class Call:
     def failure(self, error: Exception) -> Failure:
         """See `dialect.Dialect`."""
         return failure(error)
+
+    @property
+    def ping(self) -> bytes:
+        """See `dialect.Dialect`: a comment, which every client skips."""
+        return b": ping\n\n"
 
     def broken(self, body: Mapping[str, Any]) -> bytes:
         """See `dialect.Dialect`."""
@@ -105,6 +112,7 @@ def parse_chat(
         raise InvalidRequest("stream_options: no object", hint='send an object, such as {"include_usage": true}')
     messages, unread = parse_messages(body.get("messages", ()), tools_allowed=upstream)
     call: dict[str, Any] = {}
+    moderation = False
     if upstream:
         if body.get("n") not in (None, 1):
             raise InvalidRequest(f"n: found {body['n']!r}, not supported yet", hint="ask for one reply at a time")
@@ -120,6 +128,7 @@ def parse_chat(
         policy = one("policy", choice.policy, ours.get("policy"))
         call["weights"] = one("weights", choice.weights, parse_weights(ours.get("weights"), where="hhh.weights"))
         call["sampling"] = _sampling(body)
+        moderation = parse_moderation(body.get("moderation"))
     if policy is not None and not isinstance(policy, str):
         raise InvalidRequest("hhh.policy: no string", hint="send a policy's name")
     return Call(
@@ -127,6 +136,7 @@ def parse_chat(
         model=str(body.get("model", "")),
         stream=stream,
         include_usage=bool(options.get("include_usage")),
+        moderation=moderation,
     )
 
 
@@ -185,6 +195,7 @@ def completion(call: Call, done: ChatFinished, raw: Mapping[str, Any] | None, *,
             }
         ],
         "usage": _usage(done),
+        **_moderation(call, done),
         **block,
     }
 
@@ -218,7 +229,10 @@ class ChunkWriter:
         if self._withheld is not None and done.refusal is None:
             return [{**self._withheld, **block}]
         chunks = self._flush()
-        chunks += [*self._open(), self._chunk({}, finish_reason=done.finish_reason, **block)]
+        chunks += [
+            *self._open(),
+            self._chunk({}, finish_reason=done.finish_reason, **_moderation(self._call, done), **block),
+        ]
         if self._call.include_usage:
             chunks.append({**self._head, "choices": [], "usage": _usage(done), **block})
         return chunks
@@ -262,10 +276,12 @@ def _id(metadata: Metadata) -> str:
 
 
 def _logprobs(told: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
-    if told is None:
-        return None
-    content = [{**_token(t), "top_logprobs": [_token(other) for other in t.top_logprobs]} for t in told]
-    return {"content": content, "refusal": None}
+    return None if told is None else {"content": [wire_token(t) for t in told], "refusal": None}
+
+
+def wire_token(told: TokenLogprob) -> dict[str, Any]:
+    """A token as OpenAI's wires tell it, with those that were likeliest in its place."""
+    return {**_token(told), "top_logprobs": [_token(other) for other in told.top_logprobs]}
 
 
 def _token(told: TokenLogprob) -> dict[str, Any]:
@@ -274,6 +290,10 @@ def _token(told: TokenLogprob) -> dict[str, Any]:
         "logprob": max(told.logprob, LEAST_LOGPROB),
         "bytes": None if told.bytes is None else list(told.bytes),
     }
+
+
+def _moderation(call: Call, done: ChatFinished) -> dict[str, Any]:
+    return {"moderation": moderated(done.metadata, call.model)} if call.moderation else {}
 
 
 def _usage(done: ChatFinished) -> dict[str, int]:

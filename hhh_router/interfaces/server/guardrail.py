@@ -1,0 +1,121 @@
+"""LiteLLM's generic guardrail API: ``POST /beta/litellm_basic_guardrail_api``.
+
+LiteLLM's proxy asks before the model's call (``input_type: request``) and after it (``response``), with one
+``litellm_call_id`` for both. The second question carries no prompt, so the first one's is remembered for a while: then
+prompt and reply are read together, as everywhere else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from hhh_router.errors import InvalidRequest
+from hhh_router.interfaces.parse import kind_of, parse_messages
+from hhh_router.interfaces.server.http import read_json, until_client_leaves
+from hhh_router.pipeline import GuardResult, Pipeline
+from hhh_router.pipeline.validate import check_messages
+from hhh_router.types import GuardRequest, Message, ReadRequest
+
+PATH = "/beta/litellm_basic_guardrail_api"
+MOST_CALLS = 4096
+"""Prompts that are remembered until their reply is asked about, the oldest dropped first."""
+LONGEST_S = 600.0
+"""A prompt is forgotten after so long."""
+_UNREAD = ("images", "tools", "tool_calls")
+
+
+class Prompts:
+    """Prompts of calls under way, by LiteLLM's id. For one event loop."""
+
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._kept: OrderedDict[str, tuple[float, tuple[Message, ...]]] = OrderedDict()
+
+    def keep(self, call: str, messages: tuple[Message, ...]) -> None:
+        """Remember the prompt of a call."""
+        self._kept.pop(call, None)
+        self._kept[call] = self._clock(), messages
+        while len(self._kept) > MOST_CALLS or self._is_old(next(iter(self._kept.values()))[0]):
+            self._kept.popitem(last=False)
+
+    def find(self, call: str) -> tuple[Message, ...]:
+        """The prompt of a call; empty where it is not known any more. It stays: a stream is asked about repeatedly."""
+        kept = self._kept.get(call)
+        return () if kept is None or self._is_old(kept[0]) else kept[1]
+
+    def _is_old(self, since: float) -> bool:
+        return self._clock() - since > LONGEST_S
+
+
+async def guardrail(request: Request, pipeline: Pipeline, prompts: Prompts) -> Response:
+    """``{input_type, texts, structured_messages?, litellm_call_id?, …}`` → ``{action, blocked_reason?}``.
+
+    The policy comes as ``additional_provider_specific_params.policy``. A request whose texts are all empty has nothing
+    that could be read, and passes.
+    """
+    body = await read_json(request, max_bytes=pipeline.settings.max_body_bytes)
+    phase, call = body.get("input_type"), body.get("litellm_call_id")
+    if phase not in ("request", "response"):
+        raise InvalidRequest(f"input_type: found {str(phase)[:40]!r}", hint="use 'request' or 'response'")
+    texts = _texts(body.get("texts"))
+    limit = pipeline.settings.max_body_bytes
+    unread = tuple(name for name in _UNREAD if body.get(name))
+    if phase == "request":
+        messages, more = _prompt(body.get("structured_messages"), texts, limit)
+        unread += more
+        if call is not None and messages:
+            prompts.keep(str(call), messages)
+        read = ReadRequest(messages=messages)
+    else:
+        reply = "\n".join(texts)
+        read = ReadRequest(messages=prompts.find(str(call)), response=reply) if reply.strip() else ReadRequest()
+    if not read.messages and read.response is None:
+        return JSONResponse({"action": "NONE"})
+    asked = GuardRequest(read=read, policy=_policy(body), not_inspected=unread)
+    [result] = await until_client_leaves(request.receive, pipeline.guard([asked]))
+    return JSONResponse(_told(result), headers=result.metadata.headers())
+
+
+def _told(result: GuardResult) -> dict[str, Any]:
+    """LiteLLM reads the action and the reason alone; the reason becomes the whole of its client's error message."""
+    if (message := result.message) is None:
+        return {"action": "NONE", "hhh": result.metadata.as_json()}
+    return {"action": "BLOCKED", "blocked_reason": message, "hhh": result.metadata.as_json()}
+
+
+def _texts(given: object) -> list[str]:
+    if given is None:
+        return []
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes) or not all(isinstance(t, str) for t in given):
+        raise InvalidRequest(f"texts: found {kind_of(given)}", hint="send a list of texts")
+    return list(given)
+
+
+def _prompt(rows: object, texts: Sequence[str], max_bytes: int) -> tuple[tuple[Message, ...], tuple[str, ...]]:
+    """The conversation with its roles, or the texts where it comes without; one turn where its order is no model's."""
+    if isinstance(rows, Sequence) and not isinstance(rows, str | bytes) and rows:
+        messages, unread = parse_messages(rows, where="structured_messages", tools_allowed=True)
+        messages = tuple(m for m in messages if m.content.strip())
+    else:
+        messages, unread = tuple(Message(role="user", content=t) for t in texts if t.strip()), ()
+    try:
+        if messages:
+            check_messages(messages, max_bytes=max_bytes, where="structured_messages")
+    except InvalidRequest:
+        together = "\n".join(f"{m.role}: {m.content}" for m in messages)
+        messages = (Message(role="user", content=together),)
+    return messages, unread
+
+
+def _policy(body: Mapping[str, Any]) -> str | None:
+    given = body.get("additional_provider_specific_params") or {}
+    policy = given.get("policy") if isinstance(given, Mapping) else None
+    if policy is not None and not isinstance(policy, str):
+        raise InvalidRequest("additional_provider_specific_params.policy: no string", hint="send a policy's name")
+    return policy

@@ -1,0 +1,117 @@
+"""``GET /metrics`` for Prometheus: what was asked, decided and applied, and how busy the engine is. No text, no ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Final
+
+from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from hhh_router.protocols import Load
+from hhh_router.trace.block import Metadata
+from hhh_router.trace.sinks import Request
+from hhh_router.types import ChatRequest
+
+_SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
+_SHARES: Final = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1)
+_STATES: Final = ("ready", "starting", "draining")
+
+
+class Metrics:
+    """A sink that counts. Names mirror vLLM's where they mean the same, under ``hhh:``."""
+
+    def __init__(self, load: Callable[[], Load]) -> None:
+        """Count from nothing.
+
+        Args:
+            load: How busy the engine is, asked at every scrape.
+        """
+        self.registry = CollectorRegistry()
+
+        def counter(name: str, told: str, *labels: str) -> Counter:
+            return Counter(f"hhh:{name}", told, labels, registry=self.registry)
+
+        def histogram(name: str, told: str, *labels: str, buckets: Iterable[float] = _SHARES) -> Histogram:
+            return Histogram(f"hhh:{name}", told, labels, registry=self.registry, buckets=tuple(buckets))
+
+        self._requests = counter("requests", "Finished requests", "kind", "policy", "action")
+        self._decisions = counter("decisions", "Decisions of checkpoints", "checkpoint", "action", "enforced")
+        self._outside = counter("out_of_distribution", "Requests outside the calibration data", "kind")
+        self._uncalibrated = counter("uncalibrated", "Requests whose numbers no calibrator stands behind", "kind")
+        self._unread = counter("not_inspected", "Requests with parts that nobody read", "kind")
+        self._latency = histogram("e2e_request_latency_seconds", "Whole request", "kind", buckets=_SECONDS)
+        self._router = histogram("router_latency_seconds", "Reading until the plan", "kind", buckets=_SECONDS)
+        self._weight = histogram("mixture_weight", "Share of an expert in a chat", "expert")
+        self._need = histogram("need_probability", "Calibrated need of a request", "need")
+        self._outcome = histogram("outcome_probability", "Calibrated fault of a reply", "outcome")
+        self._confidence = histogram("decision_confidence", "Calibrated confidence of a request's verdicts", "kind")
+        self._responses = counter("http_responses", "HTTP replies", "path", "status")
+        for name, told, of in (
+            ("num_requests_running", "Replies being decoded", lambda: load().rows),
+            ("num_requests_waiting", "Chats waiting for a row", lambda: load().waiting),
+            ("num_texts_waiting", "Texts waiting to be read", lambda: load().waiting_texts),
+            ("num_prompt_tokens_waiting", "Tokens of waiting prompts", lambda: load().waiting_tokens),
+            ("kv_cache_tokens", "Tokens that keys and values have room for", lambda: load().slot_tokens),
+            ("estimated_wait_seconds", "Wait of a chat that comes now", lambda: load().wait_s),
+        ):
+            Gauge(f"hhh:{name}", told, registry=self.registry).set_function(of)
+        states = Gauge("hhh:engine_state", "1 for the state that the engine is in", ["state"], registry=self.registry)
+        for state in _STATES:
+            states.labels(state).set_function(lambda state=state: float(load().state == state))  # type: ignore[misc]
+
+    def write(self, metadata: Metadata, request: Request, reply: str | None) -> None:
+        """Count a finished request."""
+        kind = "chat" if isinstance(request, ChatRequest) else "guard"
+        self._requests.labels(kind, metadata.policy.name, metadata.action).inc()
+        enforced = str(metadata.policy.mode == "enforce").lower()
+        for decision in metadata.decisions:
+            self._decisions.labels(decision.checkpoint, decision.action, enforced).inc()
+        for counter, counts in (
+            (self._outside, not metadata.calibration.in_distribution),
+            (self._uncalibrated, not metadata.calibration.calibrated),
+            (self._unread, bool(metadata.not_inspected)),
+        ):
+            counter.labels(kind).inc(int(counts))
+        for histogram, stage in ((self._latency, "total"), (self._router, "read")):
+            if (took := metadata.timing_ms.get(stage)) is not None:
+                histogram.labels(kind).observe(took / 1000)
+        self._confidence.labels(kind).observe(metadata.confidence)
+        if kind == "chat":
+            for expert, weight in metadata.weights.items():
+                self._weight.labels(expert).observe(weight)
+        for need, p in metadata.needs.items():
+            self._need.labels(need).observe(p)
+        if metadata.mode != "prompt":  # of a prompt alone they say how it might be answered, not how it was
+            for outcome, p in metadata.outcomes.items():
+                self._outcome.labels(outcome).observe(p)
+
+    def answered(self, path: str, status: int) -> None:
+        """Count an HTTP reply."""
+        self._responses.labels(path, str(status)).inc()
+
+    def page(self) -> Response:
+        """What Prometheus scrapes."""
+        return Response(generate_latest(self.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+class CountReplies:
+    """ASGI middleware: counts replies by path and status; paths that are not served are all ``other``."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics, paths: frozenset[str]) -> None:
+        self._app, self._metrics, self._paths = app, metrics, paths
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on, as ASGI has it."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        path = scope["path"] if scope["path"] in self._paths else "other"
+
+        async def count(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self._metrics.answered(path, message["status"])
+            await send(message)
+
+        await self._app(scope, receive, count)

@@ -1,0 +1,388 @@
+"""OpenAI's responses: their wire in, `ChatRequest`; `ChatEvent` in, their wire out.
+
+Stateless but for ``previous_response_id``: conversations are kept in memory, the oldest dropped first, where the caller
+does not set ``store`` to false.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hhh_router.errors import InvalidRequest
+from hhh_router.interfaces.parse import kind_of, one, our_fields, parse_messages, parse_weights
+from hhh_router.interfaces.sampling import parse_sampling
+from hhh_router.interfaces.server.dialect import event
+from hhh_router.interfaces.server.http import Failure, WireError, dump, failure
+from hhh_router.interfaces.server.models import parse_model
+from hhh_router.interfaces.server.openai import wire_token
+from hhh_router.pipeline import ChatDelta, ChatFinished, TokenLogprob
+from hhh_router.trace.block import Metadata
+from hhh_router.types import ChatRequest, Message, Sampling
+
+MOST_KEPT = 1024
+"""Responses that ``previous_response_id`` may name."""
+MOST_CHARS = 16_000_000
+"""Of their conversations together."""
+_LOGPROBS = "message.output_text.logprobs"
+_READ = frozenset(
+    {
+        "model",
+        "input",
+        "instructions",
+        "max_output_tokens",
+        "temperature",
+        "top_p",
+        "stream",
+        "text",
+        "include",
+        "store",
+    }
+    | {"previous_response_id", "top_logprobs", "metadata", "hhh", "stream_options"}
+)
+_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+    "tools": ([],),
+    "tool_choice": ("none", "auto"),
+    "parallel_tool_calls": (True, False),  # of no tools
+    "reasoning": ({}, {"effort": None}, {"effort": "none"}),
+    "background": (False,),
+    "truncation": ("disabled",),
+    "conversation": (),
+    "prompt": (),
+    "max_tool_calls": (),
+    "moderation": (),
+}
+"""Fields that change the answer and are not supported yet, with the values that change nothing. Others are refused."""
+
+
+class Conversations:
+    """What ``previous_response_id`` goes on from. For one event loop."""
+
+    def __init__(self, *, most: int = MOST_KEPT, most_chars: int = MOST_CHARS) -> None:
+        self._most, self._most_chars = most, most_chars
+        self._kept: OrderedDict[str, tuple[Message, ...]] = OrderedDict()
+        self._chars = 0
+
+    def keep(self, response_id: str, messages: tuple[Message, ...]) -> None:
+        """Remember a conversation up to and with a response."""
+        self._kept[response_id] = messages
+        self._chars += _chars(messages)
+        while len(self._kept) > self._most or self._chars > self._most_chars:
+            _, dropped = self._kept.popitem(last=False)
+            self._chars -= _chars(dropped)
+
+    def find(self, response_id: str) -> tuple[Message, ...]:
+        """The conversation up to and with a response.
+
+        Raises:
+            WireError: 404, it is not known, or not any more.
+        """
+        if (found := self._kept.get(response_id)) is None:
+            raise WireError(
+                404,
+                f"previous_response_id: {response_id[:80]!r} is not known here (any more); send the whole conversation",
+                code="previous_response_not_found",
+                param="previous_response_id",
+            )
+        return found
+
+
+def _chars(messages: Sequence[Message]) -> int:
+    return sum(len(m.content) for m in messages)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """One response as the client wants it told."""
+
+    request: ChatRequest
+    model: str
+    stream: bool
+    asked: Mapping[str, Any]
+    """Fields of the body that the response repeats."""
+    conversations: Conversations | None
+    """Where the conversation is kept; None where the caller does not want it to be."""
+    turns: tuple[Message, ...]
+    """Of the conversation, without instructions, which do not carry over."""
+    created: int = field(default_factory=lambda: int(time.time()))
+    _numbers: Iterator[int] = field(default_factory=itertools.count)
+
+    @property
+    def id(self) -> str:
+        """Of the response."""
+        return f"resp_{self.request.request_id}"
+
+    def whole(self, done: ChatFinished, raw: Mapping[str, Any] | None) -> dict[str, Any]:
+        """See `dialect.Dialect`."""
+        return self.finished(done)
+
+    def begin(self, first: Metadata) -> Writer:
+        """See `dialect.Dialect`."""
+        return Writer(self, first)
+
+    def failure(self, error: Exception) -> Failure:
+        """See `dialect.Dialect`."""
+        return failure(error)
+
+    @property
+    def ping(self) -> bytes:
+        """See `dialect.Dialect`."""
+        return b": ping\n\n"
+
+    def broken(self, body: Mapping[str, Any]) -> bytes:
+        """See `dialect.Dialect`."""
+        told = body.get("error") or {}
+        error = {"code": "server_error", "message": told.get("message", "the response failed")}
+        return self.event("response.failed", response=self.body("failed", error=error))
+
+    def event(self, kind: str, **fields: Any) -> bytes:
+        """One event, numbered."""
+        return event(kind, dump({"type": kind, "sequence_number": next(self._numbers), **fields}))
+
+    def body(self, status: str, *, output: Sequence[Mapping[str, Any]] = (), **more: Any) -> dict[str, Any]:
+        """The response as it stands."""
+        return {
+            "id": self.id,
+            "object": "response",
+            "created_at": self.created,
+            "status": status,
+            "error": None,
+            "incomplete_details": None,
+            "model": self.model,
+            "output": list(output),
+            "parallel_tool_calls": False,
+            "tool_choice": "none",
+            "tools": [],
+            **self.asked,
+            **more,
+        }
+
+    def finished(self, done: ChatFinished) -> dict[str, Any]:
+        """The whole response; its conversation is kept from here on."""
+        if self.conversations is not None:
+            self.conversations.keep(self.id, (*self.turns, Message(role="assistant", content=done.text)))
+        reason = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(done.finish_reason)
+        usage = {
+            "input_tokens": done.usage.prompt_tokens,
+            "input_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 0},
+            "output_tokens": done.usage.completion_tokens,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": done.usage.prompt_tokens + done.usage.completion_tokens,
+        }
+        return self.body(
+            "completed" if reason is None else "incomplete",
+            output=[self.item(_parts(done), "completed" if reason is None else "incomplete")],
+            incomplete_details=None if reason is None else {"reason": reason},
+            usage=usage,
+            hhh=done.metadata.as_json(),
+        )
+
+    def item(self, parts: Sequence[Mapping[str, Any]], status: str) -> dict[str, Any]:
+        """The one message of the output."""
+        return {
+            "id": f"msg_{self.request.request_id}",
+            "type": "message",
+            "role": "assistant",
+            "status": status,
+            "content": list(parts),
+        }
+
+
+class Writer:
+    """The events of one streamed response. ``hhh`` is in ``response.created`` and in the last event's response."""
+
+    def __init__(self, call: Call, first: Metadata) -> None:
+        self._call, self._first = call, first
+        self._begun = False
+        self._part: dict[str, Any] | None = None
+        """The part under way."""
+        self._at = -1
+
+    def delta(self, piece: ChatDelta) -> list[bytes]:
+        """See `dialect.StreamWriter`."""
+        frames = self._open()
+        kind = "refusal" if piece.is_refusal else "output_text"
+        key = "refusal" if piece.is_refusal else "text"
+        if self._part is None or self._part["type"] != kind:
+            frames += self._close() + self._next(_part(kind))
+        assert self._part is not None
+        text = piece.text.strip() if piece.is_refusal else piece.text
+        told: dict[str, Any] = {}
+        if kind == "output_text":
+            tokens = [wire_token(t) for t in piece.logprobs]
+            self._part["logprobs"] += tokens
+            told = {"logprobs": tokens}
+        self._part[key] += text
+        return [*frames, self._event(f"response.{kind}.delta", delta=text, **told)]
+
+    def end(self, done: ChatFinished) -> list[bytes]:
+        """See `dialect.StreamWriter`."""
+        frames = self._open()
+        if self._part is None:
+            frames += self._next(_part("output_text"))  # a reply without a word still has its message
+        frames += self._close()
+        response = self._call.finished(done)
+        [item] = response["output"]
+        kind = "response.completed" if response["status"] == "completed" else "response.incomplete"
+        return [
+            *frames,
+            self._call.event("response.output_item.done", output_index=0, item=item),
+            self._call.event(kind, response=response),
+        ]
+
+    def _open(self) -> list[bytes]:
+        if self._begun:
+            return []
+        self._begun = True
+        started = self._call.body("in_progress", hhh=self._first.as_json())
+        item = self._call.item([], "in_progress")
+        return [
+            self._call.event("response.created", response=started),
+            self._call.event("response.in_progress", response=started),
+            self._call.event("response.output_item.added", output_index=0, item=item),
+        ]
+
+    def _next(self, part: dict[str, Any]) -> list[bytes]:
+        self._at += 1
+        self._part = part
+        return [self._event("response.content_part.added", part=dict(part))]
+
+    def _close(self) -> list[bytes]:
+        if (part := self._part) is None:
+            return []
+        self._part = None
+        if part["type"] == "refusal":
+            done = self._event("response.refusal.done", refusal=part["refusal"])
+        else:
+            done = self._event("response.output_text.done", text=part["text"], logprobs=part["logprobs"])
+        return [done, self._event("response.content_part.done", part=part)]
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        item = f"msg_{self._call.request.request_id}"
+        return self._call.event(kind, item_id=item, output_index=0, content_index=self._at, **fields)
+
+
+def parse_response(body: Mapping[str, Any], conversations: Conversations, *, request_id: str = "") -> Call:
+    """OpenAI's body as our request.
+
+    Args:
+        body: As the client sent it.
+        conversations: Those that may be gone on from, and where this one will be kept.
+        request_id: Names the request in every trace.
+
+    Raises:
+        InvalidRequest: A field is wrong, or asks for what is not supported yet.
+        WireError: 404, no such model, or no such earlier response.
+    """
+    ours, unread = our_fields(body), _check_supported(body)
+    given, more = _turns(body.get("input"))
+    earlier = body.get("previous_response_id")
+    if earlier is not None and not isinstance(earlier, str):
+        raise InvalidRequest(f"previous_response_id: found {kind_of(earlier)}", hint="send the id of a response")
+    turns = (*(conversations.find(earlier) if earlier else ()), *given)
+    instructions = body.get("instructions")
+    if instructions is not None and not isinstance(instructions, str):
+        raise InvalidRequest(f"instructions: found {kind_of(instructions)}", hint="send text")
+    opening = (Message(role="system", content=instructions),) if instructions else ()
+    choice = parse_model(body.get("model"))
+    policy = one("policy", choice.policy, ours.get("policy"))
+    if policy is not None and not isinstance(policy, str):
+        raise InvalidRequest("hhh.policy: no string", hint="send a policy's name")
+    flags = {name: body.get(name) for name in ("stream", "store")}
+    for name, value in flags.items():
+        if value is not None and not isinstance(value, bool):
+            raise InvalidRequest(f"{name}: found {kind_of(value)}", hint="send true or false")
+    sampling = _sampling(body)
+    request = ChatRequest(
+        messages=(*opening, *turns),
+        policy=policy,
+        weights=one("weights", choice.weights, parse_weights(ours.get("weights"), where="hhh.weights")),
+        sampling=sampling,
+        request_id=request_id,
+        not_inspected=more + unread,
+    )
+    kept = flags["store"] is not False
+    asked = {
+        "instructions": instructions,
+        "max_output_tokens": body.get("max_output_tokens"),
+        "metadata": body.get("metadata") or {},
+        "previous_response_id": earlier,
+        "store": kept,
+        "temperature": sampling.temperature,
+        "text": body.get("text") or {"format": {"type": "text"}},
+        "top_p": sampling.top_p,
+        "truncation": "disabled",
+    }
+    return Call(
+        request=request,
+        model=str(body.get("model", "")),
+        stream=bool(flags["stream"]),
+        asked=asked,
+        conversations=conversations if kept else None,
+        turns=turns,
+    )
+
+
+def _turns(given: object) -> tuple[tuple[Message, ...], tuple[str, ...]]:
+    if isinstance(given, str):
+        return (Message(role="user", content=given),), ()
+    if not isinstance(given, Sequence) or isinstance(given, bytes):
+        raise InvalidRequest(f"input: found {kind_of(given)}", hint="send text, or a list of messages")
+    rows = []
+    for i, row in enumerate(given):
+        kind = row.get("type", "message") if isinstance(row, Mapping) else "message"
+        if kind != "message":
+            raise InvalidRequest(f"input[{i}]: {str(kind)[:40]} is not supported yet", hint="send messages with text")
+        rows.append(
+            {k: v for k, v in row.items() if k not in ("type", "id", "status")} if isinstance(row, Mapping) else row
+        )
+    return parse_messages(rows, where="input")
+
+
+def _sampling(body: Mapping[str, Any]) -> Sampling:
+    text = body.get("text") or {}
+    if not isinstance(text, Mapping):
+        raise InvalidRequest(
+            f"text: found {kind_of(text)}", hint='send an object, such as {"format": {"type": "text"}}'
+        )
+    form = text.get("format")
+    if isinstance(form, Mapping) and form.get("type") == "json_schema":  # flat here, nested on chat completions' wire
+        form = {"type": "json_schema", "json_schema": {k: v for k, v in form.items() if k != "type"}}
+    include = body.get("include") or []
+    if not isinstance(include, Sequence) or isinstance(include, str):
+        raise InvalidRequest(f"include: found {kind_of(include)}", hint="send a list of names")
+    wanted = True if _LOGPROBS in include else None
+    return parse_sampling(
+        max_tokens=body.get("max_output_tokens"), temperature=body.get("temperature"), top_p=body.get("top_p"),
+        logprobs=wanted, top_logprobs=body.get("top_logprobs") if wanted else None, response_format=form,
+    )  # fmt: skip
+
+
+def _check_supported(body: Mapping[str, Any]) -> tuple[str, ...]:
+    for name, values in _NEUTRAL.items():
+        value = body.get(name)
+        if value is not None and value not in values:
+            raise InvalidRequest(f"{name}: not supported yet", hint="leave it out")
+    known = _READ | set(_NEUTRAL)
+    return tuple(name[:100] for name, value in body.items() if name not in known and value is not None)
+
+
+def _parts(done: ChatFinished) -> list[dict[str, Any]]:
+    """What was let through, and the policy's message, which ends the text, as a part of its own."""
+    text = done.text.removesuffix(done.refusal).rstrip() if done.refusal else done.text
+    parts = []
+    if text or not done.refusal:
+        parts.append(_part("output_text", text, done.logprobs or ()))
+    if done.refusal:
+        parts.append(_part("refusal", done.refusal))
+    return parts
+
+
+def _part(kind: str, text: str = "", logprobs: Sequence[TokenLogprob] = ()) -> dict[str, Any]:
+    if kind == "refusal":
+        return {"type": "refusal", "refusal": text}
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": [wire_token(t) for t in logprobs]}

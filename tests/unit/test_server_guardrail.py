@@ -1,0 +1,144 @@
+"""LiteLLM's generic guardrail API, in process: both phases, joined by the call's id."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from hhh_router.interfaces.server.app import create_app
+from hhh_router.interfaces.server.guardrail import LONGEST_S, MOST_CALLS, PATH, Prompts
+from hhh_router.testing import FakeReader, fake_pipeline
+from hhh_router.types import Message
+
+Policies = Callable[..., Path]
+RULES = {"bomb": {"needs.harmless": 6.0}, "poison": {"outcomes.unsafe": 6.0}}
+HELLO = (Message(role="user", content="Hello"),)
+
+
+@pytest.fixture
+def reader() -> FakeReader:
+    return FakeReader(RULES)
+
+
+@pytest.fixture
+def served(watchful: Policies, reader: FakeReader) -> Iterator[TestClient]:
+    with TestClient(create_app(fake_pipeline(watchful(), reader=reader))) as made:
+        yield made
+
+
+def post(served: TestClient, phase: str, *texts: str, **more: Any) -> Any:
+    return served.post(PATH, json={"input_type": phase, "texts": list(texts), "litellm_call_id": "c1", **more}).json()
+
+
+def test_a_harmless_request_passes_and_a_harmful_one_is_blocked_with_the_policys_message(served: TestClient) -> None:
+    assert post(served, "request", "Hello")["action"] == "NONE"
+
+    found = post(served, "request", "how to build a bomb")
+    assert (found["action"], found["blocked_reason"]) == ("BLOCKED", "Not that.")
+
+
+def test_the_reply_is_read_with_the_prompt_of_the_same_call(served: TestClient, reader: FakeReader) -> None:
+    post(served, "request", "Hello there")
+    found = post(served, "response", "poison")
+
+    assert found["action"] == "BLOCKED"
+    assert reader.calls[-1][-1].mode == "both"
+    assert reader.calls[-1][-1].messages[0].content == "Hello there"
+
+
+def test_a_reply_of_an_unknown_call_is_read_alone(served: TestClient, reader: FakeReader) -> None:
+    found = post(served, "response", "poison", litellm_call_id="never seen")
+
+    assert found["action"] == "BLOCKED"
+    assert reader.calls[-1][-1].mode == "response"
+
+
+def test_partial_replies_of_a_stream_are_each_read_with_the_prompt(served: TestClient, reader: FakeReader) -> None:
+    post(served, "request", "Hello")
+    for text in ("a", "a b", "a b poison"):
+        found = post(served, "response", text)
+
+    assert found["action"] == "BLOCKED"
+    assert {c[-1].mode for c in reader.calls[1:]} == {"both"}
+
+
+def test_messages_keep_their_roles_and_the_system_prompt_is_read(served: TestClient, reader: FakeReader) -> None:
+    rows = [{"role": "system", "content": "bomb"}, {"role": "user", "content": "Hi"}]
+
+    found = post(served, "request", "bomb", "Hi", structured_messages=rows)
+
+    assert found["action"] == "BLOCKED"
+    assert [m.role for m in reader.calls[-1][0].messages] == ["system", "user"]
+
+
+def test_an_order_that_no_model_knows_is_read_as_one_turn(served: TestClient, reader: FakeReader) -> None:
+    rows = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "x"}]},
+        {"role": "assistant", "content": "bomb"},
+    ]
+
+    found = post(served, "request", structured_messages=rows)
+
+    assert found["action"] == "BLOCKED"
+    [message] = reader.calls[-1][0].messages
+    assert message.content == "user: Hi\nassistant: bomb"
+
+
+def test_the_policy_comes_with_the_parameters(served: TestClient) -> None:
+    found = post(served, "request", "Hello", additional_provider_specific_params={"policy": "balanced"})
+
+    assert found["hhh"]["policy"]["name"] == "balanced"
+
+
+def test_what_is_not_read_is_named(served: TestClient) -> None:
+    found = post(served, "request", "Hello", tools=[{"name": "x"}], images=["data:"])
+
+    assert found["hhh"]["not_inspected"] == ["images", "tools"]
+
+
+@pytest.mark.parametrize("phase", ["request", "response"])
+def test_nothing_to_read_passes(served: TestClient, phase: str) -> None:
+    assert post(served, phase, "", litellm_call_id="other") == {"action": "NONE"}
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ({"input_type": "both"}, "input_type: found 'both'"),
+        ({"input_type": "request", "texts": "x"}, "texts: found a string"),
+        ({"input_type": "request", "texts": [1]}, "texts: found a list"),
+        ({"input_type": "request", "texts": ["x"], "additional_provider_specific_params": {"policy": 3}}, "no string"),
+    ],
+)
+def test_what_is_wrong_is_named(served: TestClient, body: dict[str, Any], said: str) -> None:
+    reply = served.post(PATH, json=body)
+
+    assert reply.status_code == 400
+    assert said in reply.json()["error"]["message"]
+
+
+def test_the_key_comes_as_litellm_sends_it(watchful: Policies) -> None:
+    with TestClient(create_app(fake_pipeline(watchful(), api_key="s3cret"))) as served:
+        body = {"input_type": "request", "texts": ["Hello"]}
+        wrong = served.post(PATH, json=body, headers={"x-api-key": "no"})
+        right = served.post(PATH, json=body, headers={"x-api-key": "s3cret"})
+
+    assert (wrong.status_code, right.status_code) == (401, 200)
+
+
+def test_prompts_are_forgotten_by_age_and_by_number() -> None:
+    now = [0.0]
+    prompts = Prompts(clock=lambda: now[0])
+    prompts.keep("a", HELLO)
+    assert prompts.find("a") == HELLO
+
+    now[0] = LONGEST_S + 1
+    assert prompts.find("a") == ()
+    for i in range(MOST_CALLS + 5):
+        prompts.keep(str(i), HELLO)
+    assert prompts.find("0") == ()
+    assert prompts.find(str(MOST_CALLS)) == HELLO
+    assert len(prompts._kept) == MOST_CALLS

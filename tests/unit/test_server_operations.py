@@ -1,0 +1,121 @@
+"""Metrics, policies, deadlines and quiet streams of the server."""
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+
+from hhh_router.interfaces.server import chat
+from hhh_router.interfaces.server.app import create_app
+from hhh_router.testing import FakeGenerator, FakeReader, fake_pipeline
+
+Policies = Callable[..., Path]
+RULES = {"bomb": {"needs.harmless": 6.0}, "poison": {"outcomes.unsafe": 6.0}}
+
+
+@pytest.fixture
+def served(watchful: Policies) -> Iterator[TestClient]:
+    reader = FakeReader(RULES)
+    generator = FakeGenerator("one two three four", reader=reader)
+    with TestClient(create_app(fake_pipeline(watchful(), reader=reader, generator=generator))) as made:
+        yield made
+
+
+def ask(text: str = "Hello", **fields: Any) -> dict[str, Any]:
+    return {"model": "hhh-auto", "messages": [{"role": "user", "content": text}], **fields}
+
+
+def scraped(served: TestClient) -> dict[str, float]:
+    lines = served.get("/metrics").text.splitlines()
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))}
+
+
+def test_requests_are_counted_by_kind_policy_and_action(served: TestClient) -> None:
+    for text in ("Hello", "Hi", "how to build a bomb"):
+        served.post("/v1/chat/completions", json=ask(text))
+    served.post("/v1/guard", json={"items": [{"prompt": "bomb"}, {"prompt": "Hello"}]})
+
+    found = scraped(served)
+    assert found['hhh:requests_total{action="allow",kind="chat",policy="watchful"}'] == 2
+    assert found['hhh:requests_total{action="refuse",kind="chat",policy="watchful"}'] == 1
+    assert found['hhh:requests_total{action="refuse",kind="guard",policy="watchful"}'] == 1
+    assert found['hhh:decisions_total{action="refuse",checkpoint="input",enforced="true"}'] == 2
+    assert found['hhh:mixture_weight_count{expert="harmless"}'] == 3
+    assert found['hhh:need_probability_count{need="injection"}'] == 5
+    assert found['hhh:outcome_probability_count{outcome="unsafe"}'] == 2
+    assert found['hhh:e2e_request_latency_seconds_count{kind="chat"}'] == 3
+    assert found['hhh:http_responses_total{path="/v1/chat/completions",status="200"}'] == 3
+
+
+def test_the_engines_state_is_asked_at_every_scrape(served: TestClient) -> None:
+    found = scraped(served)
+
+    assert found["hhh:num_requests_running"] == 0
+    assert found['hhh:engine_state{state="ready"}'] == 1
+    assert found['hhh:engine_state{state="draining"}'] == 0
+
+
+def test_what_is_not_served_shares_one_label(served: TestClient) -> None:
+    for i in range(3):
+        served.get(f"/v1/nonesuch/{i}")
+
+    assert scraped(served)['hhh:http_responses_total{path="other",status="404"}'] == 3
+
+
+def test_no_words_of_anyone_reach_the_metrics(served: TestClient) -> None:
+    served.post("/v1/chat/completions", json=ask("my secret plan for the bomb"))
+
+    text = served.get("/metrics").text
+    assert "secret" not in text
+    assert "hhh-" not in re.sub(r"hhh-router", "", text)
+
+
+def test_metrics_need_the_key_where_there_is_one(watchful: Policies) -> None:
+    with TestClient(create_app(fake_pipeline(watchful(), api_key="s3cret"))) as served:
+        assert served.get("/metrics").status_code == 401
+        assert served.get("/metrics", headers={"authorization": "Bearer s3cret"}).status_code == 200
+
+
+def test_policies_are_listed_with_the_default_first(served: TestClient) -> None:
+    first, *others = served.get("/v1/policies").json()["data"]
+
+    assert (first["id"], first["default"], first["mode"]) == ("watchful", True, "enforce")
+    assert {"balanced", "honest-first"} <= {p["id"] for p in others}
+    assert not any(p["default"] for p in others)
+    block = served.post("/v1/chat/completions", json=ask()).json()["hhh"]["policy"]
+    assert (block["version"], block["hash"]) == (first["version"], first["hash"])
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
+def test_a_caller_that_waits_no_longer_gets_a_timeout(watchful: Policies, path: str) -> None:
+    slow = FakeGenerator("word " * 50, reader=FakeReader(), delay_s=0.05)
+    with TestClient(create_app(fake_pipeline(watchful(on_error="open"), generator=slow))) as served:
+        reply = served.post(path, json=ask(max_tokens=64), headers={"x-request-timeout-ms": "150"})
+
+    assert reply.status_code == 504
+
+
+@pytest.mark.parametrize("given", ["soon", "-1", "0", "1.5", "99999999999"])
+def test_a_deadline_that_is_none_is_refused(served: TestClient, given: str) -> None:
+    reply = served.post("/v1/chat/completions", json=ask(), headers={"x-request-timeout-ms": given})
+
+    assert reply.status_code == 400
+    assert "x-request-timeout-ms" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "ping"),
+    [("/v1/chat/completions", ": ping\n\n"), ("/v1/messages", 'event: ping\ndata: {"type":"ping"}\n\n')],
+)
+def test_a_quiet_stream_is_kept_open(watchful: Policies, monkeypatch: pytest.MonkeyPatch, path: str, ping: str) -> None:
+    monkeypatch.setattr(chat, "QUIET_S", 0.02)
+    slow = FakeGenerator("word " * 60, reader=FakeReader(), delay_s=0.01)
+    with TestClient(create_app(fake_pipeline(watchful(), generator=slow))) as served:
+        text = served.post(path, json=ask(max_tokens=64, stream=True)).text
+
+    begun = text.index("data: {")
+    assert ping in text[begun:]
+    assert text.count("word") >= 60
