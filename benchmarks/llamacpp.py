@@ -2,14 +2,17 @@
 
 Optional: without the ``bench`` extra, or for a backbone that comes from no GGUF, its figures say that they were not
 measured. What is compared is llama.cpp's own account of its prompt and of its tokens, so that no Python binding's
-overhead counts against it. Its server answers calls in this process; that it listens on loopback too is its habit.
+overhead counts against it. That its server listens on loopback too is its habit.
 """
 
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
+from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,19 +26,14 @@ _SILENT = -1
 
 
 class LlamaCpp:
-    """One model in llama.cpp with one slot, which forgets each prompt before the next."""
+    """One model in llama.cpp with one slot, which forgets each prompt before the next; in a process of its own.
 
-    def __init__(self, binding: Any, path: Path, *, context_tokens: int, threads: int, gpu: bool) -> None:
-        given = binding.CommonParams()
-        given.model.path = str(path)
-        given.n_ctx = given.n_batch = given.n_ubatch = context_tokens
-        given.n_parallel = 1
-        given.cpuparams.n_threads = given.cpuparams_batch.n_threads = threads
-        given.n_gpu_layers = _ALL_LAYERS if gpu else 0
-        given.port = 0  # any that is free
-        given.verbosity = _SILENT
-        self._server = binding.Server(given)
-        self.built_for = " ".join(str(binding.get_system_info()).split()).strip(" |")
+    Two libraries' threads that wait for work by spinning, in one process, halve both sides.
+    """
+
+    def __init__(self, process: Executor) -> None:
+        self._process = process
+        self.built_for: str = process.submit(_built_for).result()
         """Instructions that this build uses, in llama.cpp's own words."""
 
     def prefill_s(self, ids: Sequence[int]) -> float:
@@ -47,17 +45,8 @@ class LlamaCpp:
         found = self._timings(ids, tokens + 1)  # the first comes out of the prompt's pass
         return 1000 * tokens / float(found["predicted_ms"])
 
-    def _timings(self, ids: Sequence[int], tokens: int) -> Any:
-        asked = {
-            "prompt": list(ids),
-            "n_predict": tokens,
-            "temperature": 0.0,
-            "top_k": 1,
-            "ignore_eos": True,
-            "cache_prompt": False,
-        }
-        found = self._server.handle_completions(asked)
-        timings = found["timings"]
+    def _timings(self, ids: Sequence[int], tokens: int) -> Mapping[str, float]:
+        timings: Mapping[str, float] = self._process.submit(_timings, list(ids), tokens).result()
         if (timings["prompt_n"], timings["predicted_n"]) != (len(ids), tokens):
             raise RuntimeError(f"llama.cpp was given {len(ids)} tokens and asked for {tokens}: {timings}")
         return timings
@@ -70,16 +59,49 @@ def open_llamacpp(lab: Lab, context_tokens: int) -> Iterator[tuple[LlamaCpp, int
     Raises:
         NotMeasured: The wheel or the file is not here.
     """
-    try:
-        import xllamacpp
-    except ImportError as error:
-        raise NotMeasured("llama.cpp is not installed (pip install 'hhh-router[bench]')") from error
+    if find_spec("xllamacpp") is None:
+        raise NotMeasured("llama.cpp is not installed (pip install 'hhh-router[bench]')")
     with _gguf(lab) as path:
-        model = LlamaCpp(
-            xllamacpp, path, context_tokens=context_tokens, threads=lab.settings.threads,
-            gpu=lab.device.type == "cuda",
-        )  # fmt: skip
-        yield model, path.stat().st_size
+        given = (str(path), context_tokens, lab.settings.threads, lab.device.type == "cuda")
+        with ProcessPoolExecutor(1, get_context("spawn"), _open, given) as process:
+            yield LlamaCpp(process), path.stat().st_size
+
+
+# -- in its own process -----------------------------------------------------------------------------------------------
+
+_opened: list[Any] = []
+
+
+def _open(path: str, context_tokens: int, threads: int, gpu: bool) -> None:
+    import xllamacpp
+
+    given = xllamacpp.CommonParams()
+    given.model.path = path
+    given.n_ctx = given.n_batch = given.n_ubatch = context_tokens
+    given.n_parallel = 1
+    given.cpuparams.n_threads = given.cpuparams_batch.n_threads = threads
+    given.n_gpu_layers = _ALL_LAYERS if gpu else 0
+    given.port = 0  # any that is free
+    given.verbosity = _SILENT
+    _opened.append(xllamacpp.Server(given))
+
+
+def _built_for() -> str:
+    import xllamacpp
+
+    return " ".join(str(xllamacpp.get_system_info()).split()).strip(" |")
+
+
+def _timings(ids: list[int], tokens: int) -> dict[str, float]:
+    asked = {
+        "prompt": ids,
+        "n_predict": tokens,
+        "temperature": 0.0,
+        "top_k": 1,
+        "ignore_eos": True,
+        "cache_prompt": False,
+    }
+    return dict(_opened[0].handle_completions(asked)["timings"])
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 import json
 import math
+import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -10,11 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import baselines, continuous_batching, engine, throughput
+from benchmarks import baselines, continuous_batching, engine, llamacpp, throughput
 from benchmarks.decoding import weight_bytes
 from benchmarks.figures import Figure, Measured, NotMeasured, Results
 from benchmarks.lab import BARE, MIXTURES, QUICK, Lab, plan_for
-from benchmarks.llamacpp import LlamaCpp
 from benchmarks.present import draw, present
 from benchmarks.prompts import mixed
 from benchmarks.run import parse, run
@@ -213,16 +214,18 @@ class _Server:
         return {"timings": timings}
 
 
-def test_llamacpp_is_believed_what_it_says_of_itself(tmp_path: Path) -> None:
+def test_llamacpp_is_believed_what_it_says_of_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     params = SimpleNamespace(
         model=SimpleNamespace(), cpuparams=SimpleNamespace(), cpuparams_batch=SimpleNamespace()
     )  # fmt: skip
     binding = SimpleNamespace(CommonParams=lambda: params, Server=_Server, get_system_info=lambda: "AVX2 = 1 | ")
-    model = LlamaCpp(binding, tmp_path / "a.gguf", context_tokens=32, threads=3, gpu=False)
+    monkeypatch.setitem(sys.modules, "xllamacpp", binding)
+    with ThreadPoolExecutor(1, initializer=llamacpp._open, initargs=(str(tmp_path / "a"), 32, 3, False)) as pool:
+        model = llamacpp.LlamaCpp(pool)
 
-    assert model.prefill_s([1, 2, 3]) == 0.5
-    assert model.decode_rate([1, 2, 3], 10) == pytest.approx(50)  # the prompt's own pass brings the eleventh token
-    assert model.built_for == "AVX2 = 1"
+        assert model.prefill_s([1, 2, 3]) == 0.5
+        assert model.decode_rate([1, 2, 3], 10) == pytest.approx(50)  # the prompt's own pass brings the eleventh token
+        assert model.built_for == "AVX2 = 1"
     assert (params.cpuparams.n_threads, params.cpuparams_batch.n_threads, params.n_gpu_layers) == (3, 3, 0)
 
 
