@@ -26,6 +26,7 @@ COMMANDS = (
     "calibrate",
     "evaluate",
     "schema",
+    "key",
     "doctor",
 )
 """Every command, in the order of ``--help``; ``cli/<name>.py`` holds it."""

@@ -75,6 +75,8 @@ class Settings(BaseSettings):
     """Deadline of one request, in seconds."""
     api_key: SecretStr | None = None
     """Key clients must send as ``Authorization: Bearer``; required when a server listens beyond loopback."""
+    api_keys_file: Path | None = None
+    """YAML file of further keys, hashed, each with what it opens and how much it may ask for."""
     upstream_api_key: SecretStr | None = None
     """Key the proxy sends upstream when the client sends none."""
 

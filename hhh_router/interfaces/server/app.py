@@ -6,6 +6,7 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from starlette.applications import Starlette
@@ -18,12 +19,14 @@ from starlette.routing import Route
 from hhh_router.interfaces.server import anthropic, decisions, guardrail, native, openai, responses
 from hhh_router.interfaces.server.chat import ChatResponse
 from hhh_router.interfaces.server.http import endpoint, error_body, read_json, retry_after, timeout_s
+from hhh_router.interfaces.server.keys import Key, KeyRing, check_policy
 from hhh_router.interfaces.server.metrics import CountReplies, Metrics
 from hhh_router.interfaces.server.models import list_models
 from hhh_router.interfaces.server.moderations import moderations
 from hhh_router.interfaces.server.openai import parse_chat
 from hhh_router.pipeline import Pipeline
 
+C = TypeVar("C", openai.Call, anthropic.Call, responses.Call)
 Handler = Callable[[Request], Awaitable[Response]]
 
 
@@ -40,7 +43,7 @@ def create_app(pipeline: Pipeline) -> Starlette:
     """The HTTP door of a pipeline, as an ASGI application. It closes the pipeline when it shuts down.
 
     With an upstream behind the pipeline it is a proxy: model names and unknown fields pass through, and so does the
-    client's ``Authorization`` (unless ``settings.api_key`` is set, which the header then has to hold).
+    client's ``Authorization`` (unless keys are set, one of which the header then has to hold).
     """
     settings = pipeline.settings
     is_proxy = pipeline.parts.answers_elsewhere
@@ -48,8 +51,17 @@ def create_app(pipeline: Pipeline) -> Starlette:
     metrics = Metrics(lambda: pipeline.load)
     pipeline.add_sink(metrics)
 
+    keys = KeyRing.open(settings)
+
     def forwarded(request: Request) -> str | None:
-        return None if settings.api_key is not None else request.headers.get("authorization")
+        return None if keys.required else request.headers.get("authorization")
+
+    def answered(call: C, request: Request) -> Response:
+        key: Key | None = request.state.key
+        if key is not None and key.policies is not None:
+            check_policy(key, pipeline.policies.get(call.request.policy).name)
+        spend = (lambda tokens: None) if key is None else partial(keys.spend, key)
+        return ChatResponse(pipeline, _until(call, request), spend=spend)
 
     async def chat(request: Request) -> Response:
         body = await read_json(request, max_bytes=settings.max_body_bytes)
@@ -59,19 +71,19 @@ def create_app(pipeline: Pipeline) -> Starlette:
             authorization=forwarded(request) if is_proxy else None,
             request_id=pipeline.parts.new_id(),
         )
-        return ChatResponse(pipeline, _until(call, request))
+        return answered(call, request)
 
     conversations = responses.Conversations()
 
     async def respond(request: Request) -> Response:
         body = await read_json(request, max_bytes=settings.max_body_bytes)
         call = responses.parse_response(body, conversations, request_id=pipeline.parts.new_id())
-        return ChatResponse(pipeline, _until(call, request))
+        return answered(call, request)
 
     async def messages(request: Request) -> Response:
         body = await read_json(request, max_bytes=settings.max_body_bytes)
         call = anthropic.parse_message(body, request_id=pipeline.parts.new_id())
-        return ChatResponse(pipeline, _until(call, request))
+        return answered(call, request)
 
     async def count_tokens(request: Request) -> Response:
         return await anthropic.count_tokens(request, pipeline)
@@ -132,29 +144,29 @@ def create_app(pipeline: Pipeline) -> Starlette:
         await pipeline.aclose()
 
     def path(where: str, work: Handler, method: str, **more: Any) -> Route:
-        return Route(where, endpoint(work, settings=settings, **more), methods=[method])
+        return Route(where, endpoint(work, keys=keys, **more), methods=[method])
 
     # behind a proxy somebody else's model answers, in the dialect of chat completions alone
-    theirs = {"told": anthropic.anthropic_failure}
+    theirs: dict[str, Any] = {"told": anthropic.anthropic_failure, "door": "chat"}
     own = [] if is_proxy else [
-        path("/v1/responses", respond, "POST"),
+        path("/v1/responses", respond, "POST", door="chat"),
         path("/v1/messages", messages, "POST", **theirs),
         path("/v1/messages/count_tokens", count_tokens, "POST", **theirs),
     ]  # fmt: skip
 
     routes = [
-        path("/v1/chat/completions", chat, "POST"),
+        path("/v1/chat/completions", chat, "POST", door="chat"),
         *own,
         path("/v1/models", models, "GET"),
-        path("/v1/moderations", moderate, "POST"),
-        path("/v1/decisions", decide, "POST"),
-        path(guardrail.PATH, litellm, "POST"),
-        path("/v1/systemone", systemone, "POST"),
-        path("/v1/guard", guard, "POST"),
-        path("/v1/route", route, "POST"),
+        path("/v1/moderations", moderate, "POST", door="judge"),
+        path("/v1/decisions", decide, "POST", door="judge"),
+        path(guardrail.PATH, litellm, "POST", door="judge"),
+        path("/v1/systemone", systemone, "POST", door="judge"),
+        path("/v1/guard", guard, "POST", door="judge"),
+        path("/v1/route", route, "POST", door="judge"),
         path("/v1/policies", policies, "GET"),
         path("/v1/schema", native.schema, "GET", needs_key=False),
-        path("/metrics", scrape, "GET"),
+        path("/metrics", scrape, "GET", door="metrics"),
         path("/health/live", live, "GET", needs_key=False),
         path("/health/ready", ready, "GET", needs_key=False),
     ]
@@ -165,9 +177,6 @@ def create_app(pipeline: Pipeline) -> Starlette:
         exception_handlers={HTTPException: _not_served},
         lifespan=lifespan,
     )
-
-
-C = TypeVar("C", openai.Call, anthropic.Call, responses.Call)
 
 
 def _until(call: C, request: Request) -> C:

@@ -31,10 +31,14 @@ QUIET_S = 10.0
 class ChatResponse(Response):
     """The reply to one chat, made while it is sent. A client that leaves cancels the model's work."""
 
-    def __init__(self, pipeline: Pipeline, call: Dialect) -> None:
+    def __init__(
+        self, pipeline: Pipeline, call: Dialect, *, spend: Callable[[int], None] = lambda tokens: None
+    ) -> None:
+        """Answer ``call``; ``spend`` is told how many tokens it took."""
         super().__init__()
         self._pipeline = pipeline
         self._call = call
+        self._spend = spend
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, as ASGI has it."""
@@ -61,6 +65,7 @@ class ChatResponse(Response):
                 if isinstance(event, ChatDelta):
                     raw = event.raw if raw is None else raw
                 elif isinstance(event, ChatFinished):
+                    self._spent(event)
                     await sender.json(self._call.whole(event, raw), event.metadata.headers())
 
     async def _stream(self, sender: Sender) -> None:
@@ -72,9 +77,14 @@ class ChatResponse(Response):
                     await sender.begin(200, STREAM_HEADERS | event.metadata.headers())
                     continue
                 assert writer is not None  # ChatStarted is always first
+                if isinstance(event, ChatFinished):
+                    self._spent(event)
                 for frame in writer.delta(event) if isinstance(event, ChatDelta) else writer.end(event):
                     await sender.part(frame)
         await sender.part(b"", more=False)
+
+    def _spent(self, done: ChatFinished) -> None:
+        self._spend(done.usage.prompt_tokens + done.usage.completion_tokens)
 
     async def _ping(self, sender: Sender) -> None:
         if sender.begun:  # before that the status is not known yet

@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 from hhh_router.errors import InvalidRequest
 from hhh_router.interfaces.parse import kind_of, parse_messages
 from hhh_router.interfaces.server.http import read_json, until_client_leaves
+from hhh_router.interfaces.server.keys import check_policies
 from hhh_router.pipeline import GuardResult, Pipeline
 from hhh_router.pipeline.validate import check_messages
 from hhh_router.types import GuardRequest, Message, ReadRequest
@@ -78,6 +79,7 @@ async def guardrail(request: Request, pipeline: Pipeline, prompts: Prompts) -> R
     if not read.messages and read.response is None:
         return JSONResponse({"action": "NONE"})
     asked = GuardRequest(read=read, policy=_policy(body), not_inspected=unread)
+    check_policies(request, pipeline, [asked])
     [result] = await until_client_leaves(request.receive, pipeline.guard([asked]))
     return JSONResponse(_told(result), headers=result.metadata.headers())
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import ipaddress
 import json
 import logging
 import math
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
@@ -25,6 +24,9 @@ from hhh_router.errors import (
     http_status,
 )
 from hhh_router.settings import Settings
+
+if TYPE_CHECKING:
+    from hhh_router.interfaces.server.keys import Door, KeyRing
 
 _log = logging.getLogger(__name__)
 
@@ -151,23 +153,6 @@ def _where(error: Exception) -> str:
     return "nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
-def check_key(request: Request, settings: Settings) -> None:
-    """Demand the deployment's key, when it has one.
-
-    Raises:
-        WireError: 401, no key or a wrong one.
-    """
-    if settings.api_key is None:
-        return
-    scheme, _, given = request.headers.get("authorization", "").partition(" ")
-    if not given and (own := request.headers.get("x-api-key")):  # how Anthropic's clients send it
-        scheme, given = "bearer", own
-    wanted = settings.api_key.get_secret_value()
-    if scheme.lower() != "bearer" or not hmac.compare_digest(given.strip().encode(), wanted.encode()):
-        found = "a wrong key" if given else "no key"
-        raise WireError(401, f"{found}; send 'Authorization: Bearer <key>'", code="invalid_api_key")
-
-
 def timeout_s(request: Request) -> float | None:
     """Seconds that the caller waits, from ``x-request-timeout-ms``; None where the header is not there.
 
@@ -190,10 +175,10 @@ def check_exposure(host: str, settings: Settings) -> None:
     Raises:
         SettingsError: ``host`` is not loopback and no key is set.
     """
-    if settings.api_key is None and not _is_loopback(host):
+    if settings.api_key is None and settings.api_keys_file is None and not _is_loopback(host):
         raise SettingsError(
             f"--host {host} is reachable from outside this machine, and no key is set",
-            hint="set HHH_ROUTER_API_KEY, or listen on 127.0.0.1",
+            hint="set HHH_ROUTER_API_KEY or HHH_ROUTER_API_KEYS_FILE, or listen on 127.0.0.1",
         )
 
 
@@ -269,16 +254,21 @@ def dump(body: Mapping[str, Any]) -> bytes:
 def endpoint(
     work: Callable[[Request], Awaitable[Response]],
     *,
-    settings: Settings,
+    keys: KeyRing,
+    door: Door | None = None,
     needs_key: bool = True,
     told: Callable[[Exception], Failure] = failure,
 ) -> Callable[[Request], Awaitable[Response]]:
-    """Wrap an endpoint: the key is checked first, and every error becomes a reply in the shape ``told`` gives it."""
+    """Wrap an endpoint: the key is checked first, and every error becomes a reply in the shape ``told`` gives it.
+
+    ``request.state.key`` is then the caller's, None where nobody needs one.
+    """
 
     async def guarded(request: Request) -> Response:
         try:
-            if needs_key:
-                check_key(request, settings)
+            request.state.key = keys.caller(request) if needs_key else None
+            if request.state.key is not None:
+                keys.admit(request.state.key, door)
             return await work(request)
         except ClientDisconnect:
             return Response(status_code=499)  # nobody is there to read it

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 from hhh_router.errors import InvalidRequest
 from hhh_router.interfaces.parse import kind_of, parse_messages
 from hhh_router.interfaces.server.http import read_json, until_client_leaves
+from hhh_router.interfaces.server.keys import check_policies
 from hhh_router.interfaces.server.models import AUTO, parse_model
 from hhh_router.pipeline import GuardResult, Pipeline
 from hhh_router.trace.block import Metadata
@@ -35,6 +36,7 @@ async def moderations(request: Request, pipeline: Pipeline) -> Response:
         GuardRequest(read=ReadRequest(messages=messages), policy=policy, not_inspected=unread)
         for messages, unread in _inputs(body.get("input"))
     ]
+    check_policies(request, pipeline, asked)
     results = await until_client_leaves(request.receive, pipeline.guard(asked))
     told = [moderation(r) for r in results]
     return JSONResponse({"id": f"modr-{pipeline.parts.new_id()}", "model": model, "results": told})

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 from hhh_router.errors import InvalidRequest
 from hhh_router.interfaces.parse import parse_prompt
 from hhh_router.interfaces.server.http import read_json, until_client_leaves
+from hhh_router.interfaces.server.keys import check_policies
 from hhh_router.pipeline import GuardResult, Pipeline, RouteResult
 from hhh_router.trace import metadata_schema
 from hhh_router.types import GuardRequest, ReadRequest
@@ -59,7 +60,9 @@ async def _each(
 ) -> Response:
     body = await read_json(request, max_bytes=pipeline.settings.max_body_bytes)
     if "items" not in body:
-        [result] = await until_client_leaves(request.receive, judge([_item(body, "")]))
+        asked = [_item(body, "")]
+        check_policies(request, pipeline, asked)
+        [result] = await until_client_leaves(request.receive, judge(asked))
         return JSONResponse({"object": kind, **_told(result)}, headers=result.metadata.headers())
     if unknown := sorted(set(body) - {"items", "policy"}):
         raise InvalidRequest(f"{unknown[0][:100]}: unknown field beside items", hint="use items and policy")
@@ -68,6 +71,7 @@ async def _each(
         raise InvalidRequest("items: no list of objects", hint='send [{"prompt": "…"}, …]')
     default = {"policy": body.get("policy")}
     asked = [_item({**default, **item}, f"items[{i}].") for i, item in enumerate(items)]
+    check_policies(request, pipeline, asked)
     results = await until_client_leaves(request.receive, judge(asked))
     return JSONResponse({"object": "list", "data": [{"object": kind, **_told(r)} for r in results]})
 
