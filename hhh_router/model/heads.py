@@ -120,7 +120,7 @@ class Heads(nn.Module):
         ``lengths``, of the rows, matter in training alone: dropout there leaves out the same coordinates in all tokens
         of a row, which is also a small fraction of the random numbers.
         """
-        scaled = (states.float() - getattr(self, f"{side}_mean")) / getattr(self, f"{side}_scale")
+        scaled = (states.float() - getattr(self, f"{side}_mean")).div_(getattr(self, f"{side}_scale"))
         flat = scaled.clamp_(-_OUTLIER, _OUTLIER).flatten(1)
         if self.training and lengths:
             kept = self.dropout(flat.new_ones(len(lengths), flat.shape[1]))
@@ -220,7 +220,8 @@ class Heads(nn.Module):
         """
         logits = self(views)
         # a need is the request's, so it is read from the prompt alone: a reply can neither raise nor lower it
-        needs = self(views.alone())[:, : len(self.needs)]
+        alone = all(mode == "prompt" for mode in views.modes)
+        needs = (logits if alone else self(views.alone()))[:, : len(self.needs)]
         distances = self.distances(views)
         if not (torch.isfinite(logits).all() and torch.isfinite(distances).all()):
             raise ReaderError(
