@@ -194,7 +194,7 @@ def live_bytes() -> int:
     for item in gc.get_objects():
         if not issubclass(type(item), torch.Tensor):  # isinstance would wake lazy modules
             continue
-        if item.layout == torch._mkldnn:  # packed weights have no storage that can be asked for
+        if str(item.layout) == "torch._mkldnn":  # packed weights have no storage that can be asked for
             found[id(item)] = item.nbytes
         else:
             storage = item.untyped_storage()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -30,6 +30,7 @@ from hhh_router.model.engine import known
 from hhh_router.model.grammar import Grammars
 from hhh_router.model.heads import Views
 from hhh_router.model.int8 import Phase
+from hhh_router.model.memory import KEPT_BYTES
 from hhh_router.model.mixture import Gates
 from hhh_router.model.prefixes import BLOCK, Found, Prefixes, whole_tokens
 from hhh_router.model.reader import HeadReader, RunningReply
@@ -62,6 +63,8 @@ class Batcher:
     """Chats that may wait for a row."""
     max_waiting_tokens: int = 131_072
     """Tokens of their prompts."""
+    free_bytes: Callable[[], int | None] = lambda: None
+    """Memory that can still be had; None where nobody tells."""
     _rows: list[Row] = field(default_factory=list)
     """In slot order."""
     _waiting: deque[ChatJob] = field(default_factory=deque)
@@ -177,10 +180,19 @@ class Batcher:
     def _has_room(self, job: ChatJob) -> bool:
         rows = len(self._rows) + 1
         longest = max([job.need, *(r.job.need for r in self._rows)])
-        return rows <= self.max_rows and (rows == 1 or rows * longest <= self.max_tokens)
+        if rows > self.max_rows or (rows > 1 and rows * longest > self.max_tokens):
+            return False
+        return rows == 1 or self._has_memory(job)  # the first is let in or turned away, for nothing would get better
+
+    def _has_memory(self, job: ChatJob) -> bool:
+        """Whether a row's keys and values fit into what is left; twice, for room that grows is copied."""
+        free = self.free_bytes()
+        return free is None or free - 2 * job.need * self.reader.stack.token_bytes >= KEPT_BYTES
 
     def _admit(self, job: ChatJob) -> None:
         try:
+            if not self._has_memory(job):
+                raise MemoryError
             self._slots.reserve(len(self._rows) + 1, max([job.need, *(r.job.need for r in self._rows)]))
             opening = self._slots.opening()
         except (MemoryError, torch.OutOfMemoryError):

@@ -78,6 +78,14 @@ class DecoderStack:
         return frozenset(listed if isinstance(listed, list) else [] if listed is None else [listed])
 
     @property
+    def token_bytes(self) -> int:
+        """Keys and values of one token, of all layers."""
+        attention = self.config
+        size = getattr(attention, "head_dim", None) or attention.hidden_size // attention.num_attention_heads
+        width = self.text.embed_tokens.weight.element_size()
+        return 2 * self.depth * int(attention.num_key_value_heads) * size * width
+
+    @property
     def device(self) -> torch.device:
         """Where the weights are."""
         return self.text.embed_tokens.weight.device

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from hhh_router.model.experts import load_experts
 from hhh_router.model.fetch import fetch_backbone
 from hhh_router.model.heads import Heads
 from hhh_router.model.int8 import check_int8
+from hhh_router.model.memory import free_bytes
 from hhh_router.model.mixture import Skip
 from hhh_router.model.quantisation import require_record
 from hhh_router.model.reader import HeadReader
@@ -218,6 +220,7 @@ def load_embedded(bundle: Bundle, settings: Settings) -> EmbeddedModel:
         prefix_tokens=settings.prefix_tokens,
         max_waiting=settings.max_waiting,
         max_waiting_tokens=settings.max_waiting_tokens,
+        free_bytes=partial(free_bytes, stack.device),
     )
     reads = Reads(reader, encoder, settings.guard_batch_tokens, max_waiting=2 * settings.max_batch_items)
     return EmbeddedModel(

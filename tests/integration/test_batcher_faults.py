@@ -18,8 +18,10 @@ from hhh_router.errors import (
     Overloaded,
     Quarantined,
 )
+from hhh_router.model import memory
 from hhh_router.model.batcher import Batcher
 from hhh_router.model.grammar import Following
+from hhh_router.model.memory import KEPT_BYTES
 from hhh_router.model.rows import ChatJob
 from hhh_router.protocols import Event, Finished
 from hhh_router.types import Scores, Weights
@@ -208,6 +210,60 @@ def test_a_deadline_ends_a_row_and_what_waits(engine: Engine) -> None:
     assert not engine.batcher.busy
     for name in ("decoding", "waiting"):
         assert isinstance(engine.found[name][-1], BackendTimeout)
+
+
+def test_with_memory_nearly_full_a_chat_is_turned_away_before_the_system_ends_the_process(engine: Engine) -> None:
+    engine.batcher.free_bytes = lambda: KEPT_BYTES
+
+    engine.put(ask("hello", "a"), Weights(1, 0, 0, 0))
+    engine.finish()
+
+    assert isinstance(engine.found["a"][-1], Overloaded)
+    assert engine.found["a"][-1].retry_after_s >= 1
+
+
+def test_with_memory_for_some_the_next_chat_waits_until_one_has_left(engine: Engine) -> None:
+    free = [1 << 40]
+    engine.batcher.free_bytes = lambda: free[0]
+    for request, weights in many(2):
+        engine.put(request, weights)
+    engine.batcher.turn()
+    free[0] = KEPT_BYTES  # taken by somebody else meanwhile
+    engine.batcher.turn()
+    assert (engine.batcher.load.rows, engine.batcher.load.waiting) == (1, 1)
+
+    free[0] = 1 << 40
+    engine.finish()
+
+    for request, weights in many(2):
+        check_same(engine.found[request.request_id], engine.alone(request, weights))
+
+
+def test_a_tokens_bytes_are_those_that_its_keys_and_values_take(any_tiny: Bundle, tmp_path: Path) -> None:
+    engine = Engine(any_tiny, tmp_path)
+    engine.put(ask("hello", "a", max_tokens=4), Weights(1, 0, 0, 0))
+    engine.batcher.turn()
+
+    rows, tokens = engine.batcher._slots._room
+    kept = sum(side.nbytes for pair in engine.batcher._slots._layers.values() for side in pair)
+    assert kept == rows * tokens * engine.batcher.reader.stack.token_bytes
+
+
+def test_what_is_free_is_told_where_the_system_tells(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meminfo, group = tmp_path / "meminfo", tmp_path / "group"
+    monkeypatch.setattr(memory, "_MEMINFO", meminfo)
+    monkeypatch.setattr(memory, "_CGROUP", group)
+    assert memory.free_bytes(torch.device("cpu")) is None
+    meminfo.write_text("MemTotal: 9 kB\nMemAvailable:    1000 kB\n")
+    assert memory.free_bytes(torch.device("cpu")) == 1_024_000
+
+    group.mkdir()
+    (group / "memory.max").write_text("500000\n")
+    (group / "memory.current").write_text("300000\n")
+    (group / "memory.stat").write_text("anon 1\ninactive_file 50000\n")
+    assert memory.free_bytes(torch.device("cpu")) == 250_000
+    (group / "memory.max").write_text("max\n")
+    assert memory.free_bytes(torch.device("cpu")) == 1_024_000
 
 
 def test_no_memory_for_a_row_turns_it_away_and_leaves_the_others(
