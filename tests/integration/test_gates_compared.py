@@ -269,7 +269,7 @@ def test_gates_are_measured_when_named_and_reach_card_and_report(
     m.measure(bench, ["gates"], command)
 
     kept = json.loads((trained.bundle / "figures.json").read_text())["gates"]
-    assert kept == [{**row, "command": command} for row in figures]
+    assert kept == [{**row, "command": command, "dtype": "float32"} for row in figures]
     card = (trained.bundle / "CARD.md").read_text()
     (uniform,) = [line for line in card.splitlines() if line.startswith("| uniform |")]
     assert uniform == "| uniform | 1.386 ± 0.000 | 1.099 ± 0.000 |"

@@ -211,7 +211,7 @@ def test_shares_of_a_batch_add_up_to_its_figures_and_gradients(like: Path, data:
     parts, found = run([Processes(i, 4).share(batch) for i in range(4)])
 
     assert {lesson.worse is None for lesson in batch} == {True, False}
-    assert parts.tolist() == pytest.approx(whole.tolist(), rel=1e-5)
+    assert parts.tolist() == pytest.approx(whole.tolist(), rel=1e-4, abs=1e-5)  # sums in another order
     for one, other in zip(expected, found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
