@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from hhh_router.errors import InvalidRequest
@@ -142,6 +142,29 @@ def our_fields(body: Mapping[str, Any]) -> Mapping[str, Any]:
     if unknown := sorted(set(ours) - {"policy", "weights"}):
         raise InvalidRequest(f"hhh.{unknown[0]}: unknown field", hint="use policy and weights")
     return ours
+
+
+def check_supported(
+    body: Mapping[str, Any], read: Collection[str], neutral: Mapping[str, Sequence[object]]
+) -> tuple[str, ...]:
+    """Refuse what would change the answer and cannot be done; returns the fields that are ignored.
+
+    Args:
+        body: As the client sent it.
+        read: Fields that are acted on.
+        neutral: Fields that are not supported, with the values that change nothing.
+
+    Raises:
+        InvalidRequest: One of the latter asks for something.
+    """
+    ignored = []
+    for name, value in body.items():
+        if name in neutral:
+            if value is not None and not any(type(value) is type(n) and value == n for n in neutral[name]):
+                raise InvalidRequest(f"{name}: not supported yet", hint="leave it out")
+        elif name not in read and value is not None:
+            ignored.append(name[:100])
+    return tuple(ignored)
 
 
 def one(name: str, first: Any, second: Any) -> Any:

@@ -10,7 +10,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from hhh_router.errors import InvalidRequest
-from hhh_router.interfaces.parse import kind_of, one, our_fields, parse_messages, parse_weights
+from hhh_router.interfaces.parse import check_supported, kind_of, one, our_fields, parse_messages, parse_weights
 from hhh_router.interfaces.sampling import parse_sampling
 from hhh_router.interfaces.server.dialect import event
 from hhh_router.interfaces.server.http import Failure, dump, failure, read_json, until_client_leaves
@@ -153,7 +153,7 @@ def parse_message(body: Mapping[str, Any], *, request_id: str = "") -> Call:
             stop=stop or None,
         ),
         request_id=request_id,
-        not_inspected=unread + _check_supported(body),
+        not_inspected=unread + check_supported(body, _READ, _NEUTRAL),
     )  # fmt: skip
     return Call(request=request, model=str(body.get("model", "")), stream=bool(stream))
 
@@ -203,15 +203,6 @@ def anthropic_failure(error: Exception) -> Failure:
     message = told.get("message") if isinstance(told, Mapping) else None
     kind = _ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "api_error")
     return status, {"type": "error", "error": {"type": kind, "message": message or str(error)}}, headers
-
-
-def _check_supported(body: Mapping[str, Any]) -> tuple[str, ...]:
-    for name, values in _NEUTRAL.items():
-        value = body.get(name)
-        if value is not None and value not in values:
-            raise InvalidRequest(f"{name}: not supported yet", hint="leave it out")
-    known = _READ | set(_NEUTRAL)
-    return tuple(name[:100] for name, value in body.items() if name not in known and value is not None)
 
 
 def _head(model: str, metadata: Metadata) -> dict[str, Any]:

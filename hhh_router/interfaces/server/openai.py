@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hhh_router.errors import InvalidRequest
-from hhh_router.interfaces.parse import one, our_fields, parse_messages, parse_weights
+from hhh_router.interfaces.parse import check_supported, one, our_fields, parse_messages, parse_weights
 from hhh_router.interfaces.sampling import parse_sampling
 from hhh_router.interfaces.server.dialect import event
 from hhh_router.interfaces.server.http import Failure, dump, failure
@@ -123,7 +123,7 @@ def parse_chat(
         call["authorization"] = authorization
         unread += tuple(k for k in ("tools", "functions", "response_format") if body.get(k))
     else:
-        unread += _check_supported(body)
+        unread += check_supported(body, READ_FIELDS, NEUTRAL_VALUES)
         choice = parse_model(body.get("model"))
         policy = one("policy", choice.policy, ours.get("policy"))
         call["weights"] = one("weights", choice.weights, parse_weights(ours.get("weights"), where="hhh.weights"))
@@ -138,22 +138,6 @@ def parse_chat(
         include_usage=bool(options.get("include_usage")),
         moderation=moderation,
     )
-
-
-def _check_supported(body: Mapping[str, Any]) -> tuple[str, ...]:
-    """Refuse what would change the answer and cannot be done; returns what is ignored."""
-    ignored = []
-    for name, value in body.items():
-        if name in NEUTRAL_VALUES:
-            if value is not None and not any(_same(value, neutral) for neutral in NEUTRAL_VALUES[name]):
-                raise InvalidRequest(f"{name}: not supported yet", hint="leave it out")
-        elif name not in READ_FIELDS and value is not None:
-            ignored.append(name[:100])
-    return tuple(ignored)
-
-
-def _same(value: object, neutral: object) -> bool:
-    return type(value) is type(neutral) and value == neutral
 
 
 def _sampling(body: Mapping[str, Any]) -> Sampling:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hhh_router.errors import InvalidRequest
-from hhh_router.interfaces.parse import kind_of, one, our_fields, parse_messages, parse_weights
+from hhh_router.interfaces.parse import check_supported, kind_of, one, our_fields, parse_messages, parse_weights
 from hhh_router.interfaces.sampling import parse_sampling
 from hhh_router.interfaces.server.dialect import event
 from hhh_router.interfaces.server.http import Failure, WireError, dump, failure
@@ -278,7 +278,7 @@ def parse_response(body: Mapping[str, Any], conversations: Conversations, *, req
         InvalidRequest: A field is wrong, or asks for what is not supported yet.
         WireError: 404, no such model, or no such earlier response.
     """
-    ours, unread = our_fields(body), _check_supported(body)
+    ours, unread = our_fields(body), check_supported(body, _READ, _NEUTRAL)
     given, more = _turns(body.get("input"))
     earlier = body.get("previous_response_id")
     if earlier is not None and not isinstance(earlier, str):
@@ -360,15 +360,6 @@ def _sampling(body: Mapping[str, Any]) -> Sampling:
         max_tokens=body.get("max_output_tokens"), temperature=body.get("temperature"), top_p=body.get("top_p"),
         logprobs=wanted, top_logprobs=body.get("top_logprobs") if wanted else None, response_format=form,
     )  # fmt: skip
-
-
-def _check_supported(body: Mapping[str, Any]) -> tuple[str, ...]:
-    for name, values in _NEUTRAL.items():
-        value = body.get(name)
-        if value is not None and value not in values:
-            raise InvalidRequest(f"{name}: not supported yet", hint="leave it out")
-    known = _READ | set(_NEUTRAL)
-    return tuple(name[:100] for name, value in body.items() if name not in known and value is not None)
 
 
 def _parts(done: ChatFinished) -> list[dict[str, Any]]:
