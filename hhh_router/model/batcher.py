@@ -191,7 +191,7 @@ class Batcher:
 
     def _admit(self, job: ChatJob) -> None:
         try:
-            if not self._has_memory(job):
+            if not (self._rows or self._has_memory(job)):  # beside others it was asked before
                 raise MemoryError
             self._slots.reserve(len(self._rows) + 1, max([job.need, *(r.job.need for r in self._rows)]))
             opening = self._slots.opening()

@@ -10,7 +10,7 @@ import hashlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -126,13 +126,7 @@ class QuantisationFile(_Part):
         Raises:
             BundleError: Unreadable, not JSON, or with mistakes; each field is named.
         """
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise BundleError(f"{path}: cannot be read ({error.strerror})", hint=_AGAIN) from error
-        except ValidationError as error:
-            lines = [f"{path}: {'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()]
-            raise BundleError("\n".join(lines), hint=_AGAIN) from error
+        return read_record(cls, path, _AGAIN)
 
     def find(self, scheme: str, dtype: str) -> Record | None:
         """The record of a scheme in a precision."""
@@ -166,9 +160,36 @@ def keep_record(bundle: Bundle, record: Record) -> Path:
     others = QuantisationFile.read(path).records if path.is_file() else ()
     kept = [r for r in others if r.parts == record.parts and (r.scheme, r.dtype) != (record.scheme, record.dtype)]
     file = QuantisationFile(records=(*kept, record))
+    return write_record(path, file)
+
+
+R = TypeVar("R", bound=BaseModel)
+
+
+def read_record(kind: type[R], path: Path, again: str) -> R:
+    """Read a file of findings about a bundle.
+
+    Raises:
+        BundleError: Unreadable, not JSON, or with mistakes; each field is named. ``again`` is the hint.
+    """
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({error.strerror})", hint=again) from error
+    except ValidationError as error:
+        lines = [f"{path}: {'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()]
+        raise BundleError("\n".join(lines), hint=again) from error
+
+
+def write_record(path: Path, record: BaseModel) -> Path:
+    """Write such a file, whole or not at all; returns it.
+
+    Raises:
+        BundleError: It cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(file.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        temporary.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
         raise BundleError(

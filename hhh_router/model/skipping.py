@@ -6,15 +6,14 @@ bundle's hash. It is used where ``HHH_ROUTER_SKIP_EXPERTS`` is set.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from hhh_router.bundle import Bundle
 from hhh_router.errors import BundleError
-from hhh_router.model.quantisation import measured_parts
+from hhh_router.model.quantisation import measured_parts, read_record, write_record
 
 SKIPPING = "skipping.json"
 _AGAIN = "the file is written by hhh-router bundle skip; restore it, or remove it and fit again"
@@ -61,13 +60,7 @@ class SkipRecord(BaseModel):
         Raises:
             BundleError: Unreadable, not JSON, or with mistakes; each field is named.
         """
-        try:
-            return cls.model_validate_json(path.read_bytes())
-        except OSError as error:
-            raise BundleError(f"{path}: cannot be read ({error.strerror})", hint=_AGAIN) from error
-        except ValidationError as error:
-            lines = [f"{path}: {'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()]
-            raise BundleError("\n".join(lines), hint=_AGAIN) from error
+        return read_record(cls, path, _AGAIN)
 
 
 def keep_skipping(bundle: Bundle, record: SkipRecord) -> Path:
@@ -76,16 +69,7 @@ def keep_skipping(bundle: Bundle, record: SkipRecord) -> Path:
     Raises:
         BundleError: It cannot be written.
     """
-    path = bundle.root / SKIPPING
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise BundleError(
-            f"{path}: cannot be written ({error.strerror})", hint="copy the bundle to a folder of yours"
-        ) from error
-    return path
+    return write_record(bundle.root / SKIPPING, record)
 
 
 def require_skipping(bundle: Bundle) -> SkipRecord:

@@ -230,6 +230,23 @@ def test_replies_say_what_each_says_alone_where_all_steps_take_int8(any_tiny: Bu
     assert sum(same) >= len(same) - 2
 
 
+def test_rows_of_one_length_say_to_the_bit_what_each_says_alone(any_tiny: Bundle, tmp_path: Path) -> None:
+    """Without a mask attention rounds as it does for one row, so nothing is left that company could change."""
+    engine = Quantised(any_tiny, tmp_path, max_rows=MOST_ROWS["float32"])
+    mixtures = [weights for _, weights in many(MOST_ROWS["float32"])]
+    asked = [ask("tell me more", f"r{i}", max_tokens=8) for i in range(len(mixtures))]
+    for request, weights in zip(asked, mixtures, strict=True):
+        engine.put(request, weights)
+    while engine.batcher.load.waiting:
+        engine.batcher._admit(engine.batcher._waiting.popleft())  # all of them before the first step
+    engine.finish()
+
+    for request, weights in zip(asked, mixtures, strict=True):
+        together = [e for e in engine.found[request.request_id] if isinstance(e, Delta) and e.tokens]
+        alone = [e for e in engine.alone(request, weights) if isinstance(e, Delta) and e.tokens]
+        assert [(e.token, e.logprob) for e in together] == [(e.token, e.logprob) for e in alone]
+
+
 def agree(together: Sequence[Event | Exception | None], alone: Sequence[Event]) -> bool:
     """Whether two replies are the same to the end; where they part, both tokens must have been as likely.
 

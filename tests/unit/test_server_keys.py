@@ -186,3 +186,23 @@ def test_a_new_key_is_shown_on_stdout_and_its_entry_beside_it() -> None:
     assert key.startswith("hhh-")
     assert hashlib.sha256(key.encode()).hexdigest() in found.stderr
     assert key not in found.stderr
+
+
+def test_what_one_caller_has_asked_another_cannot_go_on_from(served: TestClient) -> None:
+    asked = {"model": "hhh-auto", "input": "Hi"}
+    first = post(served, "all", "/v1/responses", **asked).json()["id"]
+
+    assert post(served, "chats", "/v1/responses", **asked, previous_response_id=first).status_code == 404
+    assert post(served, "all", "/v1/responses", **asked, previous_response_id=first).status_code == 200
+
+
+def test_the_reply_of_a_call_is_not_read_with_another_callers_prompt(watchful: Policies, tmp_path: Path) -> None:
+    path = "/beta/litellm_basic_guardrail_api"
+    reader = FakeReader()
+    keys = write(tmp_path / "keys.yaml", entry("one"), entry("other"))
+    with TestClient(create_app(fake_pipeline(watchful(), reader=reader, api_keys_file=keys))) as served:
+        post(served, "one", path, input_type="request", texts=["Hi"], litellm_call_id="c")
+        post(served, "other", path, input_type="response", texts=["Ho"], litellm_call_id="c")
+        assert reader.calls[-1][-1].mode == "response"
+        post(served, "one", path, input_type="response", texts=["Ho"], litellm_call_id="c")
+        assert reader.calls[-1][-1].mode == "both"

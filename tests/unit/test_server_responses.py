@@ -192,12 +192,14 @@ def test_a_stream_that_breaks_ends_with_response_failed(watchful: Policies) -> N
 def test_conversations_are_dropped_by_number_and_by_size() -> None:
     kept = Conversations(most=3, most_chars=20)
     for i in range(4):
-        kept.keep(str(i), (Message(role="user", content="12345"),))
+        kept.keep("me", str(i), (Message(role="user", content="12345"),))
 
     with pytest.raises(WireError):
-        kept.find("0")
-    assert kept.find("3")
-    kept.keep("long", (Message(role="user", content="x" * 16),))
+        kept.find("me", "0")
+    assert kept.find("me", "3")
+    kept.keep("me", "long", (Message(role="user", content="x" * 16),))
     with pytest.raises(WireError):
-        kept.find("3")
-    assert kept.find("long")
+        kept.find("me", "3")
+    assert kept.find("me", "long")
+    with pytest.raises(WireError):
+        kept.find("somebody else", "long")

@@ -19,7 +19,7 @@ from starlette.routing import Route
 from hhh_router.interfaces.server import anthropic, decisions, guardrail, native, openai, responses
 from hhh_router.interfaces.server.chat import ChatResponse
 from hhh_router.interfaces.server.http import endpoint, error_body, read_json, retry_after, timeout_s
-from hhh_router.interfaces.server.keys import Key, KeyRing, check_policy
+from hhh_router.interfaces.server.keys import Key, KeyRing, check_policy, owner
 from hhh_router.interfaces.server.metrics import CountReplies, Metrics
 from hhh_router.interfaces.server.models import list_models
 from hhh_router.interfaces.server.moderations import moderations
@@ -77,7 +77,7 @@ def create_app(pipeline: Pipeline) -> Starlette:
 
     async def respond(request: Request) -> Response:
         body = await read_json(request, max_bytes=settings.max_body_bytes)
-        call = responses.parse_response(body, conversations, request_id=pipeline.parts.new_id())
+        call = responses.parse_response(body, conversations, owner=owner(request), request_id=pipeline.parts.new_id())
         return answered(call, request)
 
     async def messages(request: Request) -> Response:

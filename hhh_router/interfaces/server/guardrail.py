@@ -18,7 +18,7 @@ from starlette.responses import JSONResponse, Response
 from hhh_router.errors import InvalidRequest
 from hhh_router.interfaces.parse import kind_of, parse_messages
 from hhh_router.interfaces.server.http import read_json, until_client_leaves
-from hhh_router.interfaces.server.keys import check_policies
+from hhh_router.interfaces.server.keys import check_policies, owner
 from hhh_router.pipeline import GuardResult, Pipeline
 from hhh_router.pipeline.validate import check_messages
 from hhh_router.types import GuardRequest, Message, ReadRequest
@@ -71,11 +71,15 @@ async def guardrail(request: Request, pipeline: Pipeline, prompts: Prompts) -> R
         messages, more = _prompt(body.get("structured_messages"), texts, limit)
         unread += more
         if call is not None and messages:
-            prompts.keep(str(call), messages)
+            prompts.keep(f"{owner(request)}/{call}", messages)
         read = ReadRequest(messages=messages)
     else:
         reply = "\n".join(texts)
-        read = ReadRequest(messages=prompts.find(str(call)), response=reply) if reply.strip() else ReadRequest()
+        read = (
+            ReadRequest(messages=prompts.find(f"{owner(request)}/{call}"), response=reply)
+            if reply.strip()
+            else ReadRequest()
+        )
     if not read.messages and read.response is None:
         return JSONResponse({"action": "NONE"})
     asked = GuardRequest(read=read, policy=_policy(body), not_inspected=unread)

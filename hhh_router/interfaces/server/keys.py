@@ -128,6 +128,12 @@ class KeyRing:
         self._tokens[key.name].take(tokens)
 
 
+def owner(request: Request) -> str:
+    """Whose things a request may name: its key's; everybody's where nobody needs a key."""
+    key: Key | None = request.state.key
+    return "" if key is None else key.name
+
+
 def check_policy(key: Key | None, policy: str) -> None:
     """Refuse a policy that the caller's key does not open.
 

@@ -64,24 +64,24 @@ class Conversations:
 
     def __init__(self, *, most: int = MOST_KEPT, most_chars: int = MOST_CHARS) -> None:
         self._most, self._most_chars = most, most_chars
-        self._kept: OrderedDict[str, tuple[Message, ...]] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, str], tuple[Message, ...]] = OrderedDict()
         self._chars = 0
 
-    def keep(self, response_id: str, messages: tuple[Message, ...]) -> None:
-        """Remember a conversation up to and with a response."""
-        self._kept[response_id] = messages
+    def keep(self, owner: str, response_id: str, messages: tuple[Message, ...]) -> None:
+        """Remember a conversation up to and with a response, for its caller alone."""
+        self._kept[owner, response_id] = messages
         self._chars += _chars(messages)
         while len(self._kept) > self._most or self._chars > self._most_chars:
             _, dropped = self._kept.popitem(last=False)
             self._chars -= _chars(dropped)
 
-    def find(self, response_id: str) -> tuple[Message, ...]:
+    def find(self, owner: str, response_id: str) -> tuple[Message, ...]:
         """The conversation up to and with a response.
 
         Raises:
             WireError: 404, it is not known, or not any more.
         """
-        if (found := self._kept.get(response_id)) is None:
+        if (found := self._kept.get((owner, response_id))) is None:
             raise WireError(
                 404,
                 f"previous_response_id: {response_id[:80]!r} is not known here (any more); send the whole conversation",
@@ -106,6 +106,8 @@ class Call:
     """Fields of the body that the response repeats."""
     conversations: Conversations | None
     """Where the conversation is kept; None where the caller does not want it to be."""
+    owner: str
+    """Whose conversation it is."""
     turns: tuple[Message, ...]
     """Of the conversation, without instructions, which do not carry over."""
     created: int = field(default_factory=lambda: int(time.time()))
@@ -164,7 +166,7 @@ class Call:
     def finished(self, done: ChatFinished) -> dict[str, Any]:
         """The whole response; its conversation is kept from here on."""
         if self.conversations is not None:
-            self.conversations.keep(self.id, (*self.turns, Message(role="assistant", content=done.text)))
+            self.conversations.keep(self.owner, self.id, (*self.turns, Message(role="assistant", content=done.text)))
         reason = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(done.finish_reason)
         usage = {
             "input_tokens": done.usage.prompt_tokens,
@@ -266,12 +268,15 @@ class Writer:
         return self._call.event(kind, item_id=item, output_index=0, content_index=self._at, **fields)
 
 
-def parse_response(body: Mapping[str, Any], conversations: Conversations, *, request_id: str = "") -> Call:
+def parse_response(
+    body: Mapping[str, Any], conversations: Conversations, *, owner: str = "", request_id: str = ""
+) -> Call:
     """OpenAI's body as our request.
 
     Args:
         body: As the client sent it.
         conversations: Those that may be gone on from, and where this one will be kept.
+        owner: Whose conversations may be named.
         request_id: Names the request in every trace.
 
     Raises:
@@ -283,7 +288,7 @@ def parse_response(body: Mapping[str, Any], conversations: Conversations, *, req
     earlier = body.get("previous_response_id")
     if earlier is not None and not isinstance(earlier, str):
         raise InvalidRequest(f"previous_response_id: found {kind_of(earlier)}", hint="send the id of a response")
-    turns = (*(conversations.find(earlier) if earlier else ()), *given)
+    turns = (*(conversations.find(owner, earlier) if earlier else ()), *given)
     instructions = body.get("instructions")
     if instructions is not None and not isinstance(instructions, str):
         raise InvalidRequest(f"instructions: found {kind_of(instructions)}", hint="send text")
@@ -323,6 +328,7 @@ def parse_response(body: Mapping[str, Any], conversations: Conversations, *, req
         stream=bool(flags["stream"]),
         asked=asked,
         conversations=conversations if kept else None,
+        owner=owner,
         turns=turns,
     )
 
