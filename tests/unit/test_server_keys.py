@@ -16,6 +16,7 @@ from hhh_router.errors import Overloaded, SettingsError
 from hhh_router.interfaces.server.app import create_app
 from hhh_router.interfaces.server.http import check_exposure
 from hhh_router.interfaces.server.keys import Key, KeyRing
+from hhh_router.interfaces.server.run import listen
 from hhh_router.settings import Settings
 from hhh_router.testing import FakeGenerator, FakeReader, fake_pipeline
 
@@ -157,6 +158,14 @@ def test_a_file_with_mistakes_is_named(tmp_path: Path, text: str, said: str) -> 
         KeyRing.open(Settings.load(api_keys_file=path))
 
     assert said in str(caught.value)
+
+
+def test_mistakes_are_told_before_a_model_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "keys.yaml"
+    path.write_text("keys: [")
+
+    with pytest.raises(SettingsError, match="no YAML"):
+        listen("127.0.0.1", 0, Settings.load(api_keys_file=path))
 
 
 def test_a_missing_file_is_named(tmp_path: Path) -> None:

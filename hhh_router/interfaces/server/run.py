@@ -11,6 +11,7 @@ import uvicorn
 from hhh_router.errors import SettingsError
 from hhh_router.interfaces.server.app import create_app
 from hhh_router.interfaces.server.http import check_exposure
+from hhh_router.interfaces.server.keys import KeyRing
 from hhh_router.pipeline import Pipeline
 from hhh_router.settings import Settings
 
@@ -24,9 +25,11 @@ def listen(host: str, port: int, settings: Settings) -> socket.socket:
     """A bound socket; port 0 takes a free one. Cheap, so do it before the model is loaded.
 
     Raises:
-        SettingsError: The address cannot be used, or it is reachable from outside and no key is set.
+        SettingsError: The address cannot be used, it is reachable from outside and no key is set, or the file of keys
+            has mistakes.
     """
     check_exposure(host, settings)
+    KeyRing.open(settings)  # its mistakes are told before a model is loaded
     if not 0 <= port <= MAX_PORT:  # getaddrinfo would wrap it around
         raise SettingsError(f"--port {port} is no port", hint=f"use 0 (a free one) to {MAX_PORT}")
     try:
