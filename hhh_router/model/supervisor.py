@@ -159,7 +159,7 @@ class Supervisor:
             self._starting.process.wait(_END_S)
         if child is not None:
             child.send("close")
-            _end(child)
+            _wait(child)  # the thread that receives from it closes the connection: two would close it twice
 
     # -- work ---------------------------------------------------------------------------------------------------------
 
@@ -338,14 +338,20 @@ class _Ticket:
         self._supervisor.cancel(self._work)
 
 
-def _end(child: _Child) -> int:
+def _wait(child: _Child) -> int:
     """Wait for the process to end, by force if need be; its exit status."""
     try:
-        status = child.process.wait(_END_S if child.process.poll() is None else 0)
+        return child.process.wait(_END_S if child.process.poll() is None else 0)
     except subprocess.TimeoutExpired:
         child.process.kill()
-        status = child.process.wait()
-    child.connection.close()
+        return child.process.wait()
+
+
+def _end(child: _Child) -> int:
+    """Wait for the process to end and close its connection: for the one thread that receives from it."""
+    status = _wait(child)
+    with child.sending:
+        child.connection.close()
     return status
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import pytest
@@ -254,6 +255,25 @@ async def test_closing_while_it_is_started_again_leaves_no_process(
 
     assert engine.load.state == "draining"
     await until(lambda: not Path(f"/proc/{second}").exists(), 20)
+
+
+async def test_a_connection_is_closed_once(own_model: EmbeddedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    # By whichever thread: a second close meets a descriptor that is gone, or worse, one that is another's by then.
+    closed: list[int] = []
+    close = Connection.close
+
+    def slowly(connection: Connection) -> None:
+        closed.append(connection.fileno())
+        time.sleep(0.1)
+        close(connection)
+
+    monkeypatch.setattr(Connection, "close", slowly)
+
+    await own_model.aclose()
+
+    await until(lambda: bool(closed))
+    await asyncio.sleep(0.3)
+    assert len(closed) == 1
 
 
 async def test_the_process_gets_no_keys(tiny: Bundle, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
