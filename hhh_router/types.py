@@ -142,6 +142,48 @@ class Weights(_Simplex):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Tool:
+    """A function of the caller's that the model may ask for."""
+
+    name: str
+    """Letters, digits, ``_``, ``-`` and ``.``."""
+    description: str = ""
+    parameters: str = '{"type":"object","properties":{}}'
+    """JSON schema of its arguments, as text."""
+    strict: bool = False
+    """Refuse a schema of which a part cannot be followed; otherwise that part is left out."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolCall:
+    """What the model wants a tool to be called with."""
+
+    id: str
+    """By which the tool's result names its call."""
+    name: str
+    arguments: str
+    """JSON object, as text."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolUse:
+    """The tools of one request, and whether they may or must be called."""
+
+    tools: tuple[Tool, ...]
+    required: bool = False
+    """The reply must be a call."""
+    only: tuple[str, ...] = ()
+    """Names of those that may be called; none stands for all."""
+    parallel: bool = True
+    """Several may be called in one reply."""
+
+    @property
+    def callable(self) -> tuple[Tool, ...]:
+        """Those that may be called."""
+        return tuple(t for t in self.tools if not self.only or t.name in self.only)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
     """One turn of a conversation."""
 
@@ -149,6 +191,10 @@ class Message:
     """``system``, ``user``, ``assistant`` or ``tool``."""
     content: str
     """The text of the turn. Parts that are no text are listed in ``ChatRequest.not_inspected``."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """What an assistant's turn called."""
+    tool_call_id: str | None = None
+    """Of the call that a tool's turn answers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,6 +232,8 @@ class ChatRequest:
     weights: Weights | None = None
     """Weights the caller pins instead of the router's; still held within the policy's bounds."""
     sampling: Sampling = field(default_factory=Sampling)
+    tools: ToolUse | None = None
+    """What the model may call; None where it can call nothing."""
     request_id: str = ""
     """Names the request in every trace; the pipeline fills it when empty."""
     timeout_s: float | None = None
@@ -206,6 +254,8 @@ class ReadRequest:
     """The prompt's conversation; empty when only a response is read."""
     response: str | None = None
     """The reply to score; None when only the prompt is read."""
+    tools: tuple[Tool, ...] = ()
+    """What the prompt tells the model that it may call."""
 
     @property
     def mode(self) -> Mode:

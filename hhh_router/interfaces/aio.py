@@ -12,6 +12,7 @@ from hhh_router.errors import HHHRouterError, InvalidRequest, SettingsError
 from hhh_router.interfaces.parse import MessageLike, parse_prompt, parse_weights
 from hhh_router.interfaces.remote import RemotePipeline
 from hhh_router.interfaces.sampling import parse_sampling
+from hhh_router.interfaces.tools import parse_tools
 from hhh_router.pipeline import (
     ChatDelta,
     ChatEvent,
@@ -58,6 +59,20 @@ class SamplingArgs(TypedDict, total=False):
     """Likeliest tokens told with each, 0 to 20; alone it asks for log-probabilities too."""
     response_format: Mapping[str, Any] | type[Any] | None
     """OpenAI's object (``{"type": "json_object"}`` or with a JSON schema), or a pydantic model the reply must fit."""
+
+
+class ChatArgs(SamplingArgs, total=False):
+    """How the next token is drawn, and what the model may call."""
+
+    tools: Sequence[Mapping[str, Any]] | None
+    """Functions in OpenAI's form: ``{"type": "function", "function": {"name", "description", "parameters"}}``."""
+    tool_choice: str | Mapping[str, Any] | None
+    """``"auto"``, ``"none"``, ``"required"``, or one tool in OpenAI's form; auto by default."""
+    parallel_tool_calls: bool | None
+    """Whether one reply may call several; it may by default."""
+
+
+_TOOL_FIELDS = frozenset(ChatArgs.__annotations__) - frozenset(SamplingArgs.__annotations__)
 
 
 class AsyncChatStream:
@@ -177,7 +192,7 @@ class AsyncHHHRouter:
         policy: PolicyLike = ...,
         weights: WeightsLike = ...,
         stream: Literal[False] = ...,
-        **sampling: Unpack[SamplingArgs],
+        **options: Unpack[ChatArgs],
     ) -> ChatResult: ...
     @overload
     async def chat(
@@ -187,7 +202,7 @@ class AsyncHHHRouter:
         weights: WeightsLike = ...,
         *,
         stream: Literal[True],
-        **sampling: Unpack[SamplingArgs],
+        **options: Unpack[ChatArgs],
     ) -> AsyncChatStream: ...
     async def chat(
         self,
@@ -195,7 +210,7 @@ class AsyncHHHRouter:
         policy: PolicyLike = None,
         weights: WeightsLike = None,
         stream: bool = False,
-        **sampling: Unpack[SamplingArgs],
+        **options: Unpack[ChatArgs],
     ) -> ChatResult | AsyncChatStream:
         """Answer a conversation.
 
@@ -204,7 +219,7 @@ class AsyncHHHRouter:
             policy: Policy of this request.
             weights: Pin the mixture instead of leaving it to the router; the policy's bounds still hold.
             stream: Return an iterator over the reply as it is cleared.
-            sampling: See `SamplingArgs`.
+            options: See `ChatArgs`.
 
         Raises:
             RequestError: The request has to be fixed.
@@ -216,7 +231,8 @@ class AsyncHHHRouter:
             messages=turns,
             policy=_policy_name(policy, pipeline),
             weights=parse_weights(weights),
-            sampling=parse_sampling(**sampling),
+            sampling=parse_sampling(**{k: v for k, v in options.items() if k not in _TOOL_FIELDS}),
+            tools=parse_tools(options.get("tools"), options.get("tool_choice"), options.get("parallel_tool_calls")),
             not_inspected=unread,
         )
         reply = AsyncChatStream(pipeline.chat(request, stream=stream))
@@ -296,6 +312,7 @@ def _as_result(event: ChatFinished) -> ChatResult:
         usage=event.usage,
         refusal=event.refusal,
         logprobs=event.logprobs,
+        tool_calls=event.tool_calls,
     )
 
 

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from hhh_router.errors import InvalidRequest
-from hhh_router.types import Message, Weights
+from hhh_router.types import Message, ToolCall, Weights
 
 ROLE_NAMES = {"developer": "system"}
 """Other names of roles → ours: OpenAI's newer models call the system turn ``developer``."""
 _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
-_KNOWN_KEYS = frozenset({"role", "content"})
+_KNOWN_KEYS = frozenset({"role", "content", "tool_calls", "tool_call_id"})
+MOST_CALLS = 128
+"""In one turn of a conversation."""
+_TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 
 MessageLike = Message | Mapping[str, Any]
 
 
 def parse_messages(
-    rows: Sequence[MessageLike], *, where: str = "messages", tools_allowed: bool = False
+    rows: Sequence[MessageLike], *, where: str = "messages", any_calls: bool = False, names: Sequence[str] = ()
 ) -> tuple[tuple[Message, ...], tuple[str, ...]]:
     """Turns with plain text, and what of the input nobody will read.
 
@@ -27,7 +33,8 @@ def parse_messages(
     Args:
         rows: Messages, or mappings with ``role`` and ``content`` (a string, or a list of parts).
         where: What to call the list in messages.
-        tools_allowed: Accept turns that call tools (an upstream understands them); their calls are not read.
+        any_calls: Calls that are no functions' are nobody's mistake (an upstream understands them); they are not read.
+        names: What to call each turn in messages, where these are not the client's own rows.
 
     Raises:
         InvalidRequest: Not a list of messages.
@@ -37,17 +44,23 @@ def parse_messages(
     messages: list[Message] = []
     unread: list[str] = []
     for i, row in enumerate(rows):
-        here = f"{where}[{i}]"
+        here = names[i] if names else f"{where}[{i}]"
         if isinstance(row, Message):
-            row = {"role": row.role, "content": row.content}
+            messages.append(replace(row, role=ROLE_NAMES.get(row.role, row.role)))
+            continue
         if not isinstance(row, Mapping):
             raise InvalidRequest(f"{here}: found {kind_of(row)}", hint="send objects with 'role' and 'content'")
         role = row.get("role")
         if not isinstance(role, str):
             raise InvalidRequest(f"{here}.role: found {kind_of(role)}", hint="send system, user, assistant or tool")
-        if row.get("tool_calls") and not tools_allowed:
-            raise InvalidRequest(f"{here}.tool_calls: tools are not supported yet", hint="send turns with text only")
-        messages.append(Message(role=ROLE_NAMES.get(role, role), content=_text(row.get("content"), here, unread)))
+        messages.append(
+            Message(
+                role=ROLE_NAMES.get(role, role),
+                content=_text(row.get("content"), here, unread),
+                tool_calls=_calls(row.get("tool_calls"), f"{here}.tool_calls", unread if any_calls else None),
+                tool_call_id=_call_id(row.get("tool_call_id"), here),
+            )
+        )
         unread += [f"{here}.{key}" for key in row if key not in _KNOWN_KEYS and row[key] is not None]
     return tuple(messages), tuple(unread)
 
@@ -70,6 +83,81 @@ def _text(content: object, here: str, unread: list[str]) -> str:
         else:
             unread.append(f"{here}.content[{j}]: {kind}")
     return "\n".join(texts)
+
+
+def parse_calls(given: object, here: str) -> tuple[ToolCall, ...]:
+    """The calls of an assistant's turn.
+
+    Raises:
+        InvalidRequest: No list of calls of functions with arguments as JSON text.
+    """
+    return tuple(
+        _call(row, f"{here}[{i}]") for i, row in enumerate(rows_of(given, here, "send a list of calls", MOST_CALLS))
+    )
+
+
+def _calls(given: object, here: str, unread: list[str] | None) -> tuple[ToolCall, ...]:
+    try:
+        return parse_calls(given, here)
+    except InvalidRequest:
+        if unread is None:
+            raise
+        unread.append(here)
+        return ()
+
+
+def _call(row: object, here: str) -> ToolCall:
+    inner = row.get("function") if isinstance(row, Mapping) else None
+    if not isinstance(row, Mapping) or not isinstance(inner, Mapping):
+        raise InvalidRequest(f"{here}: no call of a function", hint='send {"id", "type": "function", "function": {…}}')
+    if not isinstance(row.get("id"), str) or not row["id"]:
+        raise InvalidRequest(f"{here}.id: found {kind_of(row.get('id'))}", hint="send the id the call was given")
+    arguments = inner.get("arguments")
+    arguments = "{}" if arguments in (None, "") else arguments
+    try:
+        known = isinstance(arguments, str) and isinstance(json.loads(arguments), dict)
+    except (ValueError, RecursionError):
+        known = False
+    if not known:
+        raise InvalidRequest(f"{here}.function.arguments: no JSON object", hint='send JSON as text, such as "{}"')
+    return ToolCall(
+        id=row["id"], name=checked_name(inner.get("name"), f"{here}.function.name"), arguments=str(arguments)
+    )
+
+
+def checked_name(name: object, here: str) -> str:
+    """The name of a tool.
+
+    Raises:
+        InvalidRequest: It is none.
+    """
+    if not isinstance(name, str) or not _TOOL_NAME.fullmatch(name):
+        raise InvalidRequest(
+            f"{here}: found {name[:80]!r}" if isinstance(name, str) else f"{here}: found {kind_of(name)}",
+            hint="use 1 to 128 letters, digits, '_', '-' or '.'",
+        )
+    return name
+
+
+def rows_of(given: object, here: str, hint: str, most: int) -> Sequence[Any]:
+    """A list of bounded length; none where nothing was given.
+
+    Raises:
+        InvalidRequest: It is no list, or too long.
+    """
+    if given is None:
+        return ()
+    if not isinstance(given, Sequence) or isinstance(given, str | bytes):
+        raise InvalidRequest(f"{here}: found {kind_of(given)}", hint=hint)
+    if len(given) > most:
+        raise InvalidRequest(f"{here}: found {len(given)}", hint=f"send at most {most}")
+    return given
+
+
+def _call_id(given: object, here: str) -> str | None:
+    if given is not None and not isinstance(given, str):
+        raise InvalidRequest(f"{here}.tool_call_id: found {kind_of(given)}", hint="send the id of the call")
+    return given
 
 
 def parse_prompt(prompt: object, *, where: str = "prompt") -> tuple[tuple[Message, ...], tuple[str, ...]]:

@@ -21,6 +21,7 @@ from hhh_router.errors import (
     Unavailable,
     UpstreamError,
 )
+from hhh_router.interfaces.parse import parse_calls
 from hhh_router.pipeline import (
     ChatDelta,
     ChatEvent,
@@ -32,8 +33,9 @@ from hhh_router.pipeline import (
     Usage,
 )
 from hhh_router.settings import Settings
+from hhh_router.tools import as_openai, call_as_openai
 from hhh_router.trace.block import Metadata
-from hhh_router.types import ChatRequest, GuardRequest
+from hhh_router.types import ChatRequest, GuardRequest, Message, ToolCall, ToolUse
 
 RETRIES = 2
 """Further tries of a call that could not be made, or that the server turned away for now."""
@@ -175,13 +177,15 @@ def _chat_body(request: ChatRequest, policy: str | None, *, stream: bool) -> dic
         ours["weights"] = request.weights.as_dict()
     body: dict[str, Any] = {
         "model": "hhh-auto",
-        "messages": _turns(request),
+        "messages": _turns(request.messages),
         "max_tokens": sampling.max_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,
         "hhh": ours,
     }
+    if request.tools is not None:
+        body |= _tools(request.tools)
     if sampling.seed is not None:
         body["seed"] = sampling.seed
     if sampling.stop:
@@ -198,14 +202,34 @@ def _chat_body(request: ChatRequest, policy: str | None, *, stream: bool) -> dic
     return body
 
 
-def _turns(request: ChatRequest) -> list[dict[str, str]]:
-    return [{"role": m.role, "content": m.content} for m in request.messages]
+def _tools(use: ToolUse) -> dict[str, Any]:
+    tools = [as_openai(tool) for tool in use.tools]
+    for told, tool in zip(tools, use.tools, strict=True):
+        told["function"]["strict"] = tool.strict
+    mode = "required" if use.required else "auto"
+    choice: object = mode
+    if use.only:
+        named = [{"type": "function", "function": {"name": name}} for name in use.only]
+        choice = {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": named}}
+    return {"tools": tools, "tool_choice": choice, "parallel_tool_calls": use.parallel}
+
+
+def _turns(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    turns = []
+    for message in messages:
+        turn: dict[str, Any] = {"role": message.role, "content": message.content}
+        if message.tool_calls:
+            turn["tool_calls"] = [call_as_openai(call) for call in message.tool_calls]
+        if message.tool_call_id is not None:
+            turn["tool_call_id"] = message.tool_call_id
+        turns.append(turn)
+    return turns
 
 
 def _item(request: GuardRequest, policy: str | None, *, response: bool) -> dict[str, Any]:
     read, item = request.read, dict[str, Any]()
     if read.messages:
-        item["prompt"] = [{"role": m.role, "content": m.content} for m in read.messages]
+        item["prompt"] = _turns(read.messages)
     if response and read.response is not None:
         item["response"] = read.response
     return item if policy is None else item | {"policy": policy}
@@ -219,20 +243,23 @@ def _whole(body: Mapping[str, Any], request: ChatRequest) -> Iterator[ChatEvent]
         [choice], metadata = body["choices"], _metadata(body, request.not_inspected)
         message, told = choice["message"], _logprobs(choice.get("logprobs"))
         text, refusal = message["content"] or "", message.get("refusal")
+        calls = parse_calls(message.get("tool_calls"), "tool_calls")
         usage, reason = _usage(body["usage"]), choice["finish_reason"]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, InvalidRequest) as error:
         raise _foreign(error) from error
     yield ChatStarted(metadata=metadata)
-    if text:
-        yield ChatDelta(text=text, is_refusal=refusal == text, logprobs=told or ())
+    if text or calls:
+        yield ChatDelta(text=text, is_refusal=refusal == text and bool(text), logprobs=told or (), tool_calls=calls)
     yield ChatFinished(
-        text=text, finish_reason=reason, usage=usage, metadata=metadata, refusal=refusal, logprobs=told
+        text=text, finish_reason=reason, usage=usage, metadata=metadata, refusal=refusal, logprobs=told,
+        tool_calls=calls,
     )  # fmt: skip
 
 
 async def _streamed(response: httpx.Response, request: ChatRequest) -> AsyncGenerator[ChatEvent, None]:
     texts: list[str] = []
     tokens: list[TokenLogprob] = []
+    calls: list[ToolCall] = []
     metadata: Metadata | None = None
     refusal = reason = usage = None
     async for line in response.aiter_lines():
@@ -254,13 +281,16 @@ async def _streamed(response: httpx.Response, request: ChatRequest) -> AsyncGene
             for choice in chunk["choices"]:
                 reason = choice.get("finish_reason") or reason
                 delta = choice.get("delta") or {}
-                if text := delta.get("content"):
+                found = parse_calls(delta.get("tool_calls"), "tool_calls")
+                calls += found
+                text = delta.get("content") or ""
+                if text or found:
                     refusal = delta.get("refusal") or refusal
                     told = _logprobs(choice.get("logprobs")) or ()
                     texts.append(text)
                     tokens += told
-                    yield ChatDelta(text=text, is_refusal="refusal" in delta, logprobs=told)
-        except (KeyError, TypeError, ValueError) as error:
+                    yield ChatDelta(text=text, is_refusal="refusal" in delta, logprobs=told, tool_calls=found)
+        except (KeyError, TypeError, ValueError, InvalidRequest) as error:
             raise _foreign(error) from error
     else:
         raise BackendError("the server's stream broke off", hint="try again; the server's log may say why")
@@ -269,7 +299,7 @@ async def _streamed(response: httpx.Response, request: ChatRequest) -> AsyncGene
     asked = request.sampling.top_logprobs is not None and (bool(tokens) or refusal is None)
     yield ChatFinished(
         text="".join(texts), finish_reason=reason, usage=usage, metadata=metadata, refusal=refusal,
-        logprobs=tuple(tokens) if asked else None,
+        logprobs=tuple(tokens) if asked else None, tool_calls=tuple(calls),
     )  # fmt: skip
 
 

@@ -13,15 +13,15 @@ from hhh_router.errors import HHHRouterError
 from hhh_router.interfaces.aio import (
     AsyncChatStream,
     AsyncHHHRouter,
+    ChatArgs,
     PolicyLike,
     Prompt,
-    SamplingArgs,
     WeightsLike,
 )
 from hhh_router.pipeline import ChatDelta, ChatResult, GuardResult, Pipeline, RouteResult
 from hhh_router.trace.block import Metadata
 
-__all__ = ["AsyncChatStream", "AsyncHHHRouter", "ChatStream", "HHHRouter", "SamplingArgs"]
+__all__ = ["AsyncChatStream", "AsyncHHHRouter", "ChatArgs", "ChatStream", "HHHRouter"]
 
 T = TypeVar("T")
 
@@ -105,7 +105,7 @@ class HHHRouter:
         policy: PolicyLike = ...,
         weights: WeightsLike = ...,
         stream: Literal[False] = ...,
-        **sampling: Unpack[SamplingArgs],
+        **options: Unpack[ChatArgs],
     ) -> ChatResult: ...
     @overload
     def chat(
@@ -115,7 +115,7 @@ class HHHRouter:
         weights: WeightsLike = ...,
         *,
         stream: Literal[True],
-        **sampling: Unpack[SamplingArgs],
+        **options: Unpack[ChatArgs],
     ) -> ChatStream: ...
     def chat(
         self,
@@ -123,11 +123,11 @@ class HHHRouter:
         policy: PolicyLike = None,
         weights: WeightsLike = None,
         stream: bool = False,
-        **sampling: Unpack[SamplingArgs],
+        **options: Unpack[ChatArgs],
     ) -> ChatResult | ChatStream:
         """Answer a conversation; arguments, results and errors as in `AsyncHHHRouter.chat`."""
         reply = self._loop.run(
-            self._router.chat(messages, policy, weights, stream=stream, **sampling)  # type: ignore[call-overload]
+            self._router.chat(messages, policy, weights, stream=stream, **options)  # type: ignore[call-overload]
         )
         return ChatStream(reply, self._loop) if isinstance(reply, AsyncChatStream) else reply
 

@@ -25,7 +25,7 @@ from hhh_router.errors import (
     Quarantined,
 )
 from hhh_router.model.deltas import Deltas, Spelling
-from hhh_router.model.encode import Encoder
+from hhh_router.model.encode import Encoder, prompt_of
 from hhh_router.model.engine import known
 from hhh_router.model.grammar import Grammars
 from hhh_router.model.heads import Views
@@ -39,7 +39,6 @@ from hhh_router.model.sampler import Drawn, Sampler, check_biases, draw_rows
 from hhh_router.model.slots import Opening, Slots
 from hhh_router.model.stack import Pass
 from hhh_router.protocols import Finished, Load, Planned, Steered, Window
-from hhh_router.types import ReadRequest
 
 _log = logging.getLogger(__name__)
 
@@ -80,7 +79,7 @@ class Batcher:
         self._slots = Slots(self.max_tokens)
         boundary, depth = max(self.reader.read_layers), self.reader.stack.depth
         self._prefixes = Prefixes(boundary, depth, self.prefix_tokens)
-        self._grammars = Grammars(self.encoder.tokenizer, self.reader.stack.config.vocab_size, self._ends)
+        self._grammars = Grammars(self.encoder, self.reader.stack.config.vocab_size, self._ends)
         self._spelling = Spelling(self.encoder.tokenizer)
 
     @property
@@ -109,12 +108,11 @@ class Batcher:
     def put(self, job: ChatJob) -> None:
         """Queue a request, or end it at once where it can never be answered."""
         try:
-            job.text = self.encoder.encode(ReadRequest(messages=job.request.messages))
+            job.text = self.encoder.encode(prompt_of(job.request))
             prompt = len(job.text.ids)
             job.budget = self.encoder.reply_tokens(prompt, job.request.sampling.max_tokens)
             check_biases(job.request.sampling.logit_bias, self.reader.stack.config.vocab_size)
-            if job.request.sampling.json_schema:
-                job.following = self._grammars.follow(job.request.sampling.json_schema)
+            job.following = self._grammars.follow(job.request.sampling.json_schema, job.request.tools)
             if job.need > self.max_tokens:
                 raise ContextTooLong(
                     f"{prompt} tokens of prompt and up to {job.budget} of reply, there is room for {self.max_tokens}",

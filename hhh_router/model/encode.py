@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import re
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from hhh_router.errors import ContextTooLong, InvalidRequest
-from hhh_router.types import Message, ReadRequest
+from hhh_router.tools import OPEN, as_openai, as_text
+from hhh_router.types import ChatRequest, Message, ReadRequest, Tool
 
 _NO_PROMPT = (Message(role="user", content=""),)
 
@@ -39,13 +41,26 @@ class Encoded:
         return len(self.ids) > self.prompt_tokens
 
 
+def prompt_of(request: ChatRequest) -> ReadRequest:
+    """What a chat's prompt is made of."""
+    return ReadRequest(messages=request.messages, tools=request.tools.tools if request.tools else ())
+
+
 class Encoder:
     """Applies a backbone's chat template."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, context_tokens: int) -> None:
         self.tokenizer = tokenizer
         self.context_tokens = context_tokens
-        self._marks = tuple(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
+        added = tokenizer.added_tokens_decoder.values()
+        self._marks = tuple(t.content for t in added if t.special)
+        template = tokenizer.chat_template
+        self.writes_tools = isinstance(template, str) and "tools" in template and OPEN in template
+        """Whether the chat template tells of tools, each call between marks of its own, as Hermes' and Qwen's do."""
+        self.call_marks = OPEN in {t.content for t in added if not t.special}
+        """Whether ``<tool_call>`` is a token of its own."""
+        if OPEN in self._marks:  # its text would not be shown, so calls could not be told from words
+            self.writes_tools = False
 
     def reply_tokens(self, prompt_tokens: int, wanted: int) -> int:
         """Tokens that a reply may have behind a prompt.
@@ -68,11 +83,15 @@ class Encoder:
             InvalidRequest: The model's template refuses the conversation (its own words are given).
             ContextTooLong: More tokens than the model's window.
         """
-        messages = request.messages or _NO_PROMPT
-        if any(mark in m.content for m in messages for mark in self._marks):
-            ids, focus = self._apart(messages)
+        messages, tools = request.messages or _NO_PROMPT, request.tools
+        if self.writes_tools:
+            self._check_calls(messages, tools)
         else:
-            ids, focus = self._together(messages)
+            messages, tools = as_text(messages, tools), ()
+        if any(mark in m.content for m in messages for mark in self._marks):
+            ids, focus = self._apart(messages, tools)
+        else:
+            ids, focus = self._together(messages, tools)
         prompt_tokens = len(ids)
         if request.response is not None:
             ids += self.response_ids(request.response)
@@ -92,23 +111,35 @@ class Encoder:
         """The token that ends a turn."""
         return int(self.tokenizer.eos_token_id)
 
-    def _together(self, messages: Sequence[Message]) -> tuple[list[int], tuple[int, int]]:
+    def _check_calls(self, messages: Sequence[Message], tools: Sequence[Tool]) -> None:
+        """The template writes tools and calls itself, so their text cannot be kept apart from its marks.
+
+        Raises:
+            InvalidRequest: A tool or a call spells out a mark.
+        """
+        given = [(f"tools[{i}]", [t.description, t.parameters]) for i, t in enumerate(tools)]
+        given += [(f"messages[{i}].tool_calls", [c.arguments for c in m.tool_calls]) for i, m in enumerate(messages)]
+        for where, texts in given:
+            if found := next((mark for mark in self._marks for text in texts if mark in text), None):
+                raise InvalidRequest(f"{where}: holds the model's own mark {found}", hint="leave it out")
+
+    def _together(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> tuple[list[int], tuple[int, int]]:
         """Tokens of the rendered conversation, and the span of the last turn's text."""
-        text = self._render(messages)
+        text = self._render(messages, tools)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
         return list(encoded["input_ids"]), _span(text, messages[-1].content, encoded["offset_mapping"])
 
-    def _apart(self, messages: Sequence[Message]) -> tuple[list[int], tuple[int, int]]:
+    def _apart(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> tuple[list[int], tuple[int, int]]:
         """The same with every turn's text in tokens of its own.
 
         A turn that spells out the template's marks, such as ``<|im_end|>``, must not become one: its writer could end
         the turn and speak as somebody else.
         """
         name = secrets.token_hex(8)
-        stand_ins = [Message(role=m.role, content=f"{name}-{i}-") for i, m in enumerate(messages)]
+        stand_ins = [replace(m, content=f"{name}-{i}-") for i, m in enumerate(messages)]
         ids: list[int] = []
         focus = None
-        for i, piece in enumerate(re.split(rf"{name}-(\d+)-", self._render(stand_ins))):
+        for i, piece in enumerate(re.split(rf"{name}-(\d+)-", self._render(stand_ins, tools))):
             if i % 2 == 0:
                 ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"]
                 continue
@@ -122,16 +153,28 @@ class Encoder:
         """Tokens of text in which nothing is a special token, whatever it spells."""
         return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"])
 
-    def _render(self, messages: Sequence[Message]) -> str:
-        turns: list[dict[str, Any]] = [{"role": m.role, "content": m.content} for m in messages]
+    def _render(self, messages: Sequence[Message], tools: Sequence[Tool]) -> str:
+        told = [as_openai(tool) for tool in tools] or None
+        turns = [_turn(m) for m in messages]
         try:
-            rendered = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            rendered = self.tokenizer.apply_chat_template(turns, tools=told, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # templates raise jinja2 errors of any kind; all mean the same to the caller
             raise InvalidRequest(
                 f"the model's chat template refuses this conversation: {error}",
                 hint="check the order of roles; some models know no system or tool turns",
             ) from error
         return str(rendered)
+
+
+def _turn(message: Message) -> dict[str, Any]:
+    """As chat templates take it: a call's arguments are an object there."""
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        turn["tool_calls"] = [
+            {"type": "function", "id": c.id, "function": {"name": c.name, "arguments": json.loads(c.arguments)}}
+            for c in message.tool_calls
+        ]
+    return turn
 
 
 def _span(text: str, content: str, offsets: Sequence[tuple[int, int]]) -> tuple[int, int]:

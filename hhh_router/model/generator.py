@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from hhh_router.model.deltas import Deltas, Spelling
-from hhh_router.model.encode import Encoder
+from hhh_router.model.encode import Encoder, prompt_of
 from hhh_router.model.grammar import Grammars
 from hhh_router.model.heads import Views
 from hhh_router.model.int8 import Phase
@@ -24,7 +24,7 @@ from hhh_router.model.reader import HeadReader, RunningReply
 from hhh_router.model.sampler import Sampler, check_biases
 from hhh_router.model.stack import DecoderStack, Pass
 from hhh_router.protocols import Delta, Event, Finished, FinishReason, Planned, Planner, Steered, Steerer, Window
-from hhh_router.types import ChatRequest, ReadRequest, Weights
+from hhh_router.types import ChatRequest, Weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +52,7 @@ class MixtureGenerator:
         self._gates = gates
         self._phase = phase or Phase()
         self._ends = frozenset({encoder.end_id, *stack.end_ids})
-        self._grammars = Grammars(encoder.tokenizer, stack.config.vocab_size, self._ends)
+        self._grammars = Grammars(encoder, stack.config.vocab_size, self._ends)
         self._spelling = Spelling(encoder.tokenizer)
 
     def run(
@@ -60,7 +60,7 @@ class MixtureGenerator:
     ) -> Iterator[Event]:
         """Yield the events of one request, as `hhh_router.protocols.Generator` describes them."""
         started = time.perf_counter()
-        text = self._encoder.encode(ReadRequest(messages=request.messages))
+        text = self._encoder.encode(prompt_of(request))
         budget = self._encoder.reply_tokens(len(text.ids), request.sampling.max_tokens)
         check_biases(request.sampling.logit_bias, self._stack.config.vocab_size)
         cache = self._stack.new_cache()
@@ -92,7 +92,7 @@ class MixtureGenerator:
 
     def _decode(self, steps: _Steps, logits: Tensor) -> Generator[Delta | Window | Steered, None, FinishReason]:
         sampling = steps.request.sampling
-        following = self._grammars.follow(sampling.json_schema) if sampling.json_schema else None
+        following = self._grammars.follow(sampling.json_schema, steps.request.tools)
         sampler = Sampler(sampling, self._stack.device, following)
         stream = Deltas(self._encoder.tokenizer, self._spelling, sampling)
         weights, logprobs = steps.weights, []

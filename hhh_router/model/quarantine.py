@@ -79,7 +79,7 @@ class Quarantine:
 
 def chat_digest(request: ChatRequest) -> str:
     """Names what a chat asks, whoever asks it."""
-    return _digest("chat", request.messages, request.weights, request.sampling)
+    return _digest("chat", request.messages, request.weights, request.sampling, request.tools)
 
 
 def read_digest(requests: object) -> str:

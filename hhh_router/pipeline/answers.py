@@ -19,6 +19,7 @@ from hhh_router.pipeline.parts import Parts
 from hhh_router.pipeline.plan import make_plan
 from hhh_router.pipeline.validate import MAX_TOP_LOGPROBS, check_messages
 from hhh_router.protocols import Delta
+from hhh_router.tools import as_text
 from hhh_router.types import Action, ChatRequest, Evidence, Message, Plan, ReadRequest, Sampling, Scores, Weights
 
 PRESETS: Mapping[str, tuple[str | None, str | None]] = {
@@ -93,7 +94,7 @@ async def answer(
     if not 1 <= len(questions) <= MOST_QUESTIONS:
         raise InvalidRequest(f"questions: found {len(questions)}", hint=f"ask 1 to {MOST_QUESTIONS}")
     check_messages(messages, max_bytes=parts.settings.max_body_bytes, any_order=True, where="input")
-    messages = [m for m in messages if m.content.strip()]
+    messages = [m for m in as_text(messages, ()) if m.content.strip()]
     if not messages:
         raise InvalidRequest("input: holds no text", hint="send what the questions are about")
     try:

@@ -18,6 +18,7 @@ from hhh_router.pipeline.results import ChatDelta, ChatEvent, ChatFinished, Chat
 from hhh_router.pipeline.validate import check_chat
 from hhh_router.policy import Policy, steers
 from hhh_router.protocols import Delta, Event, Finished, Planned, Steered, Unread, Window
+from hhh_router.tools import CallScanner, calls_as_text
 from hhh_router.types import Action, ChatRequest, Decision, Plan, Scores, Weights
 
 _log = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class _Run:
         self._deadline = asyncio.get_running_loop().time() + self._timeout_s
         self._record = Record(parts, request, policy)
         self._release = Release()
+        self._scanner = self._new_scanner()
         self._logprobs: list[float] = []
         self._floors: Mapping[str, float] = {}
         self._in_force: Plan | None = None  # on the engine's thread: what its next tokens are drawn under
@@ -114,17 +116,34 @@ class _Run:
             async with aclosing(generated):
                 while self._verdict is None and (event := await self._next(generated)) is not None:
                     for delta in self._take(event):
-                        # a token may show its text only with the next one
-                        if delta.text or delta.told or delta.raw is not None:
-                            yield ChatDelta(text=delta.text, raw=delta.raw, logprobs=delta.told)
+                        if (piece := self._tell(delta)) is not None:
+                            yield piece
             if self._verdict is None and self._finished is None:
                 raise GeneratorError("the reply broke off: the generator ended without saying so")
+            if self._verdict is None and self._scanner is not None and (rest := self._scanner.end()):
+                yield ChatDelta(text=rest)
         except (ReaderError, GeneratorError) as error:
             _log.warning("%s: %s", self._request.request_id, error.message)
             decision = self._fail(error)
             if not (self._enforce and decision.action.stops):
                 raise  # the policy would go on, but there is no reply to go on with
             self._verdict = decision
+
+    def _tell(self, delta: Delta) -> ChatDelta | None:
+        """A cleared delta as the caller sees it; None for a token that shows its text only with the next one."""
+        if self._scanner is None or delta.raw is not None:
+            piece = ChatDelta(text=delta.text, raw=delta.raw, logprobs=delta.told)
+        else:
+            text, calls = self._scanner.push(delta.text)
+            # a piece of a call is no text of the reply, so its tokens are not told
+            piece = ChatDelta(text=text, logprobs=delta.told if text else (), tool_calls=calls)
+        return piece if piece.text or piece.logprobs or piece.tool_calls or piece.raw is not None else None
+
+    def _new_scanner(self) -> CallScanner | None:
+        """For the calls in a reply; None where nothing may be called."""
+        if (tools := self._request.tools) is None:
+            return None
+        return CallScanner((t.name for t in tools.callable), prefix=f"call_{self._request.request_id}")
 
     async def _next(self, generated: AsyncGenerator[Event, None]) -> Event | None:
         try:
@@ -266,6 +285,7 @@ class _Run:
         self._steered = {}
         self._spent_tokens += self._release.tokens
         self._release = Release()
+        self._scanner = self._new_scanner()
         self._cleared.clear()
         self._logprobs.clear()
         self._record.begin_again()
@@ -282,13 +302,16 @@ class _Run:
             self._cleared.append(ChatDelta(text=f"\n\n{refusal}" if parted else refusal, is_refusal=True))
         pending = self._cleared if not self._out else self._cleared[-1:] if refusal else []
         text = "".join(delta.text for delta in self._cleared)
+        calls = tuple(call for delta in self._cleared for call in delta.tool_calls)
         finish_reason = "content_filter" if refusal is not None else self._finished.reason if self._finished else "stop"
+        if calls and finish_reason == "stop":
+            finish_reason = "tool_calls"
         usage = Usage(
             prompt_tokens=self._finished.prompt_tokens if self._finished else self._record.prompt_tokens,
             completion_tokens=self._spent_tokens + self._release.tokens,
         )
         self._record.first_text()
-        metadata = self._record.finish(text)
+        metadata = self._record.finish(text + calls_as_text(calls))
         if not self._out:
             yield ChatStarted(metadata=metadata)
         for delta in pending:
@@ -299,5 +322,6 @@ class _Run:
             usage=usage,
             metadata=metadata,
             refusal=refusal,
+            tool_calls=calls,
             logprobs=tuple(told for delta in self._cleared for told in delta.logprobs) if asked else None,
         )

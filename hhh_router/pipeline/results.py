@@ -9,7 +9,7 @@ from typing import Any
 from hhh_router.errors import Blocked
 from hhh_router.protocols import FinishReason, TokenLogprob
 from hhh_router.trace.block import DecisionRecord, Metadata
-from hhh_router.types import Action, Decision, Weights
+from hhh_router.types import Action, Decision, ToolCall, Weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +39,8 @@ class ChatDelta:
     """True for the policy's message in place of the reply or its rest."""
     logprobs: tuple[TokenLogprob, ...] = ()
     """Of the tokens behind this piece, where the request asked for them."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """Whole calls that this piece brings; their own tokens' log-probabilities are not told."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +55,8 @@ class ChatFinished:
     """The policy's message, when a decision stopped the reply; it is the end of ``text`` too."""
     logprobs: tuple[TokenLogprob, ...] | None = None
     """Of every token that reached the caller; None where nobody asked, or where the message stands alone."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """What the model wants to be called; the reason is ``tool_calls`` then."""
 
 
 ChatEvent = ChatStarted | ChatDelta | ChatFinished
@@ -132,6 +136,8 @@ class ChatResult(_Result):
     """The policy's message, when a decision stopped the reply."""
     logprobs: tuple[TokenLogprob, ...] | None = None
     """Of every token of the reply that was let through; None where nobody asked, or where the message stands alone."""
+    tool_calls: tuple[ToolCall, ...] = ()
+    """What the model wants to be called; ``finish_reason`` is ``tool_calls`` then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

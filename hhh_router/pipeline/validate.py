@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from hhh_router.errors import InvalidRequest
-from hhh_router.types import ChatRequest, GuardRequest, Message, Sampling
+from hhh_router.types import ChatRequest, GuardRequest, Message, Sampling, ToolUse
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_STOPS = 16  # every stop string is searched for at every token
@@ -34,6 +34,8 @@ def check_chat(request: ChatRequest, *, max_bytes: int, any_order: bool = False)
     """
     check_messages(request.messages, max_bytes=max_bytes, any_order=any_order)
     check_sampling(request.sampling)
+    if request.tools is not None:
+        check_tools(request.tools, max_bytes=max_bytes)
     if (given := request.timeout_s) is not None and not (_is_finite(given) and given > 0):
         raise InvalidRequest(f"timeout_s: found {given!r}", hint="use seconds, more than 0")
 
@@ -73,12 +75,53 @@ def check_messages(
         raise InvalidRequest(f"{where}: no messages", hint="send at least one message with role 'user'")
     used = 0
     for i, message in enumerate(messages):
-        if any_order and not message.content:
+        where_calls = f"{where}[{i}].tool_calls"
+        for j, call in enumerate(message.tool_calls):
+            if call.arguments:
+                used += _check_text(call.arguments, f"{where_calls}[{j}].arguments", max_bytes=max_bytes - used)
+        if not message.content and (any_order or message.tool_calls or message.role == "tool"):
             continue
         used += _check_text(message.content, f"{where}[{i}].content", max_bytes=max_bytes - used)
     if not any_order:
         _check_roles([m.role for m in messages], where)
+        _check_results(messages, where)
     return used
+
+
+def _check_results(messages: Sequence[Message], where: str) -> None:
+    """Calls stand in an assistant's turn, and a result names one that came before it."""
+    called: set[str] = set()
+    for i, message in enumerate(messages):
+        if message.tool_calls and message.role != "assistant":
+            raise InvalidRequest(
+                f"{where}[{i}].tool_calls: found in a turn of role {message.role}", hint="only an assistant calls tools"
+            )
+        called |= {call.id for call in message.tool_calls}
+        if message.tool_call_id is not None and message.tool_call_id not in called:
+            raise InvalidRequest(
+                f"{where}[{i}].tool_call_id: no call {message.tool_call_id[:80]!r} comes before it",
+                hint="send the assistant's turn with its tool_calls first",
+            )
+
+
+def check_tools(tools: ToolUse, *, max_bytes: int) -> None:
+    """Accept tools whose schemas can be followed.
+
+    Raises:
+        InvalidRequest: No tool may be called, or a schema is too large, too deep or no JSON.
+    """
+    if not tools.callable:
+        raise InvalidRequest("tools: none of them may be called", hint="name some of them, or leave them out")
+    used = 0
+    for i, tool in enumerate(tools.tools):
+        _check_schema(tool.parameters, f"tools[{i}].parameters")
+        used += len(tool.parameters)
+        if tool.description:
+            max_bytes -= _check_text(tool.description, f"tools[{i}].description", max_bytes=max_bytes)
+    if used > MAX_SCHEMA_CHARS:
+        raise InvalidRequest(
+            f"tools: schemas of {used:,} characters together", hint=f"use at most {MAX_SCHEMA_CHARS:,}"
+        )
 
 
 def check_sampling(sampling: Sampling) -> None:
@@ -108,7 +151,7 @@ def check_sampling(sampling: Sampling) -> None:
         raise InvalidRequest(f"top_logprobs: found {top!r}", hint=f"use a whole number from 0 to {MAX_TOP_LOGPROBS}")
     _check_biases(sampling.logit_bias)
     if sampling.json_schema is not None:
-        _check_schema(sampling.json_schema)
+        _check_schema(sampling.json_schema, "response_format")
 
 
 def _check_biases(biases: Mapping[int, float]) -> None:
@@ -123,26 +166,24 @@ def _check_biases(biases: Mapping[int, float]) -> None:
             )
 
 
-def _check_schema(text: str) -> None:
+def _check_schema(text: str, where: str) -> None:
     if not isinstance(text, str):
-        raise InvalidRequest(f"response_format: the schema is {type(text).__name__}", hint="give it as JSON text")
+        raise InvalidRequest(f"{where}: the schema is {type(text).__name__}", hint="give it as JSON text")
     if len(text) > MAX_SCHEMA_CHARS:
-        raise InvalidRequest(
-            f"response_format: a schema of {len(text):,} characters", hint=f"use at most {MAX_SCHEMA_CHARS:,}"
-        )
+        raise InvalidRequest(f"{where}: a schema of {len(text):,} characters", hint=f"use at most {MAX_SCHEMA_CHARS:,}")
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError) as error:
         said = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise InvalidRequest(f"response_format: the schema is no JSON: {said}", hint="send a JSON schema") from error
+        raise InvalidRequest(f"{where}: the schema is no JSON: {said}", hint="send a JSON schema") from error
     if not isinstance(schema, dict):
-        raise InvalidRequest("response_format: the schema is no object", hint='send an object, such as {"type": …}')
+        raise InvalidRequest(f"{where}: the schema is no object", hint='send an object, such as {"type": …}')
     level: list[object] = [schema]
     for _ in range(MAX_SCHEMA_DEPTH):
         level = [inner for outer in level for inner in _inside(outer)]
     if any(isinstance(value, dict | list) for value in level):
         raise InvalidRequest(
-            f"response_format: the schema is nested more than {MAX_SCHEMA_DEPTH} levels deep",
+            f"{where}: the schema is nested more than {MAX_SCHEMA_DEPTH} levels deep",
             hint="flatten it, or name its parts under $defs",
         )
 

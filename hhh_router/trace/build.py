@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any, Literal, Protocol
 
 from hhh_router.trace.block import BundleRef, CalibrationRef, DecisionRecord, Metadata, PolicyRef, Receipt, WeightsFrom
@@ -168,6 +169,7 @@ def canonical_request(request: ChatRequest | GuardRequest | ReadRequest) -> dict
         },
         "weights": request.weights.as_dict() if request.weights else None,
         "passthrough": dict(request.passthrough),
+        **({} if request.tools is None else {"tools": asdict(request.tools)}),
     }
 
 
@@ -207,8 +209,13 @@ def _set_only(sampling: Sampling) -> dict[str, Any]:
     return fields
 
 
-def _turn(message: Message) -> dict[str, str]:
-    return {"role": message.role, "content": message.content}
+def _turn(message: Message) -> dict[str, Any]:
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        turn["tool_calls"] = [asdict(call) for call in message.tool_calls]
+    if message.tool_call_id is not None:
+        turn["tool_call_id"] = message.tool_call_id
+    return turn
 
 
 def _rounded(field: str, values: Mapping[str, float], *, decimals: int = _DECIMALS) -> dict[str, float]:

@@ -15,6 +15,7 @@ import httpx
 from pydantic import SecretStr
 
 from hhh_router.errors import BackendTimeout, SettingsError, UpstreamError
+from hhh_router.tools import as_text
 from hhh_router.types import Action, ReadRequest
 
 Wire = Literal["native", "moderations"]
@@ -316,7 +317,7 @@ def _pause_s(retry_after: str | None, tries: int) -> float:
 
 
 def _native_item(request: ReadRequest) -> dict[str, Any]:
-    item: dict[str, Any] = {"prompt": [{"role": m.role, "content": m.content} for m in request.messages]}
+    item: dict[str, Any] = {"prompt": [{"role": m.role, "content": m.content} for m in as_text(request.messages, ())]}
     return item if request.response is None else item | {"response": request.response}
 
 

@@ -21,6 +21,7 @@ from pydantic import SecretStr
 
 from hhh_router.errors import BackendTimeout, ReaderError, RequestError, UpstreamError
 from hhh_router.protocols import Delta, Event, Finished, FinishReason, Planned, Planner, Reader, Steerer, Unread, Window
+from hhh_router.tools import as_text
 from hhh_router.types import ChatRequest, Message, ReadRequest, Scores
 from hhh_router.upstream.sse import EventParser
 
@@ -332,7 +333,7 @@ def readable(messages: Sequence[Message]) -> tuple[Message, ...]:
     ['assistant', 'user']
     """
     turns: list[Message] = []
-    for message in messages:
+    for message in as_text(messages, ()):
         if not message.content.strip():
             continue
         role = message.role

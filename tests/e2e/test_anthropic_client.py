@@ -109,3 +109,27 @@ def test_a_stream_that_breaks_raises(watchful: Policies) -> None:
         pytest.raises(anthropic.APIStatusError, match="it broke"),
     ):
         list(client.messages.create(**ask(), stream=True))
+
+
+def test_tools_are_called_and_their_results_taken_by_the_strict_client(watchful: Policies) -> None:
+    call = '<tool_call>[{"name": "weather", "arguments": {"city": "Oslo"}}]</tool_call>'
+    generator = FakeGenerator(lambda request: "It is mild." if request.messages[-1].role == "tool" else f"Wait. {call}")
+    tools: Any = [{"name": "weather", "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}}}]
+    with served(fake_pipeline(watchful(), generator=generator)) as url, client_of(url) as client:
+        asked = client.messages.create(**ask(tools=tools))
+        with client.messages.stream(**ask(tools=tools)) as stream:
+            streamed = stream.get_final_message()
+        used = next(b for b in asked.content if b.type == "tool_use")
+        result: Any = {"type": "tool_result", "tool_use_id": used.id, "content": "12 degrees"}
+        turns: Any = [
+            *ask()["messages"],
+            {"role": "assistant", "content": asked.content},
+            {"role": "user", "content": [result]},
+        ]
+        answered = client.messages.create(**(ask(tools=tools) | {"messages": turns}))
+
+    assert asked.stop_reason == streamed.stop_reason == "tool_use"
+    assert used.input == {"city": "Oslo"}
+    assert [b.type for b in streamed.content] == ["text", "tool_use"]
+    assert answered.content[0].type == "text"
+    assert answered.content[0].text == "It is mild."

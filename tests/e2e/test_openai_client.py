@@ -2,6 +2,7 @@
 
 import asyncio
 import functools
+import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -157,7 +158,7 @@ def test_models_are_listed(client: openai.OpenAI) -> None:
 def test_errors_arrive_as_the_clients_own_classes(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         client.chat.completions.create(model="gpt-4o", messages=HELLO)
-    with pytest.raises(openai.BadRequestError, match="tools: not supported yet"):
+    with pytest.raises(openai.BadRequestError, match=r"tools\[0\].name: found null"):
         client.chat.completions.create(model="hhh-auto", messages=HELLO, tools=[{"type": "function"}])  # type: ignore[list-item]
     with pytest.raises(openai.PermissionDeniedError, match="use one of watchful"):
         client.chat.completions.create(model="hhh-auto:nope", messages=HELLO)
@@ -316,3 +317,70 @@ def test_a_refused_response_has_a_part_of_its_own(client: openai.OpenAI) -> None
     assert found.incomplete_details.reason == "content_filter"
     assert found.output[0].type == "message"
     assert found.output[0].content[0].type == "refusal"
+
+
+WEATHER: Any = {
+    "type": "function",
+    "function": {
+        "name": "weather",
+        "strict": True,
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"enum": ["Oslo", "Rome"]}},
+            "required": ["city"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@pytest.fixture
+def roomy(watchful: Policies, tmp_path: Path) -> Iterator[openai.OpenAI]:
+    """A tiny real model with a window wide enough for tools at a token a byte."""
+    bundle = tiny_bundle(tmp_path / "roomy", max_position_embeddings=4096)
+    policy = str(watchful(mode="shadow"))
+    settings = Settings.load(bundle=str(bundle.root), policy=policy, cache_dir=tmp_path, threads=1)
+    with served(build_pipeline(settings)) as url, client_of(url) as client:
+        yield client
+
+
+def test_a_real_model_calls_tools_whole_and_streamed_and_takes_their_results(roomy: openai.OpenAI) -> None:
+    asked: dict[str, Any] = {"model": "hhh-auto", "messages": HELLO, "tools": [WEATHER], "max_tokens": 300}
+    asked |= {"tool_choice": "required", "parallel_tool_calls": False}
+
+    whole = roomy.chat.completions.create(**asked)
+    with roomy.chat.completions.stream(**asked) as stream:
+        arguments = [e.parsed_arguments for e in stream if e.type == "tool_calls.function.arguments.done"]
+        streamed = stream.get_final_completion()
+
+    [call] = whole.choices[0].message.tool_calls or []
+    assert call.type == "function"
+    assert whole.choices[0].finish_reason == streamed.choices[0].finish_reason == "tool_calls"
+    assert [json.loads(call.function.arguments)] == arguments
+    turns: Any = [*HELLO, whole.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": "12 degrees"}]
+    answered = roomy.chat.completions.create(model="hhh-auto", messages=turns, tools=[WEATHER], max_tokens=4)
+    assert answered.usage is not None
+    assert whole.usage is not None
+    assert answered.usage.prompt_tokens > whole.usage.prompt_tokens
+
+
+def test_responses_of_a_real_model_call_tools(roomy: openai.OpenAI) -> None:
+    flat: Any = {"type": "function", **WEATHER["function"]}
+    asked: dict[str, Any] = {"model": "hhh-auto", "input": "Hello", "tools": [flat], "max_output_tokens": 300}
+    asked |= {"tool_choice": {"type": "function", "name": "weather"}, "parallel_tool_calls": False}
+
+    with roomy.responses.stream(**asked) as stream:
+        done = [e.arguments for e in stream if e.type == "response.function_call_arguments.done"]
+        response = stream.get_final_response()
+
+    [item] = response.output
+    assert item.type == "function_call"
+    assert [item.arguments] == done
+    outputs: Any = [{"type": "function_call_output", "call_id": item.call_id, "output": "12 degrees"}]
+    again = roomy.responses.create(
+        model="hhh-auto", input=outputs, previous_response_id=response.id, tools=[flat], max_output_tokens=4
+    )
+    assert again.status in ("completed", "incomplete")
+    assert again.usage is not None
+    assert response.usage is not None
+    assert again.usage.input_tokens > response.usage.input_tokens

@@ -22,4 +22,4 @@ def test_every_snippet_of_the_sdk_page_runs(tiny: Bundle, monkeypatch: pytest.Mo
     for number, snippet in enumerate(snippets, 1):
         exec(compile(snippet, f"docs/sdk.md, snippet {number}", "exec"), names)
 
-    assert len(snippets) == 9
+    assert len(snippets) == 10

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "hhh_router"
 
-PURE = {"types", "errors", "calibration", "policy", "routing"}
+PURE = {"types", "errors", "tools", "calibration", "policy", "routing"}
 """Plain Python on a handful of floats."""
 SHARED = PURE | {"protocols", "bundle", "settings", "trace"}
 OFFLINE = {"data", "training", "evaluation"}
@@ -19,6 +19,7 @@ OFFLINE = {"data", "training", "evaluation"}
 MAY_IMPORT: dict[str, set[str]] = {
     "types": set(),
     "errors": {"types"},
+    "tools": {"types"},
     "protocols": {"types", "errors"},
     "bundle": {"types", "errors"},
     "settings": {"types", "errors"},

@@ -232,7 +232,7 @@ def test_messages_come_as_text_dicts_or_messages(router: HHHRouter) -> None:
         ([{"content": "x"}], r"messages\[0\]\.role: found null"),
         (["hi"], r"messages\[0\]: found a string"),
         ([{"role": "user", "content": 5}], r"messages\[0\]\.content: found a number"),
-        ([{"role": "user", "content": "x", "tool_calls": [{}]}], "tools are not supported yet"),
+        ([{"role": "user", "content": "x", "tool_calls": [{}]}], r"tool_calls\[0\]: no call of a function"),
     ],
 )
 def test_messages_that_are_none_are_named(router: HHHRouter, messages: object, found: str) -> None:

@@ -119,7 +119,7 @@ def test_what_is_not_read_is_named(served: TestClient) -> None:
         ({"max_tokens": True}, "max_tokens: found a boolean"),
         ({"stop_sequences": "x"}, "stop_sequences: found a string"),
         ({"stream": "yes"}, "stream: found a string"),
-        ({"tools": [{"name": "x", "input_schema": {}}]}, "tools: not supported yet"),
+        ({"tools": [{"input_schema": {}}]}, "tools[0].name: found null"),
         ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking: not supported yet"),
         ({"messages": "x"}, "messages: found a string"),
         ({"messages": []}, "no messages"),
@@ -138,13 +138,13 @@ def test_what_is_wrong_is_400_in_anthropics_shape(served: TestClient, change: di
     assert said in body["error"]["message"]
 
 
-def test_a_turn_that_used_a_tool_is_not_answered_as_if_it_were_text(served: TestClient) -> None:
-    turn = [{"type": "tool_result", "tool_use_id": "t", "content": "x"}]
+def test_a_turn_that_thought_is_not_answered_as_if_it_were_text(served: TestClient) -> None:
+    turn = [{"type": "thinking", "thinking": "x", "signature": "y"}]
 
     reply = served.post("/v1/messages", json=ask(turn))
 
     assert reply.status_code == 400
-    assert "messages[0].content[0]: tool_result is not supported yet" in reply.json()["error"]["message"]
+    assert "messages[0].content[0]: thinking is not supported yet" in reply.json()["error"]["message"]
 
 
 def test_an_unknown_model_is_404(served: TestClient) -> None:

@@ -82,8 +82,8 @@ def test_unknown_harmless_fields_are_accepted_and_listed() -> None:
 @pytest.mark.parametrize(
     "fields",
     [
-        {"tools": [{"type": "function"}]},
-        {"tool_choice": "required"},
+        {"functions": [{"name": "x"}]},
+        {"function_call": {"name": "x"}},
         {"n": 2},
         {"n": True},
         {"presence_penalty": 0.5},

@@ -151,10 +151,10 @@ def test_log_probabilities_come_where_they_are_included(served: TestClient) -> N
         (
             {"input": [{"type": "function_call_output", "output": "x"}]},
             400,
-            "function_call_output is not supported yet",
+            "messages[0].role: tool as the first message",
         ),
         ({"instructions": 3}, 400, "instructions: found a number"),
-        ({"tools": [{"type": "function"}]}, 400, "tools: not supported yet"),
+        ({"tools": [{"type": "web_search"}]}, 400, "tools[0].type: found 'web_search'"),
         ({"background": True}, 400, "background: not supported yet"),
         ({"stream": "yes"}, 400, "stream: found a string"),
         ({"text": "x"}, 400, "text: found a string"),

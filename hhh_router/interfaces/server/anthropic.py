@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,17 +16,17 @@ from hhh_router.interfaces.sampling import parse_sampling
 from hhh_router.interfaces.server.dialect import event
 from hhh_router.interfaces.server.http import Failure, dump, failure, read_json, until_client_leaves
 from hhh_router.interfaces.server.models import parse_model
+from hhh_router.interfaces.tools import parse_tools
 from hhh_router.pipeline import ChatDelta, ChatFinished, Pipeline
 from hhh_router.pipeline.validate import check_messages
 from hhh_router.trace.block import Metadata
-from hhh_router.types import ChatRequest, Message, ReadRequest
+from hhh_router.types import ChatRequest, Message, ReadRequest, ToolCall, ToolUse
 
 _READ = frozenset(
     {"model", "messages", "system", "max_tokens", "stop_sequences", "stream", "temperature", "top_p", "top_k", "hhh"}
+    | {"tools", "tool_choice"}
 )
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "tools": ([],),
-    "tool_choice": ({"type": "none"}, {"type": "auto"}),
     "thinking": ({"type": "disabled"},),
     "mcp_servers": ([],),
     "container": (),
@@ -34,7 +35,8 @@ _NEUTRAL: Mapping[str, tuple[object, ...]] = {
     "output_format": (),
 }
 """Fields that change the answer and are not supported yet, with the values that change nothing. Others are refused."""
-_UNSUPPORTED_BLOCKS = frozenset({"tool_use", "tool_result", "server_tool_use", "thinking", "redacted_thinking"})
+_UNSUPPORTED_BLOCKS = frozenset({"server_tool_use", "thinking", "redacted_thinking"})
+_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _STOP_REASONS = {"stop": "end_turn", "length": "max_tokens", "content_filter": "refusal", "tool_calls": "tool_use"}
 _ERROR_TYPES = {
     401: "authentication_error",
@@ -59,7 +61,7 @@ class Call:
         """See `dialect.Dialect`."""
         return {
             **_head(self.model, done.metadata),
-            "content": [{"type": "text", "text": done.text}],
+            "content": _content(done),
             **_stop(done),
             "usage": _usage(done),
             "hhh": done.metadata.as_json(),
@@ -89,17 +91,30 @@ class Writer:
     def __init__(self, model: str, first: Metadata) -> None:
         self._model, self._first = model, first
         self._begun = False
+        self._at = -1
+        self._in_text = False
 
     def delta(self, piece: ChatDelta) -> list[bytes]:
         """See `dialect.StreamWriter`."""
-        delta = {"type": "text_delta", "text": piece.text}
-        return [*self._open(), _event("content_block_delta", index=0, delta=delta)]
+        frames = self._open()
+        if piece.text or not piece.tool_calls:
+            frames += self._text()
+            frames.append(self._delta({"type": "text_delta", "text": piece.text}))
+        for call in piece.tool_calls:
+            frames += [
+                *self._next({**_tool_use(call), "input": {}}),
+                self._delta({"type": "input_json_delta", "partial_json": call.arguments}),
+            ]
+        return frames
 
     def end(self, done: ChatFinished) -> list[bytes]:
         """See `dialect.StreamWriter`."""
+        frames = self._open()
+        if self._at < 0:
+            frames += self._text()  # a message without a word still has its block
         return [
-            *self._open(),
-            _event("content_block_stop", index=0),
+            *frames,
+            _event("content_block_stop", index=self._at),
             _event("message_delta", delta=_stop(done), usage=_usage(done), hhh=done.metadata.as_json()),
             _event("message_stop"),
         ]
@@ -116,10 +131,25 @@ class Writer:
             "usage": {"input_tokens": 0, "output_tokens": 0},  # both are known, and told, at the end
             "hhh": self._first.as_json(),
         }
-        return [
-            _event("message_start", message=message),
-            _event("content_block_start", index=0, content_block={"type": "text", "text": ""}),
-        ]
+        return [_event("message_start", message=message)]
+
+    def _text(self) -> list[bytes]:
+        """Begin a block of text, unless one is under way."""
+        if self._in_text:
+            return []
+        frames = self._next({"type": "text", "text": ""})
+        self._in_text = True
+        return frames
+
+    def _next(self, block: Mapping[str, Any]) -> list[bytes]:
+        """End the block under way, and begin another."""
+        ended = [_event("content_block_stop", index=self._at)] if self._at >= 0 else []
+        self._at += 1
+        self._in_text = False
+        return [*ended, _event("content_block_start", index=self._at, content_block=dict(block))]
+
+    def _delta(self, delta: Mapping[str, Any]) -> bytes:
+        return _event("content_block_delta", index=self._at, delta=dict(delta))
 
 
 def parse_message(body: Mapping[str, Any], *, request_id: str = "") -> Call:
@@ -152,6 +182,7 @@ def parse_message(body: Mapping[str, Any], *, request_id: str = "") -> Call:
             max_tokens=limit, temperature=body.get("temperature"), top_p=body.get("top_p"), top_k=body.get("top_k"),
             stop=stop or None,
         ),
+        tools=_tools(body),
         request_id=request_id,
         not_inspected=unread + check_supported(body, _READ, _NEUTRAL),
     )  # fmt: skip
@@ -159,7 +190,7 @@ def parse_message(body: Mapping[str, Any], *, request_id: str = "") -> Call:
 
 
 async def count_tokens(request: Request, pipeline: Pipeline) -> Response:
-    """``{model, messages, system?}`` → how many tokens the prompt has with the model's template around it.
+    """``{model, messages, system?, tools?}`` → how many tokens the prompt has with the model's template around it.
 
     The prompt is read to l_r for it, so that the number is the engine's own.
     """
@@ -167,7 +198,9 @@ async def count_tokens(request: Request, pipeline: Pipeline) -> Response:
     parse_model(body.get("model"))
     messages, _ = parse_turns(body)
     check_messages(messages, max_bytes=pipeline.settings.max_body_bytes)
-    [scores] = await until_client_leaves(request.receive, pipeline.parts.reader.read([ReadRequest(messages=messages)]))
+    use = _tools(body)
+    read = ReadRequest(messages=messages, tools=use.tools if use else ())
+    [scores] = await until_client_leaves(request.receive, pipeline.parts.reader.read([read]))
     return JSONResponse({"input_tokens": scores.tokens})
 
 
@@ -175,7 +208,7 @@ def parse_turns(body: Mapping[str, Any]) -> tuple[tuple[Message, ...], tuple[str
     """The conversation, ``system`` first, and what of it nobody will read.
 
     Raises:
-        InvalidRequest: No list of messages, or turns that call tools.
+        InvalidRequest: No list of messages, or blocks that cannot be read.
     """
     rows = body.get("messages", ())
     if not isinstance(rows, Sequence) or isinstance(rows, str | bytes):
@@ -188,11 +221,86 @@ def parse_turns(body: Mapping[str, Any]) -> tuple[tuple[Message, ...], tuple[str
                     f"messages[{i}].content[{j}]: {block['type']} is not supported yet",
                     hint="send turns with text only",
                 )
-    messages, unread = parse_messages(rows)
+    turns = [turn for i, row in enumerate(rows) for turn in _turns(row, f"messages[{i}]")]
+    messages, unread = parse_messages([row for row, _ in turns], names=[name for _, name in turns])
     if (system := body.get("system")) in (None, "", []):
         return messages, unread
     [first], more = parse_messages([{"role": "system", "content": system}], where="system")
     return (first, *messages), tuple(u.replace("system[0].content", "system") for u in more) + unread
+
+
+def _turns(row: object, here: str) -> list[tuple[Any, str]]:
+    """A row as OpenAI has it, with its name in messages: results of tools are turns of their own there, and come first.
+
+    Raises:
+        InvalidRequest: A block of a tool that says neither which nor what.
+    """
+    content = row.get("content") if isinstance(row, Mapping) else None
+    if not isinstance(row, Mapping) or not isinstance(content, list):
+        return [(row, here)]
+    turns: list[tuple[Any, str]] = []
+    calls: list[dict[str, Any]] = []
+    rest: list[Any] = []
+    for j, block in enumerate(content):
+        kind = block.get("type") if isinstance(block, Mapping) else None
+        at = f"{here}.content[{j}]"
+        if kind == "tool_result":
+            if not isinstance(block.get("tool_use_id"), str):
+                raise InvalidRequest(f"{at}.tool_use_id: found {kind_of(block.get('tool_use_id'))}", hint="send its id")
+            told = {"role": "tool", "tool_call_id": block["tool_use_id"], "content": block.get("content") or ""}
+            turns.append((told | ({"is_error": True} if block.get("is_error") else {}), at))
+        elif kind == "tool_use":
+            if not isinstance(block.get("input"), Mapping):
+                raise InvalidRequest(f"{at}.input: found {kind_of(block.get('input'))}", hint="send an object")
+            arguments = json.dumps(block["input"], ensure_ascii=False)
+            calls.append({"id": block.get("id"), "function": {"name": block.get("name"), "arguments": arguments}})
+        else:
+            rest.append(block)
+    if rest or calls or not turns:
+        turns.append(({**row, "content": rest, **({"tool_calls": calls} if calls else {})}, here))
+    return turns
+
+
+def _tools(body: Mapping[str, Any]) -> ToolUse | None:
+    """Anthropic's tools and choice, by way of OpenAI's.
+
+    Raises:
+        InvalidRequest: A tool of Anthropic's own, or no tool.
+    """
+    rows = body.get("tools")
+    if rows is not None and (not isinstance(rows, Sequence) or isinstance(rows, str | bytes)):
+        raise InvalidRequest(f"tools: found {kind_of(rows)}", hint="send a list of tools")
+    tools: list[Any] = []
+    for i, row in enumerate(rows or ()):
+        if not isinstance(row, Mapping):
+            raise InvalidRequest(f"tools[{i}]: found {kind_of(row)}", hint="send a tool with a name and input_schema")
+        if row.get("type") not in (None, "custom"):
+            raise InvalidRequest(
+                f"tools[{i}].type: found {str(row['type'])[:40]!r}, not supported", hint="send tools with input_schema"
+            )
+        named = {key: row.get(key) for key in ("name", "description", "strict")}
+        tools.append({"type": "function", **named, "parameters": row.get("input_schema")})
+    choice = body.get("tool_choice") or {}
+    kind = choice.get("type", "auto") if isinstance(choice, Mapping) else None
+    if kind == "tool":
+        chosen: object = {"type": "function", "name": choice.get("name")}
+    elif isinstance(kind, str) and kind in _CHOICES:
+        chosen = _CHOICES[kind]
+    else:
+        raise InvalidRequest("tool_choice.type: not known", hint="use 'auto', 'any', 'tool' or 'none'")
+    alone = choice.get("disable_parallel_tool_use")
+    if alone is not None and not isinstance(alone, bool):
+        raise InvalidRequest("tool_choice.disable_parallel_tool_use: no boolean", hint="send true or false")
+    return parse_tools(tools, chosen, not alone)
+
+
+def _content(done: ChatFinished) -> list[dict[str, Any]]:
+    calls = [_tool_use(call) for call in done.tool_calls]
+    return [{"type": "text", "text": done.text}, *calls] if done.text or not calls else calls
+
+
+def _tool_use(call: ToolCall) -> dict[str, Any]:
+    return {"type": "tool_use", "id": call.id, "name": call.name, "input": json.loads(call.arguments)}
 
 
 def anthropic_failure(error: Exception) -> Failure:

@@ -21,6 +21,7 @@ from hhh_router.interfaces.server.http import read_json, until_client_leaves
 from hhh_router.interfaces.server.keys import check_policies, owner
 from hhh_router.pipeline import GuardResult, Pipeline
 from hhh_router.pipeline.validate import check_messages
+from hhh_router.tools import as_text
 from hhh_router.types import GuardRequest, Message, ReadRequest
 
 PATH = "/beta/litellm_basic_guardrail_api"
@@ -106,8 +107,8 @@ def _texts(given: object) -> list[str]:
 def _prompt(rows: object, texts: Sequence[str], max_bytes: int) -> tuple[tuple[Message, ...], tuple[str, ...]]:
     """The conversation with its roles, or the texts where it comes without; one turn where its order is no model's."""
     if isinstance(rows, Sequence) and not isinstance(rows, str | bytes) and rows:
-        messages, unread = parse_messages(rows, where="structured_messages", tools_allowed=True)
-        messages = tuple(m for m in messages if m.content.strip())
+        messages, unread = parse_messages(rows, where="structured_messages", any_calls=True)
+        messages = tuple(m for m in as_text(messages, ()) if m.content.strip())
     else:
         messages, unread = tuple(Message(role="user", content=t) for t in texts if t.strip()), ()
     try:

@@ -14,20 +14,20 @@ from hhh_router.interfaces.server.dialect import event
 from hhh_router.interfaces.server.http import Failure, dump, failure
 from hhh_router.interfaces.server.models import parse_model
 from hhh_router.interfaces.server.moderations import moderated, parse_moderation
+from hhh_router.interfaces.tools import parse_tools
 from hhh_router.pipeline import ChatDelta, ChatFinished, TokenLogprob
+from hhh_router.tools import call_as_openai
 from hhh_router.trace.block import Metadata
 from hhh_router.types import ChatRequest, Sampling
 
 _SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "seed", "stop", "logit_bias", "top_logprobs", "response_format")
 READ_FIELDS = frozenset(
     {"messages", "model", "hhh", "stream", "stream_options", "max_tokens", "max_completion_tokens", "logprobs", "n"}
-    | {"moderation", *_SAMPLING_FIELDS}
+    | {"moderation", "tools", "tool_choice", "parallel_tool_calls", *_SAMPLING_FIELDS}
 )
 """Fields of the body that are acted on."""
 NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
     "n": (1,),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "presence_penalty": (0, 0.0),
@@ -110,7 +110,7 @@ def parse_chat(
     options = body.get("stream_options") or {}
     if not isinstance(options, Mapping):
         raise InvalidRequest("stream_options: no object", hint='send an object, such as {"include_usage": true}')
-    messages, unread = parse_messages(body.get("messages", ()), tools_allowed=upstream)
+    messages, unread = parse_messages(body.get("messages", ()), any_calls=upstream)
     call: dict[str, Any] = {}
     moderation = False
     if upstream:
@@ -128,6 +128,7 @@ def parse_chat(
         policy = one("policy", choice.policy, ours.get("policy"))
         call["weights"] = one("weights", choice.weights, parse_weights(ours.get("weights"), where="hhh.weights"))
         call["sampling"] = _sampling(body)
+        call["tools"] = parse_tools(body.get("tools"), body.get("tool_choice"), body.get("parallel_tool_calls"))
         moderation = parse_moderation(body.get("moderation"))
     if policy is not None and not isinstance(policy, str):
         raise InvalidRequest("hhh.policy: no string", hint="send a policy's name")
@@ -173,7 +174,7 @@ def completion(call: Call, done: ChatFinished, raw: Mapping[str, Any] | None, *,
         "choices": [
             {
                 "index": 0,
-                "message": {"role": "assistant", "content": done.text, "refusal": done.refusal},
+                "message": _message(done),
                 "logprobs": _logprobs(done.logprobs),
                 "finish_reason": done.finish_reason,
             }
@@ -182,6 +183,13 @@ def completion(call: Call, done: ChatFinished, raw: Mapping[str, Any] | None, *,
         **_moderation(call, done),
         **block,
     }
+
+
+def _message(done: ChatFinished) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": done.text, "refusal": done.refusal}
+    if done.tool_calls:
+        message |= {"content": done.text or None, "tool_calls": [call_as_openai(c) for c in done.tool_calls]}
+    return message
 
 
 class ChunkWriter:
@@ -196,15 +204,21 @@ class ChunkWriter:
             "model": call.model,
         }
         self._first: Metadata | None = first
+        self._calls = 0
         self._withheld: Mapping[str, Any] | None = None  # the upstream's last chunk, until the final block is known
 
     def delta(self, event: ChatDelta) -> list[dict[str, Any]]:
         """The chunks for one piece of the reply."""
         if event.raw is not None:
             return self._pass(event.raw)
-        fields: dict[str, Any] = {"content": event.text}
+        fields: dict[str, Any] = {"content": event.text} if event.text or not event.tool_calls else {}
         if event.is_refusal:
             fields["refusal"] = event.text.strip()
+        if event.tool_calls:  # each whole in one piece: a call that is not cleared to its end is none
+            fields["tool_calls"] = [
+                {"index": self._calls + i, **call_as_openai(call)} for i, call in enumerate(event.tool_calls)
+            ]
+            self._calls += len(event.tool_calls)
         return [*self._flush(), *self._open(), self._chunk(fields, logprobs=_logprobs(event.logprobs or None))]
 
     def end(self, done: ChatFinished) -> list[dict[str, Any]]:

@@ -20,9 +20,10 @@ from hhh_router.interfaces.server.dialect import event
 from hhh_router.interfaces.server.http import Failure, WireError, dump, failure
 from hhh_router.interfaces.server.models import parse_model
 from hhh_router.interfaces.server.openai import wire_token
+from hhh_router.interfaces.tools import parse_tools
 from hhh_router.pipeline import ChatDelta, ChatFinished, TokenLogprob
 from hhh_router.trace.block import Metadata
-from hhh_router.types import ChatRequest, Message, Sampling
+from hhh_router.types import ChatRequest, Message, Sampling, ToolCall
 
 MOST_KEPT = 1024
 """Responses that ``previous_response_id`` may name."""
@@ -43,11 +44,9 @@ _READ = frozenset(
         "store",
     }
     | {"previous_response_id", "top_logprobs", "metadata", "hhh", "stream_options"}
+    | {"tools", "tool_choice", "parallel_tool_calls"}
 )
 _NEUTRAL: Mapping[str, tuple[object, ...]] = {
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),  # of no tools
     "reasoning": ({}, {"effort": None}, {"effort": "none"}),
     "background": (False,),
     "truncation": ("disabled",),
@@ -92,7 +91,7 @@ class Conversations:
 
 
 def _chars(messages: Sequence[Message]) -> int:
-    return sum(len(m.content) for m in messages)
+    return sum(len(m.content) + sum(len(c.arguments) for c in m.tool_calls) for m in messages)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,9 +155,6 @@ class Call:
             "incomplete_details": None,
             "model": self.model,
             "output": list(output),
-            "parallel_tool_calls": False,
-            "tool_choice": "none",
-            "tools": [],
             **self.asked,
             **more,
         }
@@ -166,7 +162,8 @@ class Call:
     def finished(self, done: ChatFinished) -> dict[str, Any]:
         """The whole response; its conversation is kept from here on."""
         if self.conversations is not None:
-            self.conversations.keep(self.owner, self.id, (*self.turns, Message(role="assistant", content=done.text)))
+            reply = Message(role="assistant", content=done.text, tool_calls=done.tool_calls)
+            self.conversations.keep(self.owner, self.id, (*self.turns, reply))
         reason = {"length": "max_output_tokens", "content_filter": "content_filter"}.get(done.finish_reason)
         usage = {
             "input_tokens": done.usage.prompt_tokens,
@@ -175,18 +172,21 @@ class Call:
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": done.usage.prompt_tokens + done.usage.completion_tokens,
         }
+        status = "completed" if reason is None else "incomplete"
+        calls = [_function_call(call) for call in done.tool_calls]
+        said = [self.message(0, _parts(done), status)] if done.text or not calls else []
         return self.body(
-            "completed" if reason is None else "incomplete",
-            output=[self.item(_parts(done), "completed" if reason is None else "incomplete")],
+            status,
+            output=[*said, *calls],
             incomplete_details=None if reason is None else {"reason": reason},
             usage=usage,
             hhh=done.metadata.as_json(),
         )
 
-    def item(self, parts: Sequence[Mapping[str, Any]], status: str) -> dict[str, Any]:
-        """The one message of the output."""
+    def message(self, at: int, parts: Sequence[Mapping[str, Any]], status: str) -> dict[str, Any]:
+        """The message at a place of the output."""
         return {
-            "id": f"msg_{self.request.request_id}",
+            "id": f"msg_{self.request.request_id}" + (f"_{at}" if at else ""),
             "type": "message",
             "role": "assistant",
             "status": status,
@@ -200,72 +200,103 @@ class Writer:
     def __init__(self, call: Call, first: Metadata) -> None:
         self._call, self._first = call, first
         self._begun = False
-        self._part: dict[str, Any] | None = None
-        """The part under way."""
+        self._parts: list[dict[str, Any]] = []
+        """Of the message under way; the last may grow."""
+        self._item: dict[str, Any] | None = None
+        """The message under way."""
         self._at = -1
+        """Its place in the output, or that of the last item."""
 
     def delta(self, piece: ChatDelta) -> list[bytes]:
         """See `dialect.StreamWriter`."""
         frames = self._open()
-        kind = "refusal" if piece.is_refusal else "output_text"
-        key = "refusal" if piece.is_refusal else "text"
-        if self._part is None or self._part["type"] != kind:
-            frames += self._close() + self._next(_part(kind))
-        assert self._part is not None
-        text = piece.text.strip() if piece.is_refusal else piece.text
-        told: dict[str, Any] = {}
-        if kind == "output_text":
-            tokens = [wire_token(t) for t in piece.logprobs]
-            self._part["logprobs"] += tokens
-            told = {"logprobs": tokens}
-        self._part[key] += text
-        return [*frames, self._event(f"response.{kind}.delta", delta=text, **told)]
+        if piece.text or not piece.tool_calls:
+            frames += self._say(piece)
+        for call in piece.tool_calls:
+            frames += [*self._end_message(), *self._called(call)]
+        return frames
 
     def end(self, done: ChatFinished) -> list[bytes]:
         """See `dialect.StreamWriter`."""
         frames = self._open()
-        if self._part is None:
-            frames += self._next(_part("output_text"))  # a reply without a word still has its message
-        frames += self._close()
+        if self._at < 0:
+            frames += self._say(ChatDelta(text=""))  # a reply without a word still has its message
         response = self._call.finished(done)
-        [item] = response["output"]
+        frames += self._end_message(response["status"])
         kind = "response.completed" if response["status"] == "completed" else "response.incomplete"
-        return [
-            *frames,
-            self._call.event("response.output_item.done", output_index=0, item=item),
-            self._call.event(kind, response=response),
-        ]
+        return [*frames, self._call.event(kind, response=response)]
 
     def _open(self) -> list[bytes]:
         if self._begun:
             return []
         self._begun = True
         started = self._call.body("in_progress", hhh=self._first.as_json())
-        item = self._call.item([], "in_progress")
         return [
             self._call.event("response.created", response=started),
             self._call.event("response.in_progress", response=started),
-            self._call.event("response.output_item.added", output_index=0, item=item),
         ]
 
-    def _next(self, part: dict[str, Any]) -> list[bytes]:
-        self._at += 1
-        self._part = part
-        return [self._event("response.content_part.added", part=dict(part))]
+    def _say(self, piece: ChatDelta) -> list[bytes]:
+        kind = "refusal" if piece.is_refusal else "output_text"
+        key = "refusal" if piece.is_refusal else "text"
+        frames = self._begin_message()
+        if not self._parts or self._parts[-1]["type"] != kind:
+            frames += self._close_part()
+            self._parts.append(_part(kind))
+            frames.append(self._event("response.content_part.added", part=dict(self._parts[-1])))
+        part = self._parts[-1]
+        text = piece.text.strip() if piece.is_refusal else piece.text
+        told: dict[str, Any] = {}
+        if kind == "output_text":
+            tokens = [wire_token(t) for t in piece.logprobs]
+            part["logprobs"] += tokens
+            told = {"logprobs": tokens}
+        part[key] += text
+        return [*frames, self._event(f"response.{kind}.delta", delta=text, **told)] if text or told else frames
 
-    def _close(self) -> list[bytes]:
-        if (part := self._part) is None:
+    def _begin_message(self) -> list[bytes]:
+        if self._item is not None:
             return []
-        self._part = None
+        self._at += 1
+        self._parts = []
+        self._item = self._call.message(self._at, [], "in_progress")
+        return [self._call.event("response.output_item.added", output_index=self._at, item=self._item)]
+
+    def _end_message(self, status: str = "completed") -> list[bytes]:
+        if self._item is None:
+            return []
+        frames = self._close_part()
+        item = self._call.message(self._at, self._parts, status)
+        self._item = None
+        return [*frames, self._call.event("response.output_item.done", output_index=self._at, item=item)]
+
+    def _close_part(self) -> list[bytes]:
+        if not self._parts:
+            return []
+        part = self._parts[-1]
         if part["type"] == "refusal":
             done = self._event("response.refusal.done", refusal=part["refusal"])
         else:
             done = self._event("response.output_text.done", text=part["text"], logprobs=part["logprobs"])
         return [done, self._event("response.content_part.done", part=part)]
 
+    def _called(self, call: ToolCall) -> list[bytes]:
+        self._at += 1
+        whole = _function_call(call)
+        here = {"item_id": whole["id"], "output_index": self._at}
+        begun = {**whole, "arguments": "", "status": "in_progress"}
+        kind = "response.function_call_arguments"
+        return [
+            self._call.event("response.output_item.added", output_index=self._at, item=begun),
+            self._call.event(f"{kind}.delta", delta=call.arguments, **here),
+            self._call.event(f"{kind}.done", arguments=call.arguments, name=call.name, **here),
+            self._call.event("response.output_item.done", output_index=self._at, item=whole),
+        ]
+
     def _event(self, kind: str, **fields: Any) -> bytes:
-        item = f"msg_{self._call.request.request_id}"
-        return self._call.event(kind, item_id=item, output_index=0, content_index=self._at, **fields)
+        assert self._item is not None
+        place = {"item_id": self._item["id"], "output_index": self._at, "content_index": len(self._parts) - 1}
+        return self._call.event(kind, **place, **fields)
 
 
 def parse_response(
@@ -307,6 +338,7 @@ def parse_response(
         policy=policy,
         weights=one("weights", choice.weights, parse_weights(ours.get("weights"), where="hhh.weights")),
         sampling=sampling,
+        tools=parse_tools(body.get("tools"), body.get("tool_choice"), body.get("parallel_tool_calls")),
         request_id=request_id,
         not_inspected=more + unread,
     )
@@ -315,9 +347,12 @@ def parse_response(
         "instructions": instructions,
         "max_output_tokens": body.get("max_output_tokens"),
         "metadata": body.get("metadata") or {},
+        "parallel_tool_calls": body.get("parallel_tool_calls") is not False,
         "previous_response_id": earlier,
         "store": kept,
         "temperature": sampling.temperature,
+        "tool_choice": body.get("tool_choice") or "auto",
+        "tools": body.get("tools") or [],
         "text": body.get("text") or {"format": {"type": "text"}},
         "top_p": sampling.top_p,
         "truncation": "disabled",
@@ -338,15 +373,39 @@ def _turns(given: object) -> tuple[tuple[Message, ...], tuple[str, ...]]:
         return (Message(role="user", content=given),), ()
     if not isinstance(given, Sequence) or isinstance(given, bytes):
         raise InvalidRequest(f"input: found {kind_of(given)}", hint="send text, or a list of messages")
-    rows = []
+    rows: list[Any] = []
+    names: list[str] = []
     for i, row in enumerate(given):
         kind = row.get("type", "message") if isinstance(row, Mapping) else "message"
-        if kind != "message":
-            raise InvalidRequest(f"input[{i}]: {str(kind)[:40]} is not supported yet", hint="send messages with text")
-        rows.append(
-            {k: v for k, v in row.items() if k not in ("type", "id", "status")} if isinstance(row, Mapping) else row
-        )
-    return parse_messages(rows, where="input")
+        turn = row
+        if kind == "function_call":
+            call = {"id": row.get("call_id"), "function": {k: row.get(k) for k in ("name", "arguments")}}
+            if rows and isinstance(rows[-1], Mapping) and rows[-1].get("role") == "assistant":
+                rows[-1] = {**rows[-1], "tool_calls": [*rows[-1].get("tool_calls", ()), call]}
+                continue
+            turn = {"role": "assistant", "content": None, "tool_calls": [call]}
+        elif kind == "function_call_output":
+            turn = {"role": "tool", "content": row.get("output"), "tool_call_id": row.get("call_id")}
+        elif kind != "message":
+            raise InvalidRequest(
+                f"input[{i}]: {str(kind)[:40]} is not supported yet", hint="send messages, and calls of functions"
+            )
+        elif isinstance(row, Mapping):
+            turn = {k: v for k, v in row.items() if k not in ("type", "id", "status")}
+        rows.append(turn)
+        names.append(f"input[{i}]")
+    return parse_messages(rows, where="input", names=names)
+
+
+def _function_call(call: ToolCall) -> dict[str, Any]:
+    return {
+        "id": f"fc_{call.id}",
+        "type": "function_call",
+        "status": "completed",
+        "call_id": call.id,
+        "name": call.name,
+        "arguments": call.arguments,
+    }
 
 
 def _sampling(body: Mapping[str, Any]) -> Sampling:
