@@ -26,6 +26,7 @@ COMMANDS = (
     "calibrate",
     "evaluate",
     "schema",
+    "openapi",
     "key",
     "doctor",
 )

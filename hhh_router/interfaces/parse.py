@@ -17,7 +17,7 @@ _TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "ref
 _KNOWN_KEYS = frozenset({"role", "content", "tool_calls", "tool_call_id"})
 MOST_CALLS = 128
 """In one turn of a conversation."""
-_TOOL_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+TOOL_NAME = r"[A-Za-z0-9_.-]{1,128}"
 
 MessageLike = Message | Mapping[str, Any]
 
@@ -131,7 +131,7 @@ def checked_name(name: object, here: str) -> str:
     Raises:
         InvalidRequest: It is none.
     """
-    if not isinstance(name, str) or not _TOOL_NAME.fullmatch(name):
+    if not isinstance(name, str) or not re.fullmatch(TOOL_NAME, name):
         raise InvalidRequest(
             f"{here}: found {name[:80]!r}" if isinstance(name, str) else f"{here}: found {kind_of(name)}",
             hint="use 1 to 128 letters, digits, '_', '-' or '.'",

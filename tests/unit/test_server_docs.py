@@ -6,6 +6,7 @@ from pathlib import Path
 from starlette.routing import Route
 
 from hhh_router.interfaces.server.app import create_app
+from hhh_router.interfaces.server.endpoints import ENDPOINTS
 from hhh_router.interfaces.server.models import MODEL_NAMES, parse_model
 from hhh_router.interfaces.server.openai import NEUTRAL_VALUES, READ_FIELDS
 from hhh_router.testing import fake_pipeline
@@ -20,6 +21,12 @@ def test_the_endpoints_are_those_of_the_page() -> None:
     }
 
     assert set(re.findall(r"^\| `((?:GET|POST) [^`]+)`", PAGE, flags=re.MULTILINE)) == served
+
+
+def test_the_page_and_the_openapi_document_say_the_same_of_each() -> None:
+    rows = re.findall(r"^\| `((?:GET|POST) [^`]+)` \| (.+) \| (yes|no) \|$", PAGE, flags=re.MULTILINE)
+
+    assert sorted(rows) == sorted((f"{e.method} {e.path}", e.does, "yes" if e.needs_key else "no") for e in ENDPOINTS)
 
 
 def test_every_model_name_of_the_page_is_one() -> None:

@@ -22,11 +22,11 @@ from hhh_router.pipeline.validate import check_messages
 from hhh_router.trace.block import Metadata
 from hhh_router.types import ChatRequest, Message, ReadRequest, ToolCall, ToolUse
 
-_READ = frozenset(
+READ_FIELDS = frozenset(
     {"model", "messages", "system", "max_tokens", "stop_sequences", "stream", "temperature", "top_p", "top_k", "hhh"}
     | {"tools", "tool_choice"}
 )
-_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
     "thinking": ({"type": "disabled"},),
     "mcp_servers": ([],),
     "container": (),
@@ -184,7 +184,7 @@ def parse_message(body: Mapping[str, Any], *, request_id: str = "") -> Call:
         ),
         tools=_tools(body),
         request_id=request_id,
-        not_inspected=unread + check_supported(body, _READ, _NEUTRAL),
+        not_inspected=unread + check_supported(body, READ_FIELDS, NEUTRAL_VALUES),
     )  # fmt: skip
     return Call(request=request, model=str(body.get("model", "")), stream=bool(stream))
 

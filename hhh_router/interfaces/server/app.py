@@ -18,16 +18,31 @@ from starlette.routing import Route
 
 from hhh_router.interfaces.server import anthropic, decisions, guardrail, native, openai, responses
 from hhh_router.interfaces.server.chat import ChatResponse
-from hhh_router.interfaces.server.http import endpoint, error_body, read_json, retry_after, timeout_s
+from hhh_router.interfaces.server.endpoints import Wire, served
+from hhh_router.interfaces.server.http import (
+    Failure,
+    WireError,
+    endpoint,
+    failed,
+    failure,
+    read_json,
+    retry_after,
+    timeout_s,
+)
+from hhh_router.interfaces.server.idempotency import Replies, once
 from hhh_router.interfaces.server.keys import Key, KeyRing, check_policy, owner
 from hhh_router.interfaces.server.metrics import CountReplies, Metrics
 from hhh_router.interfaces.server.models import list_models
 from hhh_router.interfaces.server.moderations import moderations
 from hhh_router.interfaces.server.openai import parse_chat
+from hhh_router.interfaces.server.openapi import document
 from hhh_router.pipeline import Pipeline
 
 C = TypeVar("C", openai.Call, anthropic.Call, responses.Call)
 Handler = Callable[[Request], Awaitable[Response]]
+
+WORDS: Mapping[Wire, Callable[[Exception], Failure]] = {"openai": failure, "anthropic": anthropic.anthropic_failure}
+"""How each wire tells an error."""
 
 
 @runtime_checkable
@@ -52,16 +67,20 @@ def create_app(pipeline: Pipeline) -> Starlette:
     pipeline.add_sink(metrics)
 
     keys = KeyRing.open(settings)
+    replies = Replies()
 
     def forwarded(request: Request) -> str | None:
         return None if keys.required else request.headers.get("authorization")
 
-    def answered(call: C, request: Request) -> Response:
+    def answered(call: C, request: Request, body: Mapping[str, Any]) -> Response:
         key: Key | None = request.state.key
         if key is not None and key.policies is not None:
             check_policy(key, pipeline.policies.get(call.request.policy).name)
         spend = (lambda tokens: None) if key is None else partial(keys.spend, key)
-        return ChatResponse(pipeline, _until(call, request), spend=spend)
+        call = _until(call, request)
+        response = ChatResponse(pipeline, call, spend=spend)
+        wait_s = min(call.request.timeout_s or settings.request_timeout_s, settings.request_timeout_s)
+        return once(replies, request, body, response, owner=owner(request), wait_s=wait_s, told=call.failure)
 
     async def chat(request: Request) -> Response:
         body = await read_json(request, max_bytes=settings.max_body_bytes)
@@ -71,19 +90,19 @@ def create_app(pipeline: Pipeline) -> Starlette:
             authorization=forwarded(request) if is_proxy else None,
             request_id=pipeline.parts.new_id(),
         )
-        return answered(call, request)
+        return answered(call, request, body)
 
     conversations = responses.Conversations()
 
     async def respond(request: Request) -> Response:
         body = await read_json(request, max_bytes=settings.max_body_bytes)
         call = responses.parse_response(body, conversations, owner=owner(request), request_id=pipeline.parts.new_id())
-        return answered(call, request)
+        return answered(call, request, body)
 
     async def messages(request: Request) -> Response:
         body = await read_json(request, max_bytes=settings.max_body_bytes)
         call = anthropic.parse_message(body, request_id=pipeline.parts.new_id())
-        return answered(call, request)
+        return answered(call, request, body)
 
     async def count_tokens(request: Request) -> Response:
         return await anthropic.count_tokens(request, pipeline)
@@ -117,6 +136,11 @@ def create_app(pipeline: Pipeline) -> Starlette:
     async def policies(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": native.listed(pipeline)})
 
+    described = document(proxy=is_proxy, keys=keys.required)
+
+    async def openapi_json(request: Request) -> Response:
+        return JSONResponse(described)
+
     async def scrape(request: Request) -> Response:
         return metrics.page()
 
@@ -143,37 +167,37 @@ def create_app(pipeline: Pipeline) -> Starlette:
         yield
         await pipeline.aclose()
 
-    def path(where: str, work: Handler, method: str, **more: Any) -> Route:
-        return Route(where, endpoint(work, keys=keys, **more), methods=[method])
-
-    # behind a proxy somebody else's model answers, in the dialect of chat completions alone
-    theirs: dict[str, Any] = {"told": anthropic.anthropic_failure, "door": "chat"}
-    own = [] if is_proxy else [
-        path("/v1/responses", respond, "POST", door="chat"),
-        path("/v1/messages", messages, "POST", **theirs),
-        path("/v1/messages/count_tokens", count_tokens, "POST", **theirs),
-    ]  # fmt: skip
-
+    work: dict[str, Handler] = {
+        "/v1/chat/completions": chat,
+        "/v1/models": models,
+        "/v1/responses": respond,
+        "/v1/messages": messages,
+        "/v1/messages/count_tokens": count_tokens,
+        "/v1/moderations": moderate,
+        "/v1/decisions": decide,
+        "/v1/systemone": systemone,
+        guardrail.PATH: litellm,
+        "/v1/guard": guard,
+        "/v1/route": route,
+        "/v1/policies": policies,
+        "/v1/schema": native.schema,
+        "/openapi.json": openapi_json,
+        "/metrics": scrape,
+        "/health/live": live,
+        "/health/ready": ready,
+    }
     routes = [
-        path("/v1/chat/completions", chat, "POST", door="chat"),
-        *own,
-        path("/v1/models", models, "GET"),
-        path("/v1/moderations", moderate, "POST", door="judge"),
-        path("/v1/decisions", decide, "POST", door="judge"),
-        path(guardrail.PATH, litellm, "POST", door="judge"),
-        path("/v1/systemone", systemone, "POST", door="judge"),
-        path("/v1/guard", guard, "POST", door="judge"),
-        path("/v1/route", route, "POST", door="judge"),
-        path("/v1/policies", policies, "GET"),
-        path("/v1/schema", native.schema, "GET", needs_key=False),
-        path("/metrics", scrape, "GET", door="metrics"),
-        path("/health/live", live, "GET", needs_key=False),
-        path("/health/ready", ready, "GET", needs_key=False),
+        Route(
+            e.path,
+            endpoint(work[e.path], keys=keys, door=e.door, needs_key=e.needs_key, told=WORDS[e.wire]),
+            methods=[e.method],
+        )
+        for e in served(proxy=is_proxy)
     ]
-    served = frozenset(r.path for r in routes)
+    paths = frozenset(r.path for r in routes)
     return Starlette(
         routes=routes,
-        middleware=[Middleware(CountReplies, metrics=metrics, paths=served)],
+        middleware=[Middleware(CountReplies, metrics=metrics, paths=paths)],
         exception_handlers={HTTPException: _not_served},
         lifespan=lifespan,
     )
@@ -186,13 +210,15 @@ def _until(call: C, request: Request) -> C:
 
 
 async def _not_served(request: Request, error: Exception) -> Response:
-    """404 and 405 in OpenAI's error shape, naming what is served."""
+    """404 and 405, naming what is served, in the shape of the wire that the path is nearest to."""
     assert isinstance(error, HTTPException)
-    served = ", ".join(f"{'/'.join(sorted(r.methods - {'HEAD'}))} {r.path}" for r in _routes(request) if r.methods)
-    message = f"{request.method} {request.url.path[:200]} is not served here; there is {served}"
+    there = ", ".join(f"{'/'.join(sorted(r.methods - {'HEAD'}))} {r.path}" for r in _routes(request) if r.methods)
+    message = f"{request.method} {request.url.path[:200]} is not served here; there is {there}"
     code = "not_found" if error.status_code == 404 else "method_not_allowed"
-    body = error_body(message, status=error.status_code, code=code)
-    return JSONResponse(body, error.status_code, headers=error.headers)
+    told = WORDS["anthropic" if request.url.path.startswith("/v1/messages") else "openai"]
+    reply = failed(WireError(error.status_code, message, code=code), told)
+    reply.headers.update(error.headers or {})
+    return reply
 
 
 def _routes(request: Request) -> list[Route]:

@@ -39,6 +39,8 @@ class ChatResponse(Response):
         self._pipeline = pipeline
         self._call = call
         self._spend = spend
+        self.is_finished = False
+        """Whether the reply has been sent to its end."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, as ASGI has it."""
@@ -53,6 +55,7 @@ class ChatResponse(Response):
                 await self._stream(sender)
             else:
                 await self._whole(sender)
+            self.is_finished = True
         except OSError:
             raise  # the connection broke while sending: nobody is there to be told
         except Exception as error:  # a door: whatever broke must reach the caller as an error, never as a broken stream

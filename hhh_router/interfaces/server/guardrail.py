@@ -8,7 +8,6 @@ prompt and reply are read together, as everywhere else.
 from __future__ import annotations
 
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,6 +17,7 @@ from starlette.responses import JSONResponse, Response
 from hhh_router.errors import InvalidRequest
 from hhh_router.interfaces.parse import kind_of, parse_messages
 from hhh_router.interfaces.server.http import read_json, until_client_leaves
+from hhh_router.interfaces.server.kept import Kept
 from hhh_router.interfaces.server.keys import check_policies, owner
 from hhh_router.pipeline import GuardResult, Pipeline
 from hhh_router.pipeline.validate import check_messages
@@ -32,27 +32,15 @@ LONGEST_S = 600.0
 _UNREAD = ("images", "tools", "tool_calls")
 
 
-class Prompts:
-    """Prompts of calls under way, by LiteLLM's id. For one event loop."""
+class Prompts(Kept[str, tuple[Message, ...]]):
+    """Prompts of calls under way, by LiteLLM's id. They stay: a stream is asked about repeatedly."""
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._kept: OrderedDict[str, tuple[float, tuple[Message, ...]]] = OrderedDict()
+        super().__init__(most=MOST_CALLS, longest_s=LONGEST_S, clock=clock)
 
-    def keep(self, call: str, messages: tuple[Message, ...]) -> None:
-        """Remember the prompt of a call."""
-        self._kept.pop(call, None)
-        self._kept[call] = self._clock(), messages
-        while len(self._kept) > MOST_CALLS or self._is_old(next(iter(self._kept.values()))[0]):
-            self._kept.popitem(last=False)
-
-    def find(self, call: str) -> tuple[Message, ...]:
-        """The prompt of a call; empty where it is not known any more. It stays: a stream is asked about repeatedly."""
-        kept = self._kept.get(call)
-        return () if kept is None or self._is_old(kept[0]) else kept[1]
-
-    def _is_old(self, since: float) -> bool:
-        return self._clock() - since > LONGEST_S
+    def find(self, key: str) -> tuple[Message, ...]:
+        """The prompt of a call; empty where it is not known any more."""
+        return super().find(key) or ()
 
 
 async def guardrail(request: Request, pipeline: Pipeline, prompts: Prompts) -> Response:

@@ -34,7 +34,7 @@ T = TypeVar("T")
 Failure = tuple[int, Mapping[str, Any], Mapping[str, str]]
 """Status, body and headers of a reply to what failed."""
 
-_LONGEST_MS = 86_400_000
+LONGEST_MS = 86_400_000
 
 NEVER_RETRY = {"x-should-retry": "false"}
 """OpenAI's clients repeat every 5xx; this tells them that it cannot help."""
@@ -162,9 +162,9 @@ def timeout_s(request: Request) -> float | None:
     given = request.headers.get("x-request-timeout-ms")
     if given is None:
         return None
-    if not given.isascii() or not given.isdecimal() or not 0 < int(given) <= _LONGEST_MS:
+    if not given.isascii() or not given.isdecimal() or not 0 < int(given) <= LONGEST_MS:
         raise InvalidRequest(
-            f"x-request-timeout-ms: found {given[:40]!r}", hint=f"use milliseconds, 1 to {_LONGEST_MS:,}"
+            f"x-request-timeout-ms: found {given[:40]!r}", hint=f"use milliseconds, 1 to {LONGEST_MS:,}"
         )
     return int(given) / 1000
 

@@ -20,14 +20,14 @@ from hhh_router.types import Action, GuardRequest, Message, ReadRequest
 CATEGORIES: Mapping[str, str] = {"harmful": "harmless", "injection": "injection"}
 """Category → the need whose probability is its score. OpenAI's own categories are not among them: nothing here tells
 harassment from violence, and a score of 0 would say that it was looked for."""
-_FIELDS = frozenset({"input", "model", "policy"})
+FIELDS = frozenset({"input", "model", "policy"})
 
 
 async def moderations(request: Request, pipeline: Pipeline) -> Response:
     """``{input, model?, policy?}`` → a result per text: flagged by the policy, scores by the heads."""
     body = await read_json(request, max_bytes=pipeline.settings.max_body_bytes)
-    if unknown := sorted(set(body) - _FIELDS):
-        raise InvalidRequest(f"{unknown[0][:100]}: unknown field", hint=f"use {', '.join(sorted(_FIELDS))}")
+    if unknown := sorted(set(body) - FIELDS):
+        raise InvalidRequest(f"{unknown[0][:100]}: unknown field", hint=f"use {', '.join(sorted(FIELDS))}")
     model = body.get("model") or AUTO
     policy = parse_model(model).policy or body.get("policy")
     if policy is not None and not isinstance(policy, str):

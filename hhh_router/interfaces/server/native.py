@@ -16,7 +16,7 @@ from hhh_router.pipeline import GuardResult, Pipeline, RouteResult
 from hhh_router.trace import metadata_schema
 from hhh_router.types import GuardRequest, ReadRequest
 
-_ITEM_FIELDS = frozenset({"prompt", "response", "policy"})
+ITEM_FIELDS = frozenset({"prompt", "response", "policy"})
 
 
 async def guard(request: Request, pipeline: Pipeline) -> Response:
@@ -77,7 +77,7 @@ async def _each(
 
 
 def _item(fields: Mapping[str, Any], where: str) -> GuardRequest:
-    if unknown := sorted(set(fields) - _ITEM_FIELDS):
+    if unknown := sorted(set(fields) - ITEM_FIELDS):
         raise InvalidRequest(f"{where}{unknown[0][:100]}: unknown field", hint="use prompt, response and policy")
     prompt, response, policy = fields.get("prompt"), fields.get("response"), fields.get("policy")
     turns, unread = ((), ()) if prompt is None else parse_prompt(prompt, where=f"{where}prompt")

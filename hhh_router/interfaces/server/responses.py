@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +17,7 @@ from hhh_router.interfaces.parse import check_supported, kind_of, one, our_field
 from hhh_router.interfaces.sampling import parse_sampling
 from hhh_router.interfaces.server.dialect import event
 from hhh_router.interfaces.server.http import Failure, WireError, dump, failure
+from hhh_router.interfaces.server.kept import Kept
 from hhh_router.interfaces.server.models import parse_model
 from hhh_router.interfaces.server.openai import wire_token
 from hhh_router.interfaces.tools import parse_tools
@@ -30,7 +30,7 @@ MOST_KEPT = 1024
 MOST_CHARS = 16_000_000
 """Of their conversations together."""
 _LOGPROBS = "message.output_text.logprobs"
-_READ = frozenset(
+READ_FIELDS = frozenset(
     {
         "model",
         "input",
@@ -46,7 +46,7 @@ _READ = frozenset(
     | {"previous_response_id", "top_logprobs", "metadata", "hhh", "stream_options"}
     | {"tools", "tool_choice", "parallel_tool_calls"}
 )
-_NEUTRAL: Mapping[str, tuple[object, ...]] = {
+NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
     "reasoning": ({}, {"effort": None}, {"effort": "none"}),
     "background": (False,),
     "truncation": ("disabled",),
@@ -62,17 +62,11 @@ class Conversations:
     """What ``previous_response_id`` goes on from. For one event loop."""
 
     def __init__(self, *, most: int = MOST_KEPT, most_chars: int = MOST_CHARS) -> None:
-        self._most, self._most_chars = most, most_chars
-        self._kept: OrderedDict[tuple[str, str], tuple[Message, ...]] = OrderedDict()
-        self._chars = 0
+        self._kept = Kept[tuple[str, str], tuple[Message, ...]](most=most, most_size=most_chars)
 
     def keep(self, owner: str, response_id: str, messages: tuple[Message, ...]) -> None:
         """Remember a conversation up to and with a response, for its caller alone."""
-        self._kept[owner, response_id] = messages
-        self._chars += _chars(messages)
-        while len(self._kept) > self._most or self._chars > self._most_chars:
-            _, dropped = self._kept.popitem(last=False)
-            self._chars -= _chars(dropped)
+        self._kept.keep((owner, response_id), messages, size=_chars(messages))
 
     def find(self, owner: str, response_id: str) -> tuple[Message, ...]:
         """The conversation up to and with a response.
@@ -80,7 +74,7 @@ class Conversations:
         Raises:
             WireError: 404, it is not known, or not any more.
         """
-        if (found := self._kept.get((owner, response_id))) is None:
+        if (found := self._kept.find((owner, response_id))) is None:
             raise WireError(
                 404,
                 f"previous_response_id: {response_id[:80]!r} is not known here (any more); send the whole conversation",
@@ -314,7 +308,7 @@ def parse_response(
         InvalidRequest: A field is wrong, or asks for what is not supported yet.
         WireError: 404, no such model, or no such earlier response.
     """
-    ours, unread = our_fields(body), check_supported(body, _READ, _NEUTRAL)
+    ours, unread = our_fields(body), check_supported(body, READ_FIELDS, NEUTRAL_VALUES)
     given, more = _turns(body.get("input"))
     earlier = body.get("previous_response_id")
     if earlier is not None and not isinstance(earlier, str):
