@@ -43,6 +43,8 @@ class Planned:
     """Decoder layers run for the prompt so far: l_r when the plan stops, all otherwise (0 for an upstream)."""
     read_ms: float
     """Time from admission to the plan, in milliseconds."""
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    """Of every token of the prompt, where the request asks for them and the plan does not stop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +54,7 @@ class TokenLogprob:
     token: str
     """Its text. Bytes that are no whole character stand as escapes, such as ``\\xe2``."""
     logprob: float
-    """In nats, before temperature, bias and schema."""
+    """In nats, before temperature, bias and schema; NaN for a prompt's first, before which nothing stands."""
     bytes: tuple[int, ...] | None
     """Its UTF-8; None for a mark that shows no text."""
     top_logprobs: tuple[TokenLogprob, ...] = ()

@@ -202,7 +202,7 @@ class Sampling:
     """How the next token is drawn."""
 
     max_tokens: int = 256
-    """Most tokens to generate, >= 1."""
+    """Most tokens to generate, >= 1; 0 where the prompt alone is scored."""
     temperature: float = 0.0
     """0 is greedy decoding."""
     top_p: float = 1.0
@@ -215,6 +215,8 @@ class Sampling:
     """Seed of this request's own generator; None draws one."""
     top_logprobs: int | None = None
     """Likeliest tokens that are told with each drawn one, 0 to 20; None tells no log-probability to the caller."""
+    prompt_logprobs: int | None = None
+    """Likeliest tokens that are told with each token of the prompt, 0 to 20; None tells nothing of the prompt."""
     json_schema: str | None = None
     """JSON schema, as text, that the reply must follow."""
     stop: tuple[str, ...] = ()
@@ -234,6 +236,10 @@ class ChatRequest:
     sampling: Sampling = field(default_factory=Sampling)
     tools: ToolUse | None = None
     """What the model may call; None where it can call nothing."""
+    continues: bool = False
+    """The one message's text is to be gone on with as it stands, without the model's chat template."""
+    prompt_ids: tuple[int, ...] = ()
+    """That text as the backbone's own tokens, in place of it."""
     request_id: str = ""
     """Names the request in every trace; the pipeline fills it when empty."""
     timeout_s: float | None = None

@@ -24,8 +24,8 @@ from hhh_router.errors import (
     Overloaded,
     Quarantined,
 )
-from hhh_router.model.deltas import Deltas, Spelling
-from hhh_router.model.encode import Encoder, prompt_of
+from hhh_router.model.deltas import Deltas, Spelling, told_of_prompt
+from hhh_router.model.encode import Encoder
 from hhh_router.model.engine import known
 from hhh_router.model.grammar import Grammars
 from hhh_router.model.heads import Views
@@ -38,7 +38,7 @@ from hhh_router.model.rows import ChatJob, Pace, Row
 from hhh_router.model.sampler import Drawn, Sampler, check_biases, draw_rows
 from hhh_router.model.slots import Opening, Slots
 from hhh_router.model.stack import Pass
-from hhh_router.protocols import Finished, Load, Planned, Steered, Window
+from hhh_router.protocols import Finished, FinishReason, Load, Planned, Steered, Window
 
 _log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class Batcher:
     def put(self, job: ChatJob) -> None:
         """Queue a request, or end it at once where it can never be answered."""
         try:
-            job.text = self.encoder.encode(prompt_of(job.request))
+            job.text = self.encoder.prompt(job.request)
             prompt = len(job.text.ids)
             job.budget = self.encoder.reply_tokens(prompt, job.request.sampling.max_tokens)
             check_biases(job.request.sampling.logit_bias, self.reader.stack.config.vocab_size)
@@ -224,23 +224,28 @@ class Batcher:
         scores = self.reader.heads.scores(views, tokens=[len(text.ids)], layers_run=layers_run)[0]
         plan = job.planner(scores)
         planned_at = time.perf_counter()
-        logits = None
+        logits = prompt_logprobs = None
         if not plan.stops:
             self.gates.set([plan.weights])
             shared = self._prefixes.above(shared, plan.weights)
             hidden = stack.run(self._go_on(state, opening, shared), stack.depth)
             logits = stack.logits(hidden[0, -1])
+            prompt_logprobs = told_of_prompt(stack, hidden[0], text.ids, self._spelling, job.request.sampling)
             layers_run = stack.depth
             if logits.isfinite().all():
                 self._prefixes.keep(text.ids, self._slots, opening.slot, entering, shared.tokens, plan.weights)
         prefilled_at = time.perf_counter()
         self._pace.prompt(len(text.ids), prefilled_at - started)
         timing = {"read": 1000 * (planned_at - started), "prefill": 1000 * (prefilled_at - started)}
-        job.tell(Planned(plan=plan, prompt_tokens=len(text.ids), layers_run=layers_run, read_ms=timing["read"]))
-        if logits is None:
-            job.tell(
-                Finished(reason="content_filter", prompt_tokens=len(text.ids), completion_tokens=0, timing_ms=timing)
+        job.tell(
+            Planned(
+                plan=plan, prompt_tokens=len(text.ids), layers_run=layers_run, read_ms=timing["read"],
+                prompt_logprobs=prompt_logprobs,
             )
+        )  # fmt: skip
+        if logits is None or not job.budget:
+            reason: FinishReason = "content_filter" if logits is None else "length"
+            job.tell(Finished(reason=reason, prompt_tokens=len(text.ids), completion_tokens=0, timing_ms=timing))
             job.end(None)
             return None
         return Row(

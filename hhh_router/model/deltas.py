@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hhh_router.model.sampler import Drawn, TextStream
+from hhh_router.model.stack import DecoderStack
 from hhh_router.protocols import Delta, TokenLogprob
 from hhh_router.types import Sampling
 
 _BYTE_OF = {character: byte for byte, character in bytes_to_unicode().items()}
+_TOLD_TOGETHER = 128  # tokens: the logits of a whole window would take gigabytes
 _LONE_BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how SentencePiece vocabularies spell a byte
 
 
@@ -43,6 +49,34 @@ class Spelling:
         return TokenLogprob(
             token=name, logprob=logprob, bytes=None if spelt is None else tuple(spelt), top_logprobs=likeliest
         )
+
+
+def told_of_prompt(
+    stack: DecoderStack, hidden: Tensor, ids: Sequence[int], spelling: Spelling, sampling: Sampling
+) -> tuple[TokenLogprob, ...] | None:
+    """What a caller is told of each token of a prompt; None where nobody asks.
+
+    Args:
+        stack: Whose logits they are.
+        hidden: Last states of every token, (T, D).
+        ids: The prompt's tokens, T of them.
+        spelling: Of its vocabulary.
+        sampling: Says how many others are told with each.
+    """
+    if (top := sampling.prompt_logprobs) is None:
+        return None
+    told = [spelling.tell(ids[0], math.nan)]
+    for start in range(0, len(ids) - 1, _TOLD_TOGETHER):
+        states = hidden[start : min(start + _TOLD_TOGETHER, len(ids) - 1)]
+        logprobs = torch.log_softmax(stack.logits(states).float(), dim=-1)
+        targets = torch.tensor(ids[start + 1 : start + 1 + len(states)], device=hidden.device)
+        own = logprobs.gather(1, targets[:, None])[:, 0].tolist()
+        best = logprobs.topk(top) if top else None
+        ranked = [[]] * len(states) if best is None else zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        for token, logprob, others in zip(targets.tolist(), own, ranked, strict=True):
+            likeliest = tuple(spelling.tell(i, x) for i, x in zip(*others, strict=True)) if others else ()
+            told.append(spelling.tell(token, logprob, likeliest))
+    return tuple(told)
 
 
 class Deltas:

@@ -41,11 +41,6 @@ class Encoded:
         return len(self.ids) > self.prompt_tokens
 
 
-def prompt_of(request: ChatRequest) -> ReadRequest:
-    """What a chat's prompt is made of."""
-    return ReadRequest(messages=request.messages, tools=request.tools.tools if request.tools else ())
-
-
 class Encoder:
     """Applies a backbone's chat template."""
 
@@ -101,6 +96,30 @@ class Encoder:
                 hint="shorten the conversation or the document",
             )
         return Encoded(ids=tuple(ids), prompt_tokens=prompt_tokens, focus=focus, has_prompt=bool(request.messages))
+
+    def prompt(self, request: ChatRequest) -> Encoded:
+        """Tokens of what a reply is to follow.
+
+        Raises:
+            InvalidRequest: The template refuses it, or a token is none of the vocabulary.
+            ContextTooLong: More tokens than the model's window.
+        """
+        if not request.continues:
+            tools = request.tools.tools if request.tools else ()
+            return self.encode(ReadRequest(messages=request.messages, tools=tools))
+        ids = request.prompt_ids
+        if unknown := [i for i in ids if i >= len(self.tokenizer)]:
+            raise InvalidRequest(
+                f"prompt: found token {unknown[0]}", hint=f"this model's tokens are 0 to {len(self.tokenizer) - 1}"
+            )
+        if not ids:
+            [message] = request.messages
+            ids = tuple(self.tokenizer(message.content, split_special_tokens=True)["input_ids"])
+        if len(ids) > self.context_tokens:
+            raise ContextTooLong(
+                f"the prompt is {len(ids)} tokens, the model's window is {self.context_tokens}", hint="shorten it"
+            )
+        return Encoded(ids=ids, prompt_tokens=len(ids), focus=(0, len(ids)), has_prompt=True)
 
     def response_ids(self, text: str) -> list[int]:
         """Tokens of a reply, without an end marker; an empty reply is one end-of-text token, so that it can be read."""

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from hhh_router.model.deltas import Deltas, Spelling
-from hhh_router.model.encode import Encoder, prompt_of
+from hhh_router.model.deltas import Deltas, Spelling, told_of_prompt
+from hhh_router.model.encode import Encoder
 from hhh_router.model.grammar import Grammars
 from hhh_router.model.heads import Views
 from hhh_router.model.int8 import Phase
@@ -60,7 +60,7 @@ class MixtureGenerator:
     ) -> Iterator[Event]:
         """Yield the events of one request, as `hhh_router.protocols.Generator` describes them."""
         started = time.perf_counter()
-        text = self._encoder.encode(prompt_of(request))
+        text = self._encoder.prompt(request)
         budget = self._encoder.reply_tokens(len(text.ids), request.sampling.max_tokens)
         check_biases(request.sampling.logit_bias, self._stack.config.vocab_size)
         cache = self._stack.new_cache()
@@ -72,17 +72,23 @@ class MixtureGenerator:
             scores = self._reader.heads.scores(views, tokens=[len(text.ids)], layers_run=read_layers)[0]
             plan = planner(scores)
             planned_at = time.perf_counter()
-            logits = None if plan.stops else self._upper_layers(state, plan.weights)
+            logits = prompt_logprobs = None
+            if not plan.stops:
+                hidden = self._upper(state, plan.weights)
+                logits = self._stack.logits(hidden[-1])
+                prompt_logprobs = told_of_prompt(self._stack, hidden, text.ids, self._spelling, request.sampling)
         prefilled_at = time.perf_counter()
         yield Planned(
             plan=plan,
             prompt_tokens=len(text.ids),
             layers_run=state.next_layer,
             read_ms=1000 * (planned_at - started),
+            prompt_logprobs=prompt_logprobs,
         )
         timing = {"read": 1000 * (planned_at - started), "prefill": 1000 * (prefilled_at - started)}
-        if logits is None:
-            yield Finished(reason="content_filter", prompt_tokens=len(text.ids), completion_tokens=0, timing_ms=timing)
+        if logits is None or not budget:
+            reason: FinishReason = "content_filter" if logits is None else "length"
+            yield Finished(reason=reason, prompt_tokens=len(text.ids), completion_tokens=0, timing_ms=timing)
             return
         reply = RunningReply(self._reader, prompt, len(text.ids))
         steps = _Steps(request, plan.weights, cache, reply, budget, window_tokens, steer)
@@ -138,6 +144,9 @@ class MixtureGenerator:
     @torch.inference_mode()
     def _upper_layers(self, state: Pass, weights: Weights) -> Tensor:
         """Run the remaining layers with the mixture; next-token logits, (V,)."""
+        return self._stack.logits(self._upper(state, weights)[-1])
+
+    def _upper(self, state: Pass, weights: Weights) -> Tensor:
+        """Run the remaining layers with the mixture; last states of each token, (T, D)."""
         self._gates.set([weights])  # other requests ran since the last step
-        hidden = self._stack.run(state, self._stack.depth)
-        return self._stack.logits(hidden[0, -1])
+        return self._stack.run(state, self._stack.depth)[0]

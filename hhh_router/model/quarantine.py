@@ -79,7 +79,8 @@ class Quarantine:
 
 def chat_digest(request: ChatRequest) -> str:
     """Names what a chat asks, whoever asks it."""
-    return _digest("chat", request.messages, request.weights, request.sampling, request.tools)
+    prompt = (request.messages, request.tools, request.continues, request.prompt_ids)
+    return _digest("chat", prompt, request.weights, request.sampling)
 
 
 def read_digest(requests: object) -> str:

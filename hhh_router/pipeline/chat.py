@@ -17,7 +17,7 @@ from hhh_router.pipeline.release import Release
 from hhh_router.pipeline.results import ChatDelta, ChatEvent, ChatFinished, ChatStarted, Usage
 from hhh_router.pipeline.validate import check_chat
 from hhh_router.policy import Policy, steers
-from hhh_router.protocols import Delta, Event, Finished, Planned, Steered, Unread, Window
+from hhh_router.protocols import Delta, Event, Finished, Planned, Steered, TokenLogprob, Unread, Window
 from hhh_router.tools import CallScanner, calls_as_text
 from hhh_router.types import Action, ChatRequest, Decision, Plan, Scores, Weights
 
@@ -72,6 +72,7 @@ class _Run:
         self._release = Release()
         self._scanner = self._new_scanner()
         self._logprobs: list[float] = []
+        self._prompt_logprobs: tuple[TokenLogprob, ...] | None = None
         self._floors: Mapping[str, float] = {}
         self._in_force: Plan | None = None  # on the engine's thread: what its next tokens are drawn under
         self._steered: Mapping[str, float] = {}  # likewise: lower bounds that windows have raised
@@ -180,6 +181,7 @@ class _Run:
         return [] if self._enforce else self._release.take_all()
 
     def _take_plan(self, event: Planned) -> None:
+        self._prompt_logprobs = event.prompt_logprobs
         self._record.planned(
             event.plan, layers_run=event.layers_run, read_ms=event.read_ms, prompt_tokens=event.prompt_tokens
         )
@@ -323,5 +325,6 @@ class _Run:
             metadata=metadata,
             refusal=refusal,
             tool_calls=calls,
+            prompt_logprobs=self._prompt_logprobs,
             logprobs=tuple(told for delta in self._cleared for told in delta.logprobs) if asked else None,
         )

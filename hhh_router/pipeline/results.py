@@ -57,6 +57,8 @@ class ChatFinished:
     """Of every token that reached the caller; None where nobody asked, or where the message stands alone."""
     tool_calls: tuple[ToolCall, ...] = ()
     """What the model wants to be called; the reason is ``tool_calls`` then."""
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    """Of every token of the prompt, where the request asked for them and was not stopped before."""
 
 
 ChatEvent = ChatStarted | ChatDelta | ChatFinished

@@ -32,12 +32,24 @@ def check_chat(request: ChatRequest, *, max_bytes: int, any_order: bool = False)
     Raises:
         InvalidRequest: It cannot be answered as it stands.
     """
-    check_messages(request.messages, max_bytes=max_bytes, any_order=any_order)
+    if request.continues:
+        _check_continued(request, max_bytes)
+    else:
+        check_messages(request.messages, max_bytes=max_bytes, any_order=any_order)
     check_sampling(request.sampling)
     if request.tools is not None:
         check_tools(request.tools, max_bytes=max_bytes)
     if (given := request.timeout_s) is not None and not (_is_finite(given) and given > 0):
         raise InvalidRequest(f"timeout_s: found {given!r}", hint="use seconds, more than 0")
+
+
+def _check_continued(request: ChatRequest, max_bytes: int) -> None:
+    [message] = request.messages
+    ids = request.prompt_ids
+    if not ids:
+        _check_text(message.content, "prompt", max_bytes=max_bytes)
+    elif len(ids) > max_bytes or not all(_is_int(i) and i >= 0 for i in ids):
+        raise InvalidRequest("prompt: no list of token ids, or too many", hint="send whole numbers from 0")
 
 
 def check_guard(request: GuardRequest, *, max_bytes: int, where: str = "") -> None:
@@ -130,8 +142,9 @@ def check_sampling(sampling: Sampling) -> None:
     Raises:
         InvalidRequest: A number is out of range or not finite.
     """
-    if not _is_int(sampling.max_tokens) or sampling.max_tokens < 1:
-        raise InvalidRequest(f"max_tokens: found {sampling.max_tokens!r}", hint="use a whole number, 1 or more")
+    least = 1 if sampling.prompt_logprobs is None else 0
+    if not _is_int(sampling.max_tokens) or sampling.max_tokens < least:
+        raise InvalidRequest(f"max_tokens: found {sampling.max_tokens!r}", hint=f"use a whole number, {least} or more")
     if not _is_finite(sampling.temperature) or not 0 <= sampling.temperature <= MAX_TEMPERATURE:
         raise InvalidRequest(
             f"temperature: found {sampling.temperature!r}", hint=f"use a number from 0 (greedy) to {MAX_TEMPERATURE:g}"
@@ -146,9 +159,9 @@ def check_sampling(sampling: Sampling) -> None:
         raise InvalidRequest(f"stop: found {list(sampling.stop)!r}", hint="use strings that are not empty")
     if not _is_int(sampling.top_k) or sampling.top_k < 0:
         raise InvalidRequest(f"top_k: found {sampling.top_k!r}", hint="use a whole number, 1 or more; 0 is no limit")
-    top = sampling.top_logprobs
-    if top is not None and not (_is_int(top) and 0 <= top <= MAX_TOP_LOGPROBS):
-        raise InvalidRequest(f"top_logprobs: found {top!r}", hint=f"use a whole number from 0 to {MAX_TOP_LOGPROBS}")
+    for name, top in (("top_logprobs", sampling.top_logprobs), ("prompt_logprobs", sampling.prompt_logprobs)):
+        if top is not None and not (_is_int(top) and 0 <= top <= MAX_TOP_LOGPROBS):
+            raise InvalidRequest(f"{name}: found {top!r}", hint=f"use a whole number from 0 to {MAX_TOP_LOGPROBS}")
     _check_biases(sampling.logit_bias)
     if sampling.json_schema is not None:
         _check_schema(sampling.json_schema, "response_format")

@@ -16,7 +16,9 @@ a `fake_pipeline` (policies, routing, hold-back, metadata) is the real thing.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from hhh_router.calibration import Calibrators
@@ -152,6 +154,7 @@ class FakeGenerator:
             prompt_tokens=scores.tokens,
             layers_run=FIRST_ADAPTED_LAYER if stops else LAYERS,
             read_ms=0.1,
+            prompt_logprobs=_told_of(request) if not stops else None,
         )
         said = 0
         try:
@@ -210,6 +213,15 @@ def _told(piece: str, top: int | None) -> tuple[TokenLogprob, ...]:
 
     ranked = [piece, *(f" other{n}" for n in range(1, top))][:top]
     return (tell(piece, SAID_LOGPROB, [tell(word, SAID_LOGPROB - n) for n, word in enumerate(ranked)]),)
+
+
+def _told_of(request: ChatRequest) -> tuple[TokenLogprob, ...] | None:
+    """Of the prompt's words, as `protocols.Planned` has it."""
+    if (top := request.sampling.prompt_logprobs) is None:
+        return None
+    words = _words(request.messages[-1].content) or [f" {i}" for i in request.prompt_ids]
+    first, *rest = [told for word in words for told in _told(word, top)]
+    return (replace(first, logprob=math.nan, top_logprobs=()), *rest)
 
 
 def _words(text: str) -> list[str]:

@@ -170,6 +170,7 @@ def canonical_request(request: ChatRequest | GuardRequest | ReadRequest) -> dict
         "weights": request.weights.as_dict() if request.weights else None,
         "passthrough": dict(request.passthrough),
         **({} if request.tools is None else {"tools": asdict(request.tools)}),
+        **({"continues": True, "prompt_ids": list(request.prompt_ids)} if request.continues else {}),
     }
 
 

@@ -384,3 +384,20 @@ def test_responses_of_a_real_model_call_tools(roomy: openai.OpenAI) -> None:
     assert again.usage is not None
     assert response.usage is not None
     assert again.usage.input_tokens > response.usage.input_tokens
+
+
+def test_a_real_model_scores_a_prompt_and_goes_on_with_it(roomy: openai.OpenAI) -> None:
+    scored = roomy.completions.create(model="hhh@16-0-0-0", prompt=["one two", [1, 2, 3]], echo=True, logprobs=2, n=1)
+    several = roomy.chat.completions.create(
+        model="hhh-auto", messages=HELLO, n=3, temperature=1.0, seed=1, max_tokens=5
+    )
+
+    text, tokens = scored.choices
+    assert text.text.startswith("one two")
+    assert text.logprobs is not None
+    assert text.logprobs.token_logprobs is not None
+    assert text.logprobs.token_logprobs[0] is None
+    assert len(text.logprobs.token_logprobs) >= len("one two")  # a token a byte
+    assert tokens.index == 1
+    assert [c.index for c in several.choices] == [0, 1, 2]
+    assert len({c.message.content for c in several.choices}) > 1

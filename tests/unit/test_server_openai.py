@@ -84,8 +84,6 @@ def test_unknown_harmless_fields_are_accepted_and_listed() -> None:
     [
         {"functions": [{"name": "x"}]},
         {"function_call": {"name": "x"}},
-        {"n": 2},
-        {"n": True},
         {"presence_penalty": 0.5},
         {"frequency_penalty": -1},
         {"modalities": ["text", "audio"]},
@@ -231,13 +229,13 @@ def ended(**fields: Any) -> ChatFinished:
     ("logprobs", "sent"), [((TOLD,), TOLD_JSON), (None, None), ((), {"content": [], "refusal": None})]
 )
 def test_a_whole_reply_tells_log_probabilities_in_openais_shape(logprobs: Any, sent: object) -> None:
-    reply = completion(parse_chat(body()), ended(logprobs=logprobs), None, created=1)
+    reply = completion(parse_chat(body()), ended(logprobs=logprobs), None)
 
     assert json.loads(dump(reply))["choices"][0]["logprobs"] == sent
 
 
 def test_each_chunk_tells_its_own_log_probabilities_and_a_refusal_tells_none() -> None:
-    writer = ChunkWriter(parse_chat(body(stream=True)), record(), created=1)
+    writer = ChunkWriter(parse_chat(body(stream=True)), record())
 
     chunks = writer.delta(ChatDelta(text="a", logprobs=(TOLD,)))
     chunks += writer.delta(ChatDelta(text="b"))

@@ -20,6 +20,7 @@ Policies = Callable[..., Path]
 HELLO = [{"role": "user", "content": "Hello"}]
 BODIES: dict[str, Any] = {
     "/v1/chat/completions": {"model": "hhh-auto", "messages": HELLO},
+    "/v1/completions": {"model": "hhh-auto", "prompt": ["Hello", "bomb"], "n": 2, "echo": True, "logprobs": 1},
     "/v1/responses": {"model": "hhh-auto", "input": "Hello"},
     "/v1/messages": {"model": "hhh-auto", "messages": HELLO, "max_tokens": 8},
     "/v1/messages/count_tokens": {"model": "hhh-auto", "messages": HELLO},

@@ -16,8 +16,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from hhh_router.interfaces.server import anthropic, decisions, guardrail, native, openai, responses
+from hhh_router.interfaces.server import anthropic, completions, decisions, guardrail, native, openai, responses
 from hhh_router.interfaces.server.chat import ChatResponse
+from hhh_router.interfaces.server.choices import ChoicesResponse
 from hhh_router.interfaces.server.endpoints import Wire, served
 from hhh_router.interfaces.server.http import (
     Failure,
@@ -38,7 +39,7 @@ from hhh_router.interfaces.server.openai import parse_chat
 from hhh_router.interfaces.server.openapi import document
 from hhh_router.pipeline import Pipeline
 
-C = TypeVar("C", openai.Call, anthropic.Call, responses.Call)
+C = TypeVar("C", openai.Call, completions.Call, anthropic.Call, responses.Call)
 Handler = Callable[[Request], Awaitable[Response]]
 
 WORDS: Mapping[Wire, Callable[[Exception], Failure]] = {"openai": failure, "anthropic": anthropic.anthropic_failure}
@@ -78,7 +79,10 @@ def create_app(pipeline: Pipeline) -> Starlette:
             check_policy(key, pipeline.policies.get(call.request.policy).name)
         spend = (lambda tokens: None) if key is None else partial(keys.spend, key)
         call = _until(call, request)
-        response = ChatResponse(pipeline, call, spend=spend)
+        if isinstance(call, completions.Call) or (isinstance(call, openai.Call) and call.count > 1):
+            response: ChatResponse = ChoicesResponse(pipeline, call, spend=spend)
+        else:
+            response = ChatResponse(pipeline, call, spend=spend)
         wait_s = min(call.request.timeout_s or settings.request_timeout_s, settings.request_timeout_s)
         return once(replies, request, body, response, owner=owner(request), wait_s=wait_s, told=call.failure)
 
@@ -90,6 +94,11 @@ def create_app(pipeline: Pipeline) -> Starlette:
             authorization=forwarded(request) if is_proxy else None,
             request_id=pipeline.parts.new_id(),
         )
+        return answered(call, request, body)
+
+    async def complete(request: Request) -> Response:
+        body = await read_json(request, max_bytes=settings.max_body_bytes)
+        call = completions.parse_completion(body, request_id=pipeline.parts.new_id())
         return answered(call, request, body)
 
     conversations = responses.Conversations()
@@ -169,6 +178,7 @@ def create_app(pipeline: Pipeline) -> Starlette:
 
     work: dict[str, Handler] = {
         "/v1/chat/completions": chat,
+        "/v1/completions": complete,
         "/v1/models": models,
         "/v1/responses": respond,
         "/v1/messages": messages,

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
+from typing import TypeVar
 
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -13,8 +14,9 @@ from starlette.types import Receive, Scope, Send
 
 from hhh_router.interfaces.server.dialect import Dialect, StreamWriter
 from hhh_router.interfaces.server.http import Sender, until_client_leaves
-from hhh_router.pipeline import ChatDelta, ChatEvent, ChatFinished, ChatStarted, Pipeline
+from hhh_router.pipeline import ChatDelta, ChatFinished, ChatStarted, Pipeline
 
+E = TypeVar("E")
 _log = logging.getLogger(__name__)
 
 STREAM_HEADERS = {
@@ -74,7 +76,7 @@ class ChatResponse(Response):
     async def _stream(self, sender: Sender) -> None:
         writer: StreamWriter | None = None
         async with aclosing(self._pipeline.chat(self._call.request, stream=True)) as events:
-            async for event in _kept_alive(events, lambda: self._ping(sender)):
+            async for event in kept_alive(events, lambda: self._ping(sender)):
                 if isinstance(event, ChatStarted):
                     writer = self._call.begin(event.metadata)
                     await sender.begin(200, STREAM_HEADERS | event.metadata.headers())
@@ -103,9 +105,7 @@ class ChatResponse(Response):
             await sender.part(self._call.broken(body), more=False)
 
 
-async def _kept_alive(
-    events: AsyncGenerator[ChatEvent, None], ping: Callable[[], Awaitable[None]]
-) -> AsyncGenerator[ChatEvent, None]:
+async def kept_alive(events: AsyncGenerator[E, None], ping: Callable[[], Awaitable[None]]) -> AsyncGenerator[E, None]:
     """The same events; in every long silence between two of them ``ping`` is called."""
     coming = asyncio.ensure_future(anext(events, None))
     try:

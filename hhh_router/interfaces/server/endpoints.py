@@ -42,6 +42,17 @@ _CHAT = _whole(
     }
 )
 _PROXIED = an_object({"choices": listed({"type": "object"}), "hhh": HHH}, ["hhh"])
+_COMPLETION = _whole(
+    {
+        "id": _TEXT,
+        "object": {"const": "text_completion"},
+        "created": _COUNT,
+        "model": _TEXT,
+        "choices": listed(_whole({"index": _COUNT, "text": _TEXT, "finish_reason": _TEXT, "hhh": HHH}), minItems=1),
+        "usage": {"type": "object"},
+        "hhh": HHH,
+    }
+)
 _RESPONSE = _whole(
     {
         "id": _TEXT,
@@ -144,6 +155,16 @@ ENDPOINTS: Final = (
     ),
     Endpoint(
         method="GET", path="/v1/models", does="the model names", gives=an_object({"data": listed({"type": "object"})})
+    ),
+    Endpoint(
+        method="POST",
+        path="/v1/completions",
+        does="go on with a text as it stands, and score it",
+        takes=fields.COMPLETION,
+        gives=_COMPLETION,
+        behind_proxy=False,
+        streams=True,
+        door="chat",
     ),
     Endpoint(
         method="POST",

@@ -10,10 +10,13 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from hhh_router.interfaces.parse import ROLE_NAMES, TOOL_NAME
-from hhh_router.interfaces.server import anthropic, openai, responses
+from hhh_router.interfaces.server import anthropic, completions, openai, responses
+from hhh_router.interfaces.server.choices import MOST_CHOICES
+from hhh_router.interfaces.server.completions import MOST_PROMPTS
 from hhh_router.interfaces.server.models import AUTO, MODEL_NAMES
 from hhh_router.interfaces.tools import MOST_TOOLS
-from hhh_router.pipeline.answers import MOST_CHOICES, MOST_LEVELS, MOST_QUESTIONS, PRESETS
+from hhh_router.pipeline.answers import MOST_CHOICES as MOST_OPTIONS
+from hhh_router.pipeline.answers import MOST_LEVELS, MOST_QUESTIONS, PRESETS
 from hhh_router.pipeline.validate import (
     MAX_BIAS,
     MAX_BIASES,
@@ -129,6 +132,8 @@ _FIELDS: Mapping[str, Schema] = {
     "top_logprobs": maybe({"type": "integer", "minimum": 0, "maximum": MAX_TOP_LOGPROBS}),
     "response_format": maybe(an_object({"type": {"enum": ["text", "json_object", "json_schema"]}}, ["type"])),
     "moderation": maybe({"type": "object"}),
+    "n": maybe({"type": "integer", "minimum": 1, "maximum": MOST_CHOICES}),
+    "echo": maybe(FLAG),
     "tools": TOOLS,
     "tool_choice": _CHOICE,
     "parallel_tool_calls": maybe(FLAG),
@@ -157,6 +162,15 @@ def _wire(
 
 
 CHAT = _wire(openai.READ_FIELDS, openai.NEUTRAL_VALUES, ["model", "messages"])
+_TOKENS: Schema = listed({"type": "integer", "minimum": 0}, minItems=1)
+COMPLETION = _wire(
+    completions.READ_FIELDS,
+    completions.NEUTRAL_VALUES,
+    ["model", "prompt"],
+    prompt={"anyOf": [TEXT, _TOKENS, listed({"anyOf": [TEXT, _TOKENS]}, minItems=1, maxItems=MOST_PROMPTS)]},
+    logprobs=maybe({"type": "integer", "minimum": 0, "maximum": MAX_TOP_LOGPROBS}),
+    max_tokens=maybe({"type": "integer", "minimum": 0, "description": "0 only with echo"}),
+)
 RESPONSE = _wire(responses.READ_FIELDS, responses.NEUTRAL_VALUES, ["model", "input"], tools=FLAT_TOOLS)
 MESSAGES_BODY = _wire(
     anthropic.READ_FIELDS,
@@ -207,7 +221,7 @@ _QUESTION: Schema = {
     "anyOf": [
         an_object({**_NAMED, "type": {"const": "predicate"}}, ["type"]),
         an_object(
-            {**_NAMED, "type": {"const": "choice"}, "choices": listed(_OPTION, minItems=2, maxItems=MOST_CHOICES)},
+            {**_NAMED, "type": {"const": "choice"}, "choices": listed(_OPTION, minItems=2, maxItems=MOST_OPTIONS)},
             ["type", "instructions", "choices"],
         ),
         an_object(

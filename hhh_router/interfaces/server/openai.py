@@ -10,6 +10,7 @@ from typing import Any
 from hhh_router.errors import InvalidRequest
 from hhh_router.interfaces.parse import check_supported, one, our_fields, parse_messages, parse_weights
 from hhh_router.interfaces.sampling import parse_sampling
+from hhh_router.interfaces.server.choices import parse_count, strictest, total, variants
 from hhh_router.interfaces.server.dialect import event
 from hhh_router.interfaces.server.http import Failure, dump, failure
 from hhh_router.interfaces.server.models import parse_model
@@ -27,7 +28,6 @@ READ_FIELDS = frozenset(
 )
 """Fields of the body that are acted on."""
 NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
-    "n": (1,),
     "functions": ([],),
     "function_call": ("none", "auto"),
     "presence_penalty": (0, 0.0),
@@ -37,6 +37,7 @@ NEUTRAL_VALUES: Mapping[str, tuple[object, ...]] = {
     "web_search_options": (),
 }
 """Fields that change the answer and are not supported yet, with the values that change nothing. Others are refused."""
+DONE = (event(None, b"[DONE]"),)
 LEAST_LOGPROB = -9999.0  # what this wire says in place of minus infinity, which JSON cannot
 
 
@@ -50,16 +51,41 @@ class Call:
     include_usage: bool
     moderation: bool = False
     """Whether scores of input and output are wanted."""
+    count: int = 1
+    """Choices that are wanted."""
     created: int = field(default_factory=lambda: int(time.time()))
     """Seconds since 1970."""
 
     def whole(self, done: ChatFinished, raw: Mapping[str, Any] | None) -> dict[str, Any]:
         """See `dialect.Dialect`."""
-        return completion(self, done, raw, created=self.created)
+        return completion(self, done, raw)
+
+    @property
+    def requests(self) -> tuple[ChatRequest, ...]:
+        """See `choices.ManyDialect`."""
+        return variants(self.request, self.count)
+
+    def whole_of(self, done: Sequence[ChatFinished]) -> dict[str, Any]:
+        """See `choices.ManyDialect`. The block at the top is the strictest one; each choice has its own too."""
+        choices = [
+            {**_choice(d), "index": at, **_moderation(self, d), "hhh": d.metadata.as_json()}
+            for at, d in enumerate(done)
+        ]
+        return {**_head(self), "choices": choices, "usage": total(done), "hhh": strictest(done).as_json()}
+
+    def begin_choice(self, at: int, first: Metadata) -> ChoiceFrames:
+        """See `choices.ManyDialect`."""
+        return ChoiceFrames(ChunkWriter(self, first, at=at))
+
+    def end_of(self, done: Sequence[ChatFinished]) -> list[bytes]:
+        """See `choices.ManyDialect`."""
+        block = strictest(done).as_json()
+        last = {**_head(self, "chat.completion.chunk"), "choices": [], "usage": total(done), "hhh": block}
+        return [*([event(None, dump(last))] if self.include_usage else []), *DONE]
 
     def begin(self, first: Metadata) -> Frames:
         """See `dialect.Dialect`."""
-        return Frames(ChunkWriter(self, first, created=self.created))
+        return Frames(self, ChunkWriter(self, first))
 
     def failure(self, error: Exception) -> Failure:
         """See `dialect.Dialect`."""
@@ -75,8 +101,8 @@ class Call:
         return event(None, dump(body))
 
 
-class Frames:
-    """Chunks as server-sent events, and the mark that ends them."""
+class ChoiceFrames:
+    """Chunks of one choice as server-sent events."""
 
     def __init__(self, writer: ChunkWriter) -> None:
         self._writer = writer
@@ -87,7 +113,19 @@ class Frames:
 
     def end(self, done: ChatFinished) -> list[bytes]:
         """See `dialect.StreamWriter`."""
-        return [*(event(None, dump(chunk)) for chunk in self._writer.end(done)), event(None, b"[DONE]")]
+        return [event(None, dump(chunk)) for chunk in self._writer.end(done)]
+
+
+class Frames(ChoiceFrames):
+    """Chunks of the only choice, and what ends the stream: usage, where it is asked for, and a mark."""
+
+    def __init__(self, call: Call, writer: ChunkWriter) -> None:
+        super().__init__(writer)
+        self._call = call
+
+    def end(self, done: ChatFinished) -> list[bytes]:
+        """See `dialect.StreamWriter`."""
+        return [*super().end(done), *(DONE if self._writer.is_theirs else self._call.end_of([done]))]
 
 
 def parse_chat(
@@ -112,7 +150,7 @@ def parse_chat(
         raise InvalidRequest("stream_options: no object", hint='send an object, such as {"include_usage": true}')
     messages, unread = parse_messages(body.get("messages", ()), any_calls=upstream)
     call: dict[str, Any] = {}
-    moderation = False
+    moderation, count = False, 1
     if upstream:
         if body.get("n") not in (None, 1):
             raise InvalidRequest(f"n: found {body['n']!r}, not supported yet", hint="ask for one reply at a time")
@@ -130,6 +168,7 @@ def parse_chat(
         call["sampling"] = _sampling(body)
         call["tools"] = parse_tools(body.get("tools"), body.get("tool_choice"), body.get("parallel_tool_calls"))
         moderation = parse_moderation(body.get("moderation"))
+        count = parse_count(body.get("n"))
     if policy is not None and not isinstance(policy, str):
         raise InvalidRequest("hhh.policy: no string", hint="send a policy's name")
     return Call(
@@ -138,6 +177,7 @@ def parse_chat(
         stream=stream,
         include_usage=bool(options.get("include_usage")),
         moderation=moderation,
+        count=count,
     )
 
 
@@ -161,27 +201,25 @@ def _boolean(body: Mapping[str, Any], name: str) -> bool:
 # -- their wire out ---------------------------------------------------------------------------------------------------
 
 
-def completion(call: Call, done: ChatFinished, raw: Mapping[str, Any] | None, *, created: int) -> dict[str, Any]:
+def completion(call: Call, done: ChatFinished, raw: Mapping[str, Any] | None) -> dict[str, Any]:
     """A whole reply; with the upstream's own fields when it answered and its answer was let through."""
     block = {"hhh": done.metadata.as_json()}
     if raw is not None and done.refusal is None:
         return {**raw, **block}
+    return {**_head(call), "choices": [_choice(done)], "usage": total([done]), **_moderation(call, done), **block}
+
+
+def _head(call: Call, kind: str = "chat.completion") -> dict[str, Any]:
+    name = f"chatcmpl-{call.request.request_id}"
+    return {"id": name, "object": kind, "created": call.created, "model": call.model}
+
+
+def _choice(done: ChatFinished) -> dict[str, Any]:
     return {
-        "id": _id(done.metadata),
-        "object": "chat.completion",
-        "created": created,
-        "model": call.model,
-        "choices": [
-            {
-                "index": 0,
-                "message": _message(done),
-                "logprobs": _logprobs(done.logprobs),
-                "finish_reason": done.finish_reason,
-            }
-        ],
-        "usage": _usage(done),
-        **_moderation(call, done),
-        **block,
+        "index": 0,
+        "message": _message(done),
+        "logprobs": _logprobs(done.logprobs),
+        "finish_reason": done.finish_reason,
     }
 
 
@@ -195,14 +233,12 @@ def _message(done: ChatFinished) -> dict[str, Any]:
 class ChunkWriter:
     """Turns the events of one chat into OpenAI's chunks. ``hhh`` is in the first chunk and in the last."""
 
-    def __init__(self, call: Call, first: Metadata, *, created: int) -> None:
+    def __init__(self, call: Call, first: Metadata, *, at: int = 0) -> None:
         self._call = call
-        self._head = {
-            "id": _id(first),
-            "object": "chat.completion.chunk",
-            "created": created,
-            "model": call.model,
-        }
+        self._at = at
+        self._head = _head(call, "chat.completion.chunk")
+        self.is_theirs = False
+        """Whether the reply ended with the upstream's own chunks."""
         self._first: Metadata | None = first
         self._calls = 0
         self._withheld: Mapping[str, Any] | None = None  # the upstream's last chunk, until the final block is known
@@ -225,15 +261,10 @@ class ChunkWriter:
         """The chunks that end the reply."""
         block = {"hhh": done.metadata.as_json()}
         if self._withheld is not None and done.refusal is None:
+            self.is_theirs = True
             return [{**self._withheld, **block}]
-        chunks = self._flush()
-        chunks += [
-            *self._open(),
-            self._chunk({}, finish_reason=done.finish_reason, **_moderation(self._call, done), **block),
-        ]
-        if self._call.include_usage:
-            chunks.append({**self._head, "choices": [], "usage": _usage(done), **block})
-        return chunks
+        last = self._chunk({}, finish_reason=done.finish_reason, **_moderation(self._call, done), **block)
+        return [*self._flush(), *self._open(), last]
 
     def _pass(self, raw: Mapping[str, Any]) -> list[dict[str, Any]]:
         """The upstream's own chunk, one behind, so that the last can carry the final block."""
@@ -264,13 +295,9 @@ class ChunkWriter:
         finish_reason: str | None = None,
         **more: Any,
     ) -> dict[str, Any]:
-        choice = {"index": 0, "delta": dict(delta), "logprobs": logprobs, "finish_reason": finish_reason}
+        choice = {"index": self._at, "delta": dict(delta), "logprobs": logprobs, "finish_reason": finish_reason}
         usage = {"usage": None} if self._call.include_usage else {}
         return {**self._head, "choices": [choice], **usage, **more}
-
-
-def _id(metadata: Metadata) -> str:
-    return f"chatcmpl-{metadata.request_id}"
 
 
 def _logprobs(told: Sequence[TokenLogprob] | None) -> dict[str, Any] | None:
@@ -292,12 +319,3 @@ def _token(told: TokenLogprob) -> dict[str, Any]:
 
 def _moderation(call: Call, done: ChatFinished) -> dict[str, Any]:
     return {"moderation": moderated(done.metadata, call.model)} if call.moderation else {}
-
-
-def _usage(done: ChatFinished) -> dict[str, int]:
-    usage = done.usage
-    return {
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
-        "total_tokens": usage.prompt_tokens + usage.completion_tokens,
-    }
