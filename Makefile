@@ -5,9 +5,10 @@ PROMPT ?= What is the capital of France?
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+FUZZ := .venv-schemathesis
 export PROMPT
 
-.PHONY: chat install test report bench-engine soak check format help
+.PHONY: chat install test report bench-engine soak fuzz check format help
 
 chat: $(STAMP)  ## answer PROMPT="…" and show weights, needs, confidence and decision
 	@$(BIN)/hhh-router chat "$$PROMPT" || [ $$? -eq 3 ]  # 3: the policy refused, which is an answer too
@@ -30,6 +31,11 @@ bench-engine: $(STAMP)  ## measure the embedded engine on an idle machine; figur
 
 soak: $(STAMP)  ## keep the engine at twice its capacity for MINUTES=20, with callers who leave; nothing may pile up
 	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
+
+fuzz: $(STAMP)  ## schemathesis over the OpenAPI document, from an environment of its own, for up to 5 minutes
+	@test -x $(FUZZ)/bin/python || $(PYTHON) -m venv $(FUZZ)
+	@$(FUZZ)/bin/python -m pip install --quiet 'schemathesis==4.32.5'
+	$(BIN)/python -m tests.conformance.fuzz --schemathesis $(FUZZ)/bin/schemathesis
 
 check: $(STAMP)  ## format, lint, types, fast tests
 	$(BIN)/ruff format --check .

@@ -215,7 +215,10 @@ def parse_stop(given: object) -> tuple[str, ...]:
 def _share(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"a share is {kind_of(value)}, not a number")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError as error:  # whole numbers in JSON have any length
+        raise ValueError("a share is larger than any number should be") from error
 
 
 def our_fields(body: Mapping[str, Any]) -> Mapping[str, Any]:

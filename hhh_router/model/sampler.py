@@ -46,6 +46,9 @@ class Drawn:
     """(token, log-probability) of as many as were asked for, the likeliest first."""
 
 
+LEAST_TEMPERATURE = 1e-5  # logits over less overflow, and what is drawn then is noise; the likeliest token it is
+
+
 class Sampler:
     """Draws one request's tokens with its own temperature, nucleus, bias, schema and seed."""
 
@@ -57,7 +60,7 @@ class Sampler:
             device: Where logits are.
             following: Of ``sampling.json_schema``, if it has one.
         """
-        self._greedy = sampling.temperature == 0
+        self._greedy = sampling.temperature < LEAST_TEMPERATURE
         self._told = sampling.top_logprobs or 0
         self._following = following
         self._biased = torch.tensor(list(sampling.logit_bias), dtype=torch.long, device=device)

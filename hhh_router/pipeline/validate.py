@@ -10,6 +10,7 @@ from hhh_router.errors import InvalidRequest
 from hhh_router.types import ChatRequest, GuardRequest, Message, Sampling, ToolUse
 
 ROLES = ("system", "user", "assistant", "tool")
+MAX_MESSAGES = 4096  # a chat template is run over all of them
 MAX_STOPS = 16  # every stop string is searched for at every token
 MAX_TEMPERATURE = 2.0  # the range OpenAI's wire allows
 MAX_SEED = 2**63 - 1  # what random generators take
@@ -85,6 +86,8 @@ def check_messages(
     """
     if not messages:
         raise InvalidRequest(f"{where}: no messages", hint="send at least one message with role 'user'")
+    if len(messages) > MAX_MESSAGES:
+        raise InvalidRequest(f"{where}: found {len(messages):,} messages", hint=f"send at most {MAX_MESSAGES:,}")
     used = 0
     for i, message in enumerate(messages):
         where_calls = f"{where}[{i}].tool_calls"
@@ -191,14 +194,23 @@ def _check_schema(text: str, where: str) -> None:
         raise InvalidRequest(f"{where}: the schema is no JSON: {said}", hint="send a JSON schema") from error
     if not isinstance(schema, dict):
         raise InvalidRequest(f"{where}: the schema is no object", hint='send an object, such as {"type": …}')
-    level: list[object] = [schema]
-    for _ in range(MAX_SCHEMA_DEPTH):
-        level = [inner for outer in level for inner in _inside(outer)]
-    if any(isinstance(value, dict | list) for value in level):
+    if is_deeper(schema, MAX_SCHEMA_DEPTH):
         raise InvalidRequest(
             f"{where}: the schema is nested more than {MAX_SCHEMA_DEPTH} levels deep",
             hint="flatten it, or name its parts under $defs",
         )
+
+
+def is_deeper(value: object, levels: int) -> bool:
+    """Whether a JSON value is nested more levels deep; without recursion.
+
+    >>> is_deeper([[1]], 2), is_deeper([[[]]], 2)
+    (False, True)
+    """
+    level = [value]
+    for _ in range(levels):
+        level = [inner for outer in level for inner in _inside(outer)]
+    return any(isinstance(value, dict | list) for value in level)
 
 
 def _inside(value: object) -> list[object]:
@@ -212,7 +224,13 @@ def _is_int(value: object) -> bool:
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether it is a number that a float can hold: whole numbers in JSON have any length."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def _check_text(text: str, where: str, *, max_bytes: int) -> int:

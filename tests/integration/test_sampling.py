@@ -300,6 +300,14 @@ def test_a_row_that_has_no_token_to_draw_fails_alone(value: float, temperature: 
     assert isinstance(third, Drawn)
 
 
+@pytest.mark.parametrize("temperature", [1e-320, 1e-38, 1e-5])
+def test_a_temperature_next_to_nothing_is_greedy(temperature: float) -> None:
+    logits = 30 * torch.randn((50, 40), generator=torch.Generator().manual_seed(3))
+    sampler = Sampler(Sampling(temperature=temperature, seed=4), torch.device("cpu"))
+
+    assert [sampler.draw(row).token for row in logits] == logits.argmax(dim=1).tolist()
+
+
 def test_a_bias_against_every_token_leaves_nothing_to_draw() -> None:
     sampler = Sampler(Sampling(logit_bias=dict.fromkeys(range(40), -math.inf)), torch.device("cpu"))
 

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from hhh_router.errors import InvalidRequest
 from hhh_router.interfaces.parse import check_supported, kind_of, one, our_fields, parse_messages, parse_weights
 from hhh_router.interfaces.sampling import parse_sampling
 from hhh_router.interfaces.server.dialect import event
-from hhh_router.interfaces.server.http import Failure, dump, failure, read_json, until_client_leaves
+from hhh_router.interfaces.server.http import Failure, JsonReply, dump, failure, read_json, until_client_leaves
 from hhh_router.interfaces.server.models import parse_model
 from hhh_router.interfaces.tools import parse_tools
 from hhh_router.pipeline import ChatDelta, ChatFinished, Pipeline
@@ -201,7 +201,7 @@ async def count_tokens(request: Request, pipeline: Pipeline) -> Response:
     use = _tools(body)
     read = ReadRequest(messages=messages, tools=use.tools if use else ())
     [scores] = await until_client_leaves(request.receive, pipeline.parts.reader.read([read]))
-    return JSONResponse({"input_tokens": scores.tokens})
+    return JsonReply({"input_tokens": scores.tokens})
 
 
 def parse_turns(body: Mapping[str, Any]) -> tuple[tuple[Message, ...], tuple[str, ...]]:
@@ -216,7 +216,7 @@ def parse_turns(body: Mapping[str, Any]) -> tuple[tuple[Message, ...], tuple[str
     for i, row in enumerate(rows):
         content = row.get("content") if isinstance(row, Mapping) else None
         for j, block in enumerate(content if isinstance(content, list) else ()):
-            if isinstance(block, Mapping) and block.get("type") in _UNSUPPORTED_BLOCKS:
+            if isinstance(block, Mapping) and str(block.get("type")) in _UNSUPPORTED_BLOCKS:
                 raise InvalidRequest(
                     f"messages[{i}].content[{j}]: {block['type']} is not supported yet",
                     hint="send turns with text only",

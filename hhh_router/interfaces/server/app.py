@@ -13,7 +13,7 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from hhh_router.interfaces.server import anthropic, completions, decisions, guardrail, native, openai, responses
@@ -22,6 +22,7 @@ from hhh_router.interfaces.server.choices import ChoicesResponse
 from hhh_router.interfaces.server.endpoints import Wire, served
 from hhh_router.interfaces.server.http import (
     Failure,
+    JsonReply,
     WireError,
     endpoint,
     failed,
@@ -133,8 +134,8 @@ def create_app(pipeline: Pipeline) -> Starlette:
     async def models(request: Request) -> Response:
         generator = pipeline.parts.generator
         if is_proxy and isinstance(generator, ListsModels):
-            return JSONResponse(await generator.list_models(forwarded(request)))
-        return JSONResponse(list_models(started))
+            return JsonReply(await generator.list_models(forwarded(request)))
+        return JsonReply(list_models(started))
 
     async def guard(request: Request) -> Response:
         return await native.guard(request, pipeline)
@@ -143,23 +144,23 @@ def create_app(pipeline: Pipeline) -> Starlette:
         return await native.route(request, pipeline)
 
     async def policies(request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": native.listed(pipeline)})
+        return JsonReply({"object": "list", "data": native.listed(pipeline)})
 
     described = document(proxy=is_proxy, keys=keys.required)
 
     async def openapi_json(request: Request) -> Response:
-        return JSONResponse(described)
+        return JsonReply(described)
 
     async def scrape(request: Request) -> Response:
         return metrics.page()
 
     async def live(request: Request) -> Response:
-        return JSONResponse({"status": "ok"})
+        return JsonReply({"status": "ok"})
 
     async def ready(request: Request) -> Response:
         parts, load = pipeline.parts, pipeline.load
         is_ready = load.state == "ready"
-        return JSONResponse(
+        return JsonReply(
             status_code=200 if is_ready else 503,
             headers={} if is_ready else retry_after(load.wait_s),
             content={

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from hhh_router.errors import InvalidRequest
 from hhh_router.interfaces.parse import kind_of, parse_messages
-from hhh_router.interfaces.server.http import read_json, until_client_leaves
+from hhh_router.interfaces.server.http import JsonReply, read_json, until_client_leaves
 from hhh_router.interfaces.server.models import AUTO, parse_model
 from hhh_router.pipeline import Pipeline
 from hhh_router.pipeline.answers import MOST_CHOICES, MOST_LEVELS, PRESETS, Answer, Question, answer
@@ -26,7 +26,7 @@ _ONE_TOKEN = 1
 async def decisions(request: Request, pipeline: Pipeline) -> Response:
     """``{model, input, questions: [{type, name?, instructions, …}]}`` → an answer per question, in order."""
     body = await read_json(request, max_bytes=pipeline.settings.max_body_bytes)
-    model = body.get("model") or AUTO
+    model = AUTO if body.get("model") is None else body["model"]
     parse_model(model)
     messages, unread = _conversation(body.get("input"), "input")
     given = body.get("questions")
@@ -38,7 +38,7 @@ async def decisions(request: Request, pipeline: Pipeline) -> Response:
     )
     answers = [_told(q, values, a) for (q, values), a in zip(questions, found, strict=True)]
     by_model = sum(a is not None and a.source == "model" for a in found)
-    return JSONResponse(
+    return JsonReply(
         {"model": model, "answers": answers, "usage": _usage(tokens, by_model), "hhh": {"not_inspected": list(unread)}}
     )
 
@@ -49,7 +49,7 @@ async def systemone(request: Request, pipeline: Pipeline) -> Response:
     A question that cannot be answered has no answer, and is named in ``hhh.not_answered``.
     """
     body = await read_json(request, max_bytes=pipeline.settings.max_body_bytes)
-    model = body.get("model") or AUTO
+    model = AUTO if body.get("model") is None else body["model"]
     parse_model(model)
     if "state" not in body:
         raise InvalidRequest("state: missing", hint="send what the questions are about: any JSON")
@@ -67,7 +67,7 @@ async def systemone(request: Request, pipeline: Pipeline) -> Response:
     }
     told = {"not_inspected": list(unread), "not_answered": [q.name for q in asked if q.name not in answers]}
     usage = _usage(tokens, sum(a is not None and a.source == "model" for a in found))
-    return JSONResponse(
+    return JsonReply(
         {"model": model, "answers": answers, "usage": usage, "hhh": told},
         headers={"x-typesafe-request-id": pipeline.parts.new_id()},
     )
@@ -84,7 +84,7 @@ def _conversation(given: object, where: str) -> tuple[tuple[Message, ...], tuple
         raise InvalidRequest(f"{where}: found {kind_of(given)}", hint="send text, or a list of messages")
     rows: list[Any] = []
     for row in given:
-        kind = row.get("type") if isinstance(row, Mapping) else None
+        kind = str(row.get("type")) if isinstance(row, Mapping) else None
         if kind in _TOOL_TEXT:
             rows.append({"role": "assistant", "content": f"{row.get('name', '')}({row.get(_TOOL_TEXT[kind], '')})"})
         elif kind in _TOOL_RESULTS:
@@ -142,7 +142,9 @@ def _option(given: object, where: str) -> tuple[object, str]:
         value = given.get("value", given.get("label"))
         if isinstance(value, str | bool):
             description = given.get("description")
-            return value, f"{value}: {description}" if isinstance(description, str) and description else str(value)
+            if description is not None and not isinstance(description, str):
+                raise InvalidRequest(f"{where}.description: found {kind_of(description)}", hint="send text, or none")
+            return value, f"{value}: {description}" if description else str(value)
     raise InvalidRequest(f"{where}: found {kind_of(given)}", hint="send a text, or an object with 'value' or 'label'")
 
 

@@ -48,11 +48,12 @@ def an_object(properties: Mapping[str, Schema], required: Sequence[str] = (), **
 
 TEXT: Schema = {"type": "string", "minLength": 1}
 FLAG: Schema = {"type": "boolean"}
+POLICY: Schema = {"type": "string", "description": "a policy's name, as /v1/policies lists them"}
 MODEL: Schema = {
     "type": "string",
     "pattern": rf"^({'|'.join(MODEL_NAMES)}|hhh@[0-9]{{1,2}}(-[0-9]{{1,2}}){{{len(EXPERTS) - 1}}})(:.+)?$",
     "description": "which mixture answers, and after a colon under which policy",
-    "examples": [AUTO, "hhh-auto:strict", "hhh@2-6-5-3"],
+    "examples": [AUTO, "hhh-auto:honest-first", "hhh@2-6-5-3"],
 }
 PART: Schema = an_object({"type": {"type": "string"}, "text": {"type": "string"}}, ["type"])
 """Of a message; a part that is no text is accepted, not read, and listed as such."""
@@ -71,7 +72,7 @@ WEIGHTS: Schema = {
     ],
     "description": "shares that sum to 1, or a mixture's name",
 }
-OURS: Schema = an_object({"policy": maybe(TEXT), "weights": maybe(WEIGHTS)}, additionalProperties=False)
+OURS: Schema = an_object({"policy": maybe(POLICY), "weights": maybe(WEIGHTS)}, additionalProperties=False)
 
 _NAME: Schema = {"type": "string", "pattern": f"^{TOOL_NAME}$"}
 _FUNCTION = {"name": _NAME, "description": maybe({"type": "string"}), "strict": maybe(FLAG)}
@@ -144,6 +145,7 @@ _FIELDS: Mapping[str, Schema] = {
     "include": maybe(listed({"type": "string"})),
     "store": maybe(FLAG),
     "previous_response_id": maybe({"type": "string"}),
+    "n": maybe(_COUNT),
     "metadata": maybe({"type": "object"}),
 }
 """Field → what it looks like, the same on every wire that has it."""
@@ -180,19 +182,22 @@ MESSAGES_BODY = _wire(
     tools=THEIR_TOOLS,
     tool_choice=_THEIR_CHOICE,
 )
-COUNT_TOKENS = an_object({name: _FIELDS[name] for name in ("model", "messages", "system")}, ["model", "messages"])
+COUNT_TOKENS = an_object(
+    {name: MESSAGES_BODY["properties"][name] for name in ("model", "messages", "system", "tools", "tool_choice")},
+    ["model", "messages"],
+)
 PROXIED_CHAT = an_object(
     {name: _FIELDS[name] for name in ("messages", "hhh", "stream", "stream_options")} | {"model": {"type": "string"}},
     ["messages"],
     description="what else is here is the upstream's business and passes through",
 )
 
-_JUDGED = {"prompt": maybe({"anyOf": [TEXT, MESSAGES]}), "response": maybe(TEXT), "policy": maybe(TEXT)}
+_JUDGED = {"prompt": maybe({"anyOf": [TEXT, MESSAGES]}), "response": maybe(TEXT), "policy": maybe(POLICY)}
 JUDGED: Schema = {
     "anyOf": [
         an_object(_JUDGED, additionalProperties=False),
         an_object(
-            {"items": listed(an_object(_JUDGED, additionalProperties=False)), "policy": maybe(TEXT)},
+            {"items": listed(an_object(_JUDGED, additionalProperties=False)), "policy": maybe(POLICY)},
             ["items"],
             additionalProperties=False,
         ),
@@ -202,7 +207,7 @@ MODERATED: Schema = an_object(
     {
         "input": {"anyOf": [TEXT, listed(TEXT, minItems=1), listed(PART, minItems=1)]},
         "model": maybe(MODEL),
-        "policy": maybe(TEXT),
+        "policy": maybe(POLICY),
     },
     ["input"],
     additionalProperties=False,
@@ -266,7 +271,7 @@ LITELLM: Schema = an_object(
         "texts": maybe(listed({"type": "string"})),
         "structured_messages": maybe(listed(MESSAGE)),
         "litellm_call_id": maybe({"type": "string"}),
-        "additional_provider_specific_params": maybe(an_object({"policy": maybe(TEXT)})),
+        "additional_provider_specific_params": maybe(an_object({"policy": maybe(POLICY)})),
     },
     ["input_type"],
 )

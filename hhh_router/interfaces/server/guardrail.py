@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from hhh_router.errors import InvalidRequest
 from hhh_router.interfaces.parse import kind_of, parse_messages
-from hhh_router.interfaces.server.http import read_json, until_client_leaves
+from hhh_router.interfaces.server.http import JsonReply, read_json, until_client_leaves
 from hhh_router.interfaces.server.kept import Kept
 from hhh_router.interfaces.server.keys import check_policies, owner
 from hhh_router.pipeline import GuardResult, Pipeline
@@ -54,6 +54,7 @@ async def guardrail(request: Request, pipeline: Pipeline, prompts: Prompts) -> R
     if phase not in ("request", "response"):
         raise InvalidRequest(f"input_type: found {str(phase)[:40]!r}", hint="use 'request' or 'response'")
     texts = _texts(body.get("texts"))
+    policy = _policy(body)
     limit = pipeline.settings.max_body_bytes
     unread = tuple(name for name in _UNREAD if body.get(name))
     if phase == "request":
@@ -70,11 +71,11 @@ async def guardrail(request: Request, pipeline: Pipeline, prompts: Prompts) -> R
             else ReadRequest()
         )
     if not read.messages and read.response is None:
-        return JSONResponse({"action": "NONE"})
-    asked = GuardRequest(read=read, policy=_policy(body), not_inspected=unread)
+        return JsonReply({"action": "NONE"})
+    asked = GuardRequest(read=read, policy=policy, not_inspected=unread)
     check_policies(request, pipeline, [asked])
     [result] = await until_client_leaves(request.receive, pipeline.guard([asked]))
-    return JSONResponse(_told(result), headers=result.metadata.headers())
+    return JsonReply(_told(result), headers=result.metadata.headers())
 
 
 def _told(result: GuardResult) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from hhh_router.errors import (
     UpstreamError,
     http_status,
 )
+from hhh_router.pipeline.validate import is_deeper
 from hhh_router.settings import Settings
 
 if TYPE_CHECKING:
@@ -36,6 +37,12 @@ Failure = tuple[int, Mapping[str, Any], Mapping[str, str]]
 
 LONGEST_MS = 86_400_000
 
+MAX_DEPTH = 100
+"""Levels of JSON in a body: whoever walks it may then do so by recursion."""
+MAX_HEADER_BYTES = 32_768
+BODY_S = 30.0
+"""A body has to be here after so long, however slowly it comes."""
+
 NEVER_RETRY = {"x-should-retry": "false"}
 """OpenAI's clients repeat every 5xx; this tells them that it cannot help."""
 
@@ -48,14 +55,16 @@ class WireError(Exception):
         message: What was found, where, and what to do.
         code: Stable name of the error.
         param: Field of the body that is wrong.
+        closes: The connection ends with the reply, for the rest of the request is not wanted.
     """
 
-    def __init__(self, status: int, message: str, *, code: str, param: str | None = None) -> None:
+    def __init__(self, status: int, message: str, *, code: str, param: str | None = None, closes: bool = False) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
         self.code = code
         self.param = param
+        self.closes = closes
 
     @property
     def body(self) -> dict[str, Any]:
@@ -78,7 +87,7 @@ def failure(error: Exception) -> Failure:
     """Status, body and headers for any error; what was not raised on purpose is logged and told in one plain line."""
     match error:
         case WireError():
-            return error.status, error.body, {}
+            return error.status, error.body, {"connection": "close"} if error.closes else {}
         case UpstreamError() if error.body is not None and http_status(error) == error.status:
             headers = {"retry-after": error.retry_after} if error.retry_after else {}
             return error.status, dict(error.body), headers  # the upstream's own words on the caller's mistake
@@ -105,40 +114,61 @@ def retry_after(seconds: float) -> dict[str, str]:
     return {"retry-after": str(max(1, math.ceil(seconds))), "retry-after-ms": str(max(1, math.ceil(1000 * seconds)))}
 
 
+class JsonReply(JSONResponse):
+    """A JSON reply that may repeat what a client wrote, half a surrogate pair included."""
+
+    def render(self, content: Any) -> bytes:
+        """The body."""
+        return dump(content)
+
+
 def failed(error: Exception, told: Callable[[Exception], Failure] = failure) -> Response:
     """The reply to a request that failed, as the wire's ``told`` has it."""
     status, body, headers = told(error)
-    return JSONResponse(dict(body), status, dict(headers))
+    return JsonReply(dict(body), status, dict(headers))
 
 
 async def read_json(request: Request, *, max_bytes: int) -> dict[str, Any]:
     """The body as a JSON object.
 
     Raises:
-        WireError: It is too large (413).
-        InvalidRequest: It is no JSON object.
+        WireError: It is too large (413), or comes too slowly (408).
+        InvalidRequest: It is no JSON object, or nested too deeply.
     """
-    raw = bytearray()
-    declared = request.headers.get("content-length", "0")
-    too_large = declared.isdecimal() and int(declared) > max_bytes
-    if not too_large:
-        async for piece in request.stream():
-            raw += piece
-            if too_large := len(raw) > max_bytes:
-                break
-    if too_large:
-        raise WireError(
-            413,
-            f"the body is larger than {max_bytes:,} bytes; send less, or raise HHH_ROUTER_MAX_BODY_BYTES",
-            code="too_large",
-        )
+    raw = await _read(request, max_bytes)
     try:
         body = json.loads(raw, parse_constant=_not_json)
     except (ValueError, RecursionError) as error:
         raise InvalidRequest(f"the body is no JSON: {_where(error)}", hint="send a JSON object in UTF-8") from error
     if not isinstance(body, dict):
         raise InvalidRequest("the body is JSON, but no object", hint="send a JSON object")
+    if raw.count(b"{") + raw.count(b"[") > MAX_DEPTH and is_deeper(body, MAX_DEPTH):
+        raise InvalidRequest(f"the body is nested more than {MAX_DEPTH} levels deep", hint="flatten it")
     return body
+
+
+async def _read(request: Request, max_bytes: int) -> bytearray:
+    raw = bytearray()
+    declared = request.headers.get("content-length", "0")
+    too_large = declared.isdecimal() and int(declared) > max_bytes
+    try:
+        async with asyncio.timeout(BODY_S):
+            pieces = request.stream()
+            while not too_large and (piece := await anext(pieces, None)) is not None:
+                raw += piece
+                too_large = len(raw) > max_bytes
+    except TimeoutError:
+        raise WireError(
+            408, f"the body was not here after {BODY_S:g} s; send it faster", code="body_timeout", closes=True
+        ) from None
+    if too_large:
+        raise WireError(
+            413,
+            f"the body is larger than {max_bytes:,} bytes; send less, or raise HHH_ROUTER_MAX_BODY_BYTES",
+            code="too_large",
+            closes=True,
+        )
+    return raw
 
 
 def _not_json(name: str) -> NoReturn:
@@ -251,6 +281,17 @@ def dump(body: Mapping[str, Any]) -> bytes:
         return json.dumps(body, separators=(",", ":")).encode("ascii")
 
 
+def _check_headers(request: Request) -> None:
+    size = sum(len(name) + len(value) for name, value in request.headers.raw)
+    if size > MAX_HEADER_BYTES:
+        raise WireError(
+            431,
+            f"{size:,} bytes of headers; send at most {MAX_HEADER_BYTES:,}",
+            code="headers_too_large",
+            closes=True,
+        )
+
+
 def endpoint(
     work: Callable[[Request], Awaitable[Response]],
     *,
@@ -266,6 +307,7 @@ def endpoint(
 
     async def guarded(request: Request) -> Response:
         try:
+            _check_headers(request)
             request.state.key = keys.caller(request) if needs_key else None
             if request.state.key is not None:
                 keys.admit(request.state.key, door)

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from hhh_router.errors import InvalidRequest
 from hhh_router.interfaces.parse import kind_of, parse_messages
-from hhh_router.interfaces.server.http import read_json, until_client_leaves
+from hhh_router.interfaces.server.http import JsonReply, read_json, until_client_leaves
 from hhh_router.interfaces.server.keys import check_policies
 from hhh_router.interfaces.server.models import AUTO, parse_model
 from hhh_router.pipeline import GuardResult, Pipeline
@@ -28,7 +28,7 @@ async def moderations(request: Request, pipeline: Pipeline) -> Response:
     body = await read_json(request, max_bytes=pipeline.settings.max_body_bytes)
     if unknown := sorted(set(body) - FIELDS):
         raise InvalidRequest(f"{unknown[0][:100]}: unknown field", hint=f"use {', '.join(sorted(FIELDS))}")
-    model = body.get("model") or AUTO
+    model = AUTO if body.get("model") is None else body["model"]
     policy = parse_model(model).policy or body.get("policy")
     if policy is not None and not isinstance(policy, str):
         raise InvalidRequest("policy: no string", hint="send a policy's name")
@@ -39,7 +39,7 @@ async def moderations(request: Request, pipeline: Pipeline) -> Response:
     check_policies(request, pipeline, asked)
     results = await until_client_leaves(request.receive, pipeline.guard(asked))
     told = [moderation(r) for r in results]
-    return JSONResponse({"id": f"modr-{pipeline.parts.new_id()}", "model": model, "results": told})
+    return JsonReply({"id": f"modr-{pipeline.parts.new_id()}", "model": model, "results": told})
 
 
 def moderation(result: GuardResult) -> dict[str, Any]:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from hhh_router.errors import InvalidRequest
 from hhh_router.interfaces.parse import parse_prompt
-from hhh_router.interfaces.server.http import read_json, until_client_leaves
+from hhh_router.interfaces.server.http import JsonReply, read_json, until_client_leaves
 from hhh_router.interfaces.server.keys import check_policies
 from hhh_router.pipeline import GuardResult, Pipeline, RouteResult
 from hhh_router.trace import metadata_schema
@@ -31,7 +31,7 @@ async def route(request: Request, pipeline: Pipeline) -> Response:
 
 async def schema(request: Request) -> Response:
     """The JSON schema of the ``hhh`` block."""
-    return JSONResponse(metadata_schema())
+    return JsonReply(metadata_schema())
 
 
 def listed(pipeline: Pipeline) -> list[dict[str, Any]]:
@@ -63,28 +63,33 @@ async def _each(
         asked = [_item(body, "")]
         check_policies(request, pipeline, asked)
         [result] = await until_client_leaves(request.receive, judge(asked))
-        return JSONResponse({"object": kind, **_told(result)}, headers=result.metadata.headers())
+        return JsonReply({"object": kind, **_told(result)}, headers=result.metadata.headers())
     if unknown := sorted(set(body) - {"items", "policy"}):
         raise InvalidRequest(f"{unknown[0][:100]}: unknown field beside items", hint="use items and policy")
     items = body["items"]
     if not isinstance(items, list) or not all(isinstance(item, Mapping) for item in items):
         raise InvalidRequest("items: no list of objects", hint='send [{"prompt": "…"}, …]')
-    default = {"policy": body.get("policy")}
+    default = {"policy": _string(body, "policy", "")}
     asked = [_item({**default, **item}, f"items[{i}].") for i, item in enumerate(items)]
     check_policies(request, pipeline, asked)
     results = await until_client_leaves(request.receive, judge(asked))
-    return JSONResponse({"object": "list", "data": [{"object": kind, **_told(r)} for r in results]})
+    return JsonReply({"object": "list", "data": [{"object": kind, **_told(r)} for r in results]})
 
 
 def _item(fields: Mapping[str, Any], where: str) -> GuardRequest:
     if unknown := sorted(set(fields) - ITEM_FIELDS):
         raise InvalidRequest(f"{where}{unknown[0][:100]}: unknown field", hint="use prompt, response and policy")
-    prompt, response, policy = fields.get("prompt"), fields.get("response"), fields.get("policy")
+    prompt = fields.get("prompt")
     turns, unread = ((), ()) if prompt is None else parse_prompt(prompt, where=f"{where}prompt")
-    for name, value in (("response", response), ("policy", policy)):
-        if value is not None and not isinstance(value, str):
-            raise InvalidRequest(f"{where}{name}: no string", hint=f"send the {name} as text")
+    response, policy = _string(fields, "response", where), _string(fields, "policy", where)
     return GuardRequest(read=ReadRequest(messages=turns, response=response), policy=policy, not_inspected=unread)
+
+
+def _string(fields: Mapping[str, Any], name: str, where: str) -> str | None:
+    value = fields.get(name)
+    if value is not None and not isinstance(value, str):
+        raise InvalidRequest(f"{where}{name}: no string", hint=f"send the {name} as text")
+    return value
 
 
 def _told(result: GuardResult | RouteResult) -> dict[str, Any]:

@@ -10,6 +10,7 @@ import uvicorn
 
 from hhh_router.errors import SettingsError
 from hhh_router.interfaces.server.app import create_app
+from hhh_router.interfaces.server.connection import MAX_HEAD_BYTES, Connection
 from hhh_router.interfaces.server.http import check_exposure
 from hhh_router.interfaces.server.keys import KeyRing
 from hhh_router.pipeline import Pipeline
@@ -59,6 +60,9 @@ def make_server(pipeline: Pipeline, *, on_ready: Callable[[], None] = lambda: No
     """A server that is not running yet; give its ``run`` or ``serve`` a socket from `listen`."""
     config = uvicorn.Config(
         create_app(pipeline),
+        http=Connection,
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+        ws="none",
         log_level="warning",  # one line a request comes from the pipeline's own log
         access_log=False,
         server_header=False,
