@@ -145,7 +145,6 @@ _FIELDS: Mapping[str, Schema] = {
     "include": maybe(listed({"type": "string"})),
     "store": maybe(FLAG),
     "previous_response_id": maybe({"type": "string"}),
-    "n": maybe(_COUNT),
     "metadata": maybe({"type": "object"}),
 }
 """Field → what it looks like, the same on every wire that has it."""
