@@ -1,23 +1,23 @@
-"""What a policy is: its data, its canonical form and hash, and the JSON schema for editors."""
+"""What a policy is: its data, its canonical form and its hash."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from hhh_router.policy.rules import OPERATORS, QUANTITIES, Floor, Rule, When
-from hhh_router.types import DIMENSIONS, EXPERTS, Action
+from hhh_router.policy.rules import CHECKPOINTS, Floor, Rule, When
+from hhh_router.types import EXPERTS, Action
 
-SCHEMA = "hhh-router/policy/1"
+REQUIRED_CHECKPOINTS: tuple[str, ...] = ("input", "output")
+"""The others are asked only where a policy has them."""
 
-CHECKPOINTS: tuple[str, ...] = ("input", "output")
-"""Where rules are asked: before the reply, and for each window and the end of it."""
+_BEFORE = (Action.ALLOW, Action.FLAG, Action.REFUSE, Action.ESCALATE, Action.BLOCK)
 
 ACTIONS: Mapping[str, tuple[Action, ...]] = {
-    "input": (Action.ALLOW, Action.FLAG, Action.REFUSE, Action.ESCALATE, Action.BLOCK),
+    "input": _BEFORE,
     "output": (
         Action.ALLOW,
         Action.FLAG,
@@ -27,14 +27,46 @@ ACTIONS: Mapping[str, tuple[Action, ...]] = {
         Action.ESCALATE,
         Action.BLOCK,
     ),
+    "tool_call": (Action.ALLOW, Action.FLAG, Action.HOLD, Action.ESCALATE, Action.BLOCK),
+    "tool_result": (Action.ALLOW, Action.FLAG, Action.ESCALATE, Action.BLOCK),
+    "session": _BEFORE,
 }
 """Checkpoint → what its rules may lead to."""
+
+SEVERITY: Mapping[Action, int] = {
+    action: i
+    for i, action in enumerate(
+        (
+            Action.ALLOW,
+            Action.FLAG,
+            Action.STEER,
+            Action.REGENERATE,
+            Action.HOLD,
+            Action.ESCALATE,
+            Action.REFUSE,
+            Action.BLOCK,
+        )
+    )
+}
+"""How strict each action is: of two decisions the one with the higher number holds."""
 
 RAISING = frozenset({Action.STEER, Action.REGENERATE})
 """Actions that lift lower bounds of the weights."""
 
-SPEAKING = frozenset({Action.REGENERATE, Action.REFUSE, Action.ESCALATE, Action.BLOCK})
-"""Actions after which the caller can be told something instead of the reply."""
+SPEAKING = frozenset({Action.REGENERATE, Action.REFUSE, Action.ESCALATE, Action.HOLD, Action.BLOCK})
+"""Actions after which the caller can be told something instead of the reply (or of a tool's run)."""
+
+PASSING = frozenset({Action.ALLOW, Action.FLAG, Action.STEER})
+"""Actions after which what was judged goes on."""
+
+PROTECTING: tuple[str, ...] = ("harmless", "honest")
+"""Experts whose least weight a tightening overlay may raise; the others are those whose most weight it may lower."""
+
+REDACTIONS: tuple[str, ...] = ("secrets", "emails", "phones", "cards", "ibans", "ips")
+"""Kinds of text that a rule can have taken out."""
+
+PLACEHOLDERS: tuple[str, ...] = ("policy", "version", "checkpoint", "rule", "action", "tool")
+"""What a message can name in braces."""
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"  # goes into a header as name@version
 NUMBER_PATTERN = r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?"
@@ -46,6 +78,9 @@ MAX_WINDOW_TOKENS = 4096
 MAX_PRIOR = 1e6
 MAX_MESSAGE = 2000
 MAX_DESCRIPTION = 500
+MAX_STEERING = 2000
+MAX_COUNT = 1e12
+ROLLOUT_STEPS = 10_000  # hundredths of a percent
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +112,32 @@ class Policy:
     """Tokens of a reply between two readings of it."""
     source: str | None
     """The file it was loaded from."""
+    overlays: tuple[Overlay, ...] = ()
+    """What is different for some tenants; `for_tenant` applies the first that fits."""
+    stricter: Mapping[str, tuple[Rule, ...]] = field(default_factory=dict)
+    """Checkpoint → rules of a tenant's overlay, asked beside the policy's own: the stricter decision holds."""
+    overlay: str | None = None
+    """Where the overlay stands that was applied; None where none was."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overlay:
+    """What is different for some tenants. It can only tighten, unless it says that it may loosen."""
+
+    place: str
+    """Where it stands, such as ``overlays[0]``."""
+    tenants: tuple[str, ...]
+    """Names with ``*`` and ``?``."""
+    may_loosen: bool
+    """True where its rules come first and its bounds replace the policy's."""
+    lower: Mapping[str, float]
+    """Only the experts it names."""
+    upper: Mapping[str, float]
+    floors: tuple[Floor, ...]
+    checkpoints: Mapping[str, tuple[Rule, ...]]
+    """Checkpoint → its rules; none of them has to be a default rule."""
+    on_error: Literal["closed", "open"] | None
+    mode: Literal["enforce", "shadow"] | None
 
 
 def as_document(policy: Policy) -> dict[str, Any]:
@@ -89,11 +150,31 @@ def as_document(policy: Policy) -> dict[str, Any]:
         "strength": policy.strength,
         "bounds": {e: {"min": policy.lower[e], "max": policy.upper[e]} for e in EXPERTS},
         "floors": [{"when": _when(f.when), "raise": _in_order(f.raises)} for f in policy.floors],
-        "checkpoints": {c: [_rule(r) for r in policy.checkpoints[c]] for c in CHECKPOINTS},
+        "checkpoints": {c: [_rule(r) for r in policy.checkpoints[c]] for c in CHECKPOINTS if c in policy.checkpoints},
         "on_error": policy.on_error,
         "mode": policy.mode,
         "stream": {"window_tokens": policy.window_tokens},
     }
+    if policy.overlays:
+        document["overlays"] = [_overlay(o) for o in policy.overlays]
+    return document
+
+
+def _overlay(overlay: Overlay) -> dict[str, Any]:
+    document: dict[str, Any] = {"tenants": list(overlay.tenants)}
+    if overlay.may_loosen:
+        document["may_loosen"] = True
+    if named := [e for e in EXPERTS if e in overlay.lower or e in overlay.upper]:
+        pairs = {"min": overlay.lower, "max": overlay.upper}
+        document["bounds"] = {e: {k: side[e] for k, side in pairs.items() if e in side} for e in named}
+    if overlay.floors:
+        document["floors"] = [{"when": _when(f.when), "raise": _in_order(f.raises)} for f in overlay.floors]
+    if overlay.checkpoints:
+        rules = overlay.checkpoints
+        document["checkpoints"] = {c: [_rule(r) for r in rules[c]] for c in CHECKPOINTS if c in rules}
+    for key in ("on_error", "mode"):
+        if (value := getattr(overlay, key)) is not None:
+            document[key] = value
     return document
 
 
@@ -112,6 +193,13 @@ def _rule(rule: Rule) -> dict[str, Any]:
         document["message"] = rule.message
     if rule.raises:
         document["raise"] = _in_order(rule.raises)
+    for key in ("upstream", "webhook", "steering", "rollout"):
+        if (value := getattr(rule, key)) is not None:
+            document[key] = value
+    if rule.redact:
+        document["redact"] = list(rule.redact)
+    if rule.shadow:
+        document["mode"] = "shadow"
     return document
 
 
@@ -119,97 +207,3 @@ def policy_hash(document: Mapping[str, Any]) -> str:
     """sha256 of the canonical JSON of a resolved policy, 64 hex digits."""
     text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode("ascii")).hexdigest()
-
-
-def policy_schema() -> dict[str, Any]:
-    """JSON schema of a policy file, for editors.
-
-    It says what each key may hold; `load_policy` also checks what spans keys, such as bounds that cannot be met.
-    """
-    share = {"type": "number", "minimum": 0, "maximum": 1}
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "$id": SCHEMA,
-        "title": "hhh-router policy",
-        **_closed(
-            {
-                "version": {"type": "integer", "minimum": 1, "description": "the policy's own version"},
-                "name": {"type": "string", "pattern": NAME_PATTERN},
-                "description": {"type": "string", "maxLength": MAX_DESCRIPTION},
-                "extends": {"type": "string", "description": "a shipped policy's name, or a path beside this file"},
-                "weights": _closed(
-                    {e: {"type": "number", "minimum": 0, "maximum": MAX_PRIOR} for e in EXPERTS},
-                    description="relative prior per expert; base is 1.0 unless said",
-                ),
-                "strength": share | {"description": "0 router alone, 1 full prior correction"},
-                "bounds": _closed({e: _closed({"min": share, "max": share}, minProperties=1) for e in EXPERTS}),
-                "floors": {
-                    "type": "array",
-                    "items": _closed(
-                        {"when": _when_schema(before_weights=True), "raise": _raise_schema()},
-                        required=["when", "raise"],
-                    ),
-                },
-                "checkpoints": _closed(
-                    {c: {"type": "array", "minItems": 1, "items": _rule_schema(c)} for c in CHECKPOINTS}
-                ),
-                "on_error": {"enum": ["closed", "open"], "default": "closed"},
-                "mode": {"enum": ["enforce", "shadow"], "default": "enforce"},
-                "stream": _closed(
-                    {
-                        "window_tokens": {
-                            "type": "integer",
-                            "minimum": 1,
-                            "maximum": MAX_WINDOW_TOKENS,
-                            "default": WINDOW_TOKENS,
-                        }
-                    }
-                ),
-            },
-            required=["version", "name"],
-        ),
-        # what a file leaves out has to come from the one it extends
-        "if": {"not": {"required": ["extends"]}},
-        "then": {
-            "required": ["weights", "strength", "checkpoints"],
-            "properties": {
-                "weights": {"required": list(DIMENSIONS)},
-                "checkpoints": {"required": list(CHECKPOINTS)},
-            },
-        },
-    }
-
-
-def _closed(properties: dict[str, Any], **more: Any) -> dict[str, Any]:
-    return {"type": "object", "properties": properties, "additionalProperties": False, **more}
-
-
-def _raise_schema() -> dict[str, Any]:
-    return _closed({e: {"type": "number", "minimum": 0, "maximum": 1} for e in EXPERTS}, minProperties=1)
-
-
-def _rule_schema(checkpoint: str) -> dict[str, Any]:
-    keys: dict[str, Any] = {
-        "when": _when_schema(before_weights=False),
-        "then": {"enum": [str(a) for a in ACTIONS[checkpoint]]},
-        "message": {"type": "string", "minLength": 1, "maxLength": MAX_MESSAGE},
-    }
-    if RAISING & set(ACTIONS[checkpoint]):
-        keys["raise"] = _raise_schema()
-    return _closed(keys, required=["then"])
-
-
-def _when_schema(*, before_weights: bool) -> dict[str, Any]:
-    comparison = rf"^ *(?:{'|'.join(OPERATORS)}) *{NUMBER_PATTERN} *$"
-    properties: dict[str, Any] = {}
-    for name, quantity in QUANTITIES.items():
-        if before_weights and not quantity.before_weights:
-            continue
-        if quantity.kind == "number":
-            kind: dict[str, Any] = {"type": "string", "pattern": comparison}
-        elif quantity.kind == "boolean":
-            kind = {"type": "boolean"}
-        else:
-            kind = {"enum": list(quantity.choices)}
-        properties[name] = kind | {"description": quantity.meaning}
-    return _closed(properties, minProperties=1)

@@ -120,6 +120,15 @@ class Values:
         self.wrong(node.place, path, f"{show(node)} is not known{hint}; use {either(choices)}")
         return default
 
+    def truth(self, node: Node | None, path: str) -> bool:
+        """``true`` or ``false``; false when it is not there."""
+        if node is None:
+            return False
+        if isinstance(node, Scalar) and node.is_plain and node.text.lower() in ("true", "false"):
+            return node.text.lower() == "true"
+        self.wrong(node.place, path, f"{show(node)} is no truth value; write true or false")
+        return False
+
     def wrong(self, place: Place, path: str, text: str) -> None:
         """Note a mistake."""
         self.mistakes.append(Mistake(place, path, text))
