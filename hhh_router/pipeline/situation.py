@@ -17,7 +17,7 @@ PIPELINE = Door(
 """What every door of the pipeline has: the SDK, the commands and the server."""
 
 
-def asked_situation(messages: Sequence[Message], caller: Caller, at: datetime) -> Situation:
+def asked_situation(messages: Sequence[Message], caller: Caller, at: datetime | None) -> Situation:
     """What surrounds the reading of a prompt.
 
     Its text is what came since the last reply; its role that of the last message. A rollout goes by the caller's own

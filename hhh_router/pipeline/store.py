@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from hhh_router.errors import PolicyNotAllowed
+from hhh_router.errors import PolicyError, PolicyNotAllowed
 from hhh_router.pipeline.situation import PIPELINE
 from hhh_router.policy import Door, Policy, check_door, lacking, list_policies, load_policy
+from hhh_router.policy.lock import Deployed, check_lock
 from hhh_router.settings import Settings
 
 
@@ -26,6 +27,7 @@ class PolicyStore:
 
     def __init__(self, default: str | Path, *, allowed: Sequence[str] | None = None, door: Door = PIPELINE) -> None:
         self._door = door
+        self._deployed: Deployed | None = None
         self._default = self._load(default)
         self._loaded: dict[str, Policy] = {self._default.name: self._default}
         self._unfit: set[str] = set()  # shipped ones that ask what the door does not have
@@ -39,6 +41,16 @@ class PolicyStore:
     def from_settings(cls, settings: Settings, *, door: Door = PIPELINE) -> PolicyStore:
         """The store a deployment's settings describe."""
         return cls(settings.policy, allowed=settings.allowed_policies, door=door)
+
+    def bind(self, deployed: Deployed) -> None:
+        """Say what is deployed, so that no limit is used on what it was not fitted on; from here on, too.
+
+        Raises:
+            PolicyError: The default or an allowed policy has a budget that nothing keeps, or a stale lock.
+        """
+        self._deployed = deployed
+        for policy in (*self._loaded.values(), *self._files.values()):
+            check_lock(policy, deployed)
 
     @property
     def default(self) -> Policy:
@@ -85,7 +97,7 @@ class PolicyStore:
         """A shipped policy; None where the door could not carry it out whole."""
         if name not in self._loaded and name not in self._unfit:
             policy = load_policy(name)
-            if lacking(policy, self._door):
+            if lacking(policy, self._door) or not self._stands(policy):
                 self._unfit.add(name)
             else:
                 self._loaded[name] = policy
@@ -94,4 +106,14 @@ class PolicyStore:
     def _load(self, source: str | Path) -> Policy:
         policy = load_policy(source)
         check_door(policy, self._door)
+        if self._deployed is not None:
+            check_lock(policy, self._deployed)
         return policy
+
+    def _stands(self, policy: Policy) -> bool:
+        try:
+            if self._deployed is not None:
+                check_lock(policy, self._deployed)
+        except PolicyError:
+            return False
+        return True

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Literal, cast
 
+from hhh_router.policy.check_extras import ExtraValues
 from hhh_router.policy.check_rules import TOLERANCE, RuleValues
 from hhh_router.policy.reach import contradiction, unreachable
 from hhh_router.policy.rules import CHECKPOINTS, Floor, Rule
@@ -27,13 +28,10 @@ from hhh_router.types import DIMENSIONS, EXPERTS
 
 _KEYS = (
     "version", "name", "description", "extends", "weights", "strength",
-    "bounds", "floors", "checkpoints", "on_error", "mode", "stream", "overlays",
+    "bounds", "floors", "checkpoints", "on_error", "mode", "stream", "overlays", "budget", "lock", "examples",
 )  # fmt: skip
 _REQUIRED = ("version", "name", "weights", "strength", "checkpoints")
 _OVERLAY_KEYS = ("tenants", "may_loosen", "bounds", "floors", "checkpoints", "on_error", "mode")
-
-# Keys of the full design that this version does not act on. They are named, so that nobody believes them to work.
-_LATER_KEYS = frozenset({"budget", "examples"})
 
 
 def policy_from_tree(root: Node, *, source: str | None, mistakes: list[Mistake]) -> Policy | None:
@@ -56,7 +54,7 @@ class _Check(RuleValues):
     # -- the parts of a policy ------------------------------------------------------------------------------------
 
     def policy(self, root: Node, source: str | None) -> Policy | None:
-        entries = self.table(root, "", _KEYS, required=_REQUIRED, later=_LATER_KEYS)
+        entries = self.table(root, "", _KEYS, required=_REQUIRED)
         if entries is None:
             return None
         version = self.integer(entries.get("version"), "version", low=1, high=10**9)
@@ -68,6 +66,10 @@ class _Check(RuleValues):
         floors = self.floors(entries.get("floors"), "floors", lower, upper)
         checkpoints = self._checkpoints(entries.get("checkpoints"), lower, upper)
         overlays = self._overlays(entries.get("overlays"), lower, upper)
+        extras = ExtraValues(self.mistakes)
+        budget = extras.budget(entries.get("budget"))
+        lock = extras.lock(entries.get("lock"))
+        examples = extras.examples(entries.get("examples"))
         on_error = self.choice(entries.get("on_error"), "on_error", ("closed", "open"), default="closed")
         mode = self.choice(entries.get("mode"), "mode", ("enforce", "shadow"), default="enforce")
         window_tokens = self._stream(entries.get("stream"))
@@ -89,6 +91,9 @@ class _Check(RuleValues):
             window_tokens=window_tokens,
             source=source,
             overlays=overlays,
+            budget=budget,
+            lock=lock,
+            examples=examples,
         )
         return dataclasses.replace(draft, hash=policy_hash(as_document(draft)))
 

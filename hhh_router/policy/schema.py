@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from hhh_router.policy.rules import CHECKPOINTS, Floor, Rule, When
@@ -79,8 +79,71 @@ MAX_PRIOR = 1e6
 MAX_MESSAGE = 2000
 MAX_DESCRIPTION = 500
 MAX_STEERING = 2000
+MAX_EXAMPLES = 1000
+MAX_EXAMPLE = 20_000
 MAX_COUNT = 1e12
 ROLLOUT_STEPS = 10_000  # hundredths of a percent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """The errors that a deployment accepts at `input`. Shares in (0, 1)."""
+
+    benign_refused: float
+    """Most benign requests stopped."""
+    harm_passed: float
+    """Most harmful requests passed on."""
+    level: float | None
+    """None: the bounds hold on average over draws of the rows they were fitted on. Else the probability with which each
+    of them holds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lock:
+    """What a policy's limit was fitted on, and what it keeps. Written by ``policy fit``."""
+
+    limit: float
+    """Of ``needs.harmless`` in the rule that stops."""
+    bundle_sha256: str
+    calibration_id: str
+    data: str
+    """``bundle`` for the rows that the bundle keeps, else the name of the file."""
+    data_sha256: str
+    policy_sha256: str
+    """Of the policy without this lock."""
+    n_benign: int
+    n_harmful: int
+    benign_refused: float
+    """Share on the rows."""
+    harm_passed: float
+    benign_refused_bound: float
+    """What is guaranteed for later rows that are drawn alike."""
+    harm_passed_bound: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A request, and what the policy should say to it. Run by ``policy test``."""
+
+    expect: tuple[str, ...]
+    """Actions, any of which will do; ``pass`` and ``stop`` stand for all that let it through, or do not."""
+    prompt: str | None = None
+    response: str | None = None
+    """Where there is one, the checkpoint output is asked; else input."""
+    tool: str | None = None
+    """A tool's name; then the checkpoint tool_call is asked."""
+    arguments: Any = None
+    tenant: str | None = None
+    line: int | None = field(default=None, compare=False)
+
+    @property
+    def checkpoint(self) -> str:
+        """Where it is asked."""
+        return "tool_call" if self.tool is not None else "input" if self.response is None else "output"
+
+    def accepts(self, action: Action) -> bool:
+        """Whether an action is what was expected."""
+        return str(action) in self.expect or ("pass" if action in PASSING else "stop") in self.expect
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +175,11 @@ class Policy:
     """Tokens of a reply between two readings of it."""
     source: str | None
     """The file it was loaded from."""
+    budget: Budget | None = None
+    """The errors that are accepted; a policy with one is used only with the lock that keeps it."""
+    lock: Lock | None = None
+    examples: tuple[Example, ...] = ()
+    """Not part of the hash: they decide nothing."""
     overlays: tuple[Overlay, ...] = ()
     """What is different for some tenants; `for_tenant` applies the first that fits."""
     stricter: Mapping[str, tuple[Rule, ...]] = field(default_factory=dict)
@@ -157,7 +225,27 @@ def as_document(policy: Policy) -> dict[str, Any]:
     }
     if policy.overlays:
         document["overlays"] = [_overlay(o) for o in policy.overlays]
+    if policy.budget is not None:
+        document["budget"] = _present(policy.budget)
+    if policy.lock is not None:
+        document["lock"] = _present(policy.lock)
+    if policy.examples:
+        document["examples"] = [_example(e) for e in policy.examples]
     return document
+
+
+def _present(record: Budget | Lock) -> dict[str, Any]:
+    return {f.name: value for f in fields(record) if (value := getattr(record, f.name)) is not None}
+
+
+def _example(example: Example) -> dict[str, Any]:
+    keys = ("tenant", "prompt", "response")
+    document: dict[str, Any] = {k: v for k in keys if (v := getattr(example, k)) is not None}
+    if example.tool is not None:
+        document["tool"] = {"name": example.tool}
+        if example.arguments is not None:
+            document["tool"]["arguments"] = example.arguments
+    return document | {"expect": example.expect[0] if len(example.expect) == 1 else list(example.expect)}
 
 
 def _overlay(overlay: Overlay) -> dict[str, Any]:
@@ -203,7 +291,9 @@ def _rule(rule: Rule) -> dict[str, Any]:
     return document
 
 
-def policy_hash(document: Mapping[str, Any]) -> str:
-    """sha256 of the canonical JSON of a resolved policy, 64 hex digits."""
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+def policy_hash(document: Mapping[str, Any], *, with_lock: bool = True) -> str:
+    """sha256 of the canonical JSON of a resolved policy without its examples, 64 hex digits."""
+    left_out = {"examples"} if with_lock else {"examples", "lock"}
+    kept = {key: value for key, value in document.items() if key not in left_out}
+    text = json.dumps(kept, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode("ascii")).hexdigest()

@@ -31,7 +31,6 @@ class Values:
         keys: Sequence[str],
         *,
         required: Iterable[str] = (),
-        later: frozenset[str] = frozenset(),
         word: str = "key",
     ) -> dict[str, Node] | None:
         """The entries with a known key; None when there is no mapping. Reports unknown and missing keys."""
@@ -47,10 +46,7 @@ class Values:
                 continue
             close = closest(key, keys)
             misspelt.add(close)
-            if key in later:
-                found = f"{shorten(key)} is not supported yet; remove it"
-            else:
-                found = f"{shorten(key)} is not a known {word}{did_you_mean(key, keys)}; use {either(keys)}"
+            found = f"{shorten(key)} is not a known {word}{did_you_mean(key, keys)}; use {either(keys)}"
             self.wrong(node.keys[key], where, found)
         for key in required:
             if key not in node.entries and key not in misspelt:  # one mistake, one line

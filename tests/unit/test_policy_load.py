@@ -165,7 +165,7 @@ stream: {window_tokens: 0}
         ("15", "checkpoints.output"),
         ("16", "checkpoints.output[1].then"),
         ("17", "checkpoints"),
-        ("18", "file"),
+        ("18", "budget.harm_passed"),
         ("19", "on_error"),
         ("20", "stream.window_tokens"),
     ]
@@ -184,7 +184,8 @@ stream: {window_tokens: 0}
             "strength: 0.5",
             "strenght: 0.5",
             "p.yaml:4  file: 'strenght' is not a known key, did you mean strength?; use version, name, description, "
-            "extends, weights, strength, bounds, floors, checkpoints, on_error, mode, stream or overlays",
+            "extends, weights, strength, bounds, floors, checkpoints, on_error, mode, stream, overlays, budget, lock or "
+            "examples",
         ),
         ("strength: 0.5\n", "", "p.yaml:1  strength: is missing; it has no default"),
         (
