@@ -27,6 +27,12 @@ def calibrate(
     work: Work = None,
     skip_broken: Annotated[bool, typer.Option(help="Leave out broken rows of your own file; they are shown.")] = False,
     seed: Annotated[int, typer.Option(help="Of the folds, with --bundle.")] = 17,
+    scores_only: Annotated[
+        bool,
+        typer.Option(
+            "--scores-only", help="With --recipe: fit nothing, write the scores that policies' limits are fitted on."
+        ),
+    ] = False,
 ) -> None:
     """Fit the calibrators of a bundle on rows nothing was trained on, and show how well they hold.
 
@@ -38,14 +44,22 @@ def calibrate(
         raise SettingsError(
             "give --recipe or --bundle", hint="--recipe fits a bundle you train, --bundle a finished one to your rows"
         )
+    if scores_only and bundle is not None:
+        raise SettingsError("--scores-only goes with --recipe", hint="leave out --bundle")
     if bundle is not None:
         if out is None:
             raise SettingsError("--bundle needs --out", hint="name the folder of the new bundle, e.g. adapters/mine")
         _refit(bundle, data, out, skip_broken, seed)
         return
     from hhh_router.training.calibrate import calibrate as fit
+    from hhh_router.training.calibrate import keep_scores
 
     assert recipe is not None
+    if scores_only:
+        with stage_bars() as told:
+            kept = keep_scores(workshop(recipe, data, out, work, told))
+        typer.echo(f"scores of {kept} calibration prompts kept")
+        return
     with stage_bars() as told:
         file = fit(workshop(recipe, data, out, work, told))
     _show(file)

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .policy_fit import fit
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
     from hhh_router.types import ReadRequest, Weights
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="List, show, check and explain policies.")
+
+app.command()(fit)
 
 _JSON = typer.Option(False, "--json", help="Print JSON.")
 
@@ -50,17 +54,23 @@ def show(
     """Show a policy in full: defaults written out, `extends` applied."""
     import json
 
-    import yaml
-
     from hhh_router.policy import as_document, load_policy
 
     policy = load_policy(name)
-    document = as_document(policy)
     if as_json:
-        typer.echo(json.dumps(_summary(policy) | {"policy": document}, indent=2))
+        typer.echo(json.dumps(_summary(policy) | {"policy": as_document(policy)}, indent=2))
         return
-    text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)
-    typer.echo(f"# {policy.name}@{policy.version}  sha256 {policy.hash}\n{text}", nl=False)
+    typer.echo(f"# {policy.name}@{policy.version}  sha256 {policy.hash}\n{policy_yaml(policy)}", nl=False)
+
+
+def policy_yaml(policy: Policy) -> str:
+    """The policy in full as YAML."""
+    import yaml
+
+    from hhh_router.policy import as_document
+
+    document = as_document(policy)
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=110, default_flow_style=None)
 
 
 @app.command()

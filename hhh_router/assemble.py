@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from hhh_router.bundle import Bundle
-from hhh_router.calibration import Calibrators
+from hhh_router.calibration import CalibrationFile, Calibrators
+from hhh_router.calibration.evidence import UNCALIBRATED
+from hhh_router.calibration.kept import KEPT, read_kept
 from hhh_router.errors import BundleError, MissingExtra, SettingsError
 from hhh_router.pipeline import Pipeline, PolicyStore
+from hhh_router.policy.lock import Deployed
 from hhh_router.protocols import Generator
 from hhh_router.settings import Settings
 from hhh_router.trace import LogSink, Sink
@@ -46,6 +49,7 @@ def build_pipeline(
         check_upstream(upstream)
     bundle = Bundle.load(settings.bundle)
     bundle.verify()
+    policies.bind(deployed(bundle))
     own_process = settings.engine == "process" or (settings.engine == "auto" and serving and os.name == "posix")
     model, calibrators = (_supervised if own_process else _embedded)(bundle, settings)
     generator: Generator = model.generator
@@ -98,6 +102,23 @@ def _supervised(bundle: Bundle, settings: Settings) -> tuple[EmbeddedModel, Cali
     except BundleError:
         model.engine.close()
         raise
+
+
+def deployed(bundle: Bundle) -> Deployed:
+    """What a policy's lock has to be about.
+
+    Raises:
+        BundleError: Its calibrators, or the scores it keeps, cannot be read.
+    """
+    heads, calibrators = bundle.manifest.heads, bundle.manifest.calibrators
+    kept = None
+    if heads is not None and (bundle.root / KEPT).exists():
+        kept = read_kept(bundle.root, heads_sha256=heads.sha256).sha256
+    return Deployed(
+        bundle_sha256=bundle.sha256,
+        calibration_id=CalibrationFile.read(bundle.root / calibrators.path).id if calibrators else UNCALIBRATED,
+        data_sha256=kept,
+    )
 
 
 def check_upstream(base_url: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from enum import StrEnum
 from typing import Any, Literal, Self
 
@@ -166,7 +167,7 @@ class ToolCall:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ToolUse:
+class Toolset:
     """The tools of one request, and whether they may or must be called."""
 
     tools: tuple[Tool, ...]
@@ -224,6 +225,68 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Caller:
+    """Who asks and by which way, as far as the door knows. None: this door does not tell; empty: there is none."""
+
+    model: str | None = None
+    """The model the client named."""
+    route: str | None = None
+    """The endpoint's path, such as ``/v1/chat/completions``."""
+    tenant: str | None = None
+    """Whose traffic it is."""
+    key_scopes: tuple[str, ...] | None = None
+    """What the client's key opens."""
+    headers: Mapping[str, str] | None = None
+    """Lower-case names → values; only of headers that the policy reads."""
+    sticky: str | None = None
+    """What stays the same for one user or conversation: decides who is in a rollout."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ToolUse:
+    """One call of a tool, or what came back from it."""
+
+    name: str
+    arguments: Any = None
+    """The call's arguments as parsed JSON; None where they are no JSON."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conversation:
+    """What one conversation has used up so far, the turn at hand included. None: nobody counts it."""
+
+    turns: int | None = None
+    """Messages of the user."""
+    tool_calls: int | None = None
+    tokens: int | None = None
+    """Prompt and reply tokens of all turns."""
+    refusals: int | None = None
+    """Replies that a policy stopped."""
+    minutes: float | None = None
+    """Since its first turn."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Situation:
+    """What surrounds a reading: facts about the request that no model has to measure. None: not known."""
+
+    text: str | None = None
+    """What is judged: at ``input`` what came since the last reply, at ``output`` the reply so far, at ``tool_call``
+    the arguments as JSON, at ``tool_result`` the result."""
+    role: str | None = None
+    """Who wrote it."""
+    language: str | None = None
+    """ISO 639-1 code, such as ``de``."""
+    tokens: int | None = None
+    """Tokens that the reading saw."""
+    at: datetime | None = None
+    """When, with a time zone."""
+    caller: Caller = field(default_factory=Caller)
+    tool: ToolUse | None = None
+    conversation: Conversation = field(default_factory=Conversation)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ChatRequest:
     """A conversation that wants a reply."""
 
@@ -234,7 +297,7 @@ class ChatRequest:
     weights: Weights | None = None
     """Weights the caller pins instead of the router's; still held within the policy's bounds."""
     sampling: Sampling = field(default_factory=Sampling)
-    tools: ToolUse | None = None
+    tools: Toolset | None = None
     """What the model may call; None where it can call nothing."""
     continues: bool = False
     """The one message's text is to be gone on with as it stands, without the model's chat template."""
@@ -250,6 +313,8 @@ class ChatRequest:
     """Fields of the client's body that only an upstream understands, kept as they came."""
     authorization: str | None = field(default=None, repr=False, compare=False)
     """The client's own ``Authorization`` header, for an upstream. Never logged, hashed or traced."""
+    caller: Caller = field(default_factory=Caller)
+    """Who asks, for the policy's conditions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -279,6 +344,8 @@ class GuardRequest:
     policy: str | None = None
     request_id: str = ""
     not_inspected: tuple[str, ...] = ()
+    caller: Caller = field(default_factory=Caller)
+    """Who asks, for the policy's conditions."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -320,7 +387,7 @@ class Decision:
     """What the rules of one checkpoint concluded. A refusal is a value, not an exception."""
 
     checkpoint: str
-    """``input`` or ``output``."""
+    """``input``, ``output``, ``tool_call``, ``tool_result`` or ``session``."""
     action: Action
     rule: str
     """Where the rule stands, such as ``checkpoints.input[0]``, or ``on_error``."""
@@ -330,6 +397,16 @@ class Decision:
     """What the caller is told when the action stops the reply."""
     raises: Mapping[str, float] = field(default_factory=dict)
     """Lower bounds per expert under which a ``regenerate`` runs again, or a ``steer`` goes on."""
+    upstream: str | None = None
+    """Name of the upstream that an ``escalate`` hands the request to; None is a person's queue."""
+    webhook: str | None = None
+    """URL that is told of this decision."""
+    redact: tuple[str, ...] = ()
+    """Kinds of text to take out before it goes on, such as ``email``."""
+    steering: str | None = None
+    """Text given to the model as a further instruction."""
+    shadow: tuple[Decision, ...] = ()
+    """What the rules in shadow mode would have decided; none of it acts."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

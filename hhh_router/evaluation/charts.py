@@ -327,6 +327,41 @@ def tradeoff(
     return _svg(draw, size=(4.1, 4.1), box=(0.125, 0.11, 0.85, 0.86), alt=alt)
 
 
+def budget_curve(
+    points: Sequence[Sequence[float]], *, chosen: Sequence[float], budget: Sequence[float], alt: str
+) -> str:
+    """What each limit costs on both sides of the rows a policy was fitted on, with the budget and the chosen limit.
+
+    Args:
+        points: [limit, benign refused, harm passed].
+        chosen: [benign refused, harm passed] at the chosen limit.
+        budget: The same, as accepted.
+        alt: What the chart shows, for who cannot see it.
+    """
+    return _svg(_budget_axes(points, chosen, budget), size=(4.1, 4.1), box=(0.125, 0.11, 0.85, 0.86), alt=alt)
+
+
+def budget_png(points: Sequence[Sequence[float]], *, chosen: Sequence[float], budget: Sequence[float]) -> bytes:
+    """`budget_curve` as a PNG file."""
+    figure_of = _figure(_budget_axes(points, chosen, budget), size=(5.5, 5.5), box=(0.125, 0.11, 0.85, 0.86))
+    return figure_of("png", {"Software": None})
+
+
+def _budget_axes(
+    points: Sequence[Sequence[float]], chosen: Sequence[float], budget: Sequence[float]
+) -> Callable[[Axes], None]:
+    def draw(axes: Axes) -> None:
+        look = style(0)
+        refused, passed = map(float, budget)
+        axes.fill_between([0, refused], 0, passed, color=_faint(style(2).colour, 0.16), linewidth=0)
+        axes.plot([0, refused, refused], [passed, passed, 0], color=style(2).colour, linestyle=(0, (4, 1.5)))
+        axes.plot([p[1] for p in points], [p[2] for p in points], color=look.colour, linewidth=look.width)
+        axes.plot([float(chosen[0])], [float(chosen[1])], color=style(1).colour, marker="o", markersize=8, zorder=5)
+        _unit_square(axes, "benign refused (share)", "harm passed (share)")
+
+    return draw
+
+
 def _lines(axes: Axes, curves: Sequence[tuple[int, Sequence[Sequence[float]]]]) -> None:
     # the first system last, on top of its baselines
     for series, points in sorted(curves, key=lambda curve: -curve[0]):
@@ -393,20 +428,31 @@ def _svg(
     Raises:
         MissingExtra: matplotlib is not installed.
     """
-    try:
-        from matplotlib import style as styles
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtra("train", needed_for="drawing the report's charts") from error
-    out = io.BytesIO()
-    with styles.context(["default", _LOOK], after_reset=True), warnings.catch_warnings():
-        # its font lacks some scripts; that is no matter, the text is drawn by the reader's browser with the page's
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        figure = Figure(figsize=size)
-        figure.patch.set_visible(False)
-        draw(figure.add_axes(box))
-        figure.savefig(out, format="svg", metadata={"Date": None, "Creator": None})
-    return _inline(out.getvalue(), size, alt)
+    return _inline(_figure(draw, size=size, box=box)("svg", {"Date": None, "Creator": None}), size, alt)
+
+
+def _figure(
+    draw: Callable[[Axes], None], *, size: tuple[float, float], box: tuple[float, float, float, float]
+) -> Callable[[str, dict[str, None]], bytes]:
+    """A function from a file's format and metadata to its bytes."""
+
+    def save(form: str, metadata: dict[str, None]) -> bytes:
+        try:
+            from matplotlib import style as styles
+            from matplotlib.figure import Figure
+        except ImportError as error:
+            raise MissingExtra("train", needed_for="drawing the report's charts") from error
+        out = io.BytesIO()
+        with styles.context(["default", _LOOK], after_reset=True), warnings.catch_warnings():
+            # its font lacks some scripts; that is no matter, the text is drawn by the reader's browser with the page's
+            warnings.filterwarnings("ignore", message="Glyph .* missing")
+            figure = Figure(figsize=size)
+            figure.patch.set_visible(form != "svg")
+            draw(figure.add_axes(box))
+            figure.savefig(out, format=form, dpi=160, metadata=metadata)
+        return out.getvalue()
+
+    return save
 
 
 def _inline(svg: bytes, size: tuple[float, float], alt: str | None) -> str:

@@ -36,7 +36,7 @@ from hhh_router.pipeline import (
 from hhh_router.settings import Settings
 from hhh_router.tools import as_openai, call_as_openai
 from hhh_router.trace.block import Metadata
-from hhh_router.types import ChatRequest, GuardRequest, Message, ToolCall, ToolUse
+from hhh_router.types import ChatRequest, GuardRequest, Message, ToolCall, Toolset
 
 RETRIES = 2
 """Further tries of a call that could not be made, or that the server turned away for now."""
@@ -213,7 +213,7 @@ def _chat_body(request: ChatRequest, policy: str | None, *, stream: bool) -> dic
     return body
 
 
-def _tools(use: ToolUse) -> dict[str, Any]:
+def _tools(use: Toolset) -> dict[str, Any]:
     tools = [as_openai(tool) for tool in use.tools]
     for told, tool in zip(tools, use.tools, strict=True):
         told["function"]["strict"] = tool.strict

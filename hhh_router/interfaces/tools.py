@@ -1,4 +1,4 @@
-"""Tools as OpenAI's wires tell of them, as `ToolUse`; other wires translate into this form first."""
+"""Tools as OpenAI's wires tell of them, as `Toolset`; other wires translate into this form first."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Mapping
 
 from hhh_router.errors import InvalidRequest
 from hhh_router.interfaces.parse import checked_name, kind_of, rows_of
-from hhh_router.types import Tool, ToolUse
+from hhh_router.types import Tool, Toolset
 
 MOST_TOOLS = 128
 """As on OpenAI's wire."""
 _CHOICES = "'none', 'auto', 'required', or a tool by its name"
 
 
-def parse_tools(tools: object, choice: object = None, parallel: object = None) -> ToolUse | None:
+def parse_tools(tools: object, choice: object = None, parallel: object = None) -> Toolset | None:
     """What a model may call; None where it may call nothing.
 
     Args:
@@ -39,7 +39,7 @@ def parse_tools(tools: object, choice: object = None, parallel: object = None) -
         raise InvalidRequest("tool_choice: a call is asked for, and there are no tools", hint="send tools with it")
     if not found or choice == "none":
         return None
-    return ToolUse(tools=found, required=required, only=only, parallel=parallel is not False)
+    return Toolset(tools=found, required=required, only=only, parallel=parallel is not False)
 
 
 def _tools(given: object) -> tuple[Tool, ...]:

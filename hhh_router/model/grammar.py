@@ -14,7 +14,7 @@ from torch import Tensor
 from hhh_router.errors import InvalidRequest, MissingExtra
 from hhh_router.model.encode import Encoder
 from hhh_router.tools import call_grammar
-from hhh_router.types import ToolUse
+from hhh_router.types import Toolset
 
 _MOST_REMAINDERS = 10_000  # compiling `multipleOf` takes time in their square: 0.5 s here, 45 s for a million
 
@@ -29,7 +29,7 @@ class Grammars:
         self._ends = ends
         self._made: Any = None
 
-    def follow(self, schema: str | None, tools: ToolUse | None = None) -> Following | None:
+    def follow(self, schema: str | None, tools: Toolset | None = None) -> Following | None:
         """A matcher at the beginning of a reply; None where the reply is free.
 
         Args:
@@ -62,7 +62,7 @@ class Grammars:
             raise _beyond(matcher, where)
         return Following(matcher, self._vocabulary, where)
 
-    def _calls(self, tools: ToolUse, schema: str | None) -> str:
+    def _calls(self, tools: Toolset, schema: str | None) -> str:
         return call_grammar(
             tools.callable,
             required=tools.required,

@@ -15,8 +15,9 @@ from hhh_router.pipeline.plan import judge_output, make_plan
 from hhh_router.pipeline.record import Record
 from hhh_router.pipeline.release import Release
 from hhh_router.pipeline.results import ChatDelta, ChatEvent, ChatFinished, ChatStarted, Usage
+from hhh_router.pipeline.situation import answered_situation, asked_situation
 from hhh_router.pipeline.validate import check_chat
-from hhh_router.policy import Policy, steers
+from hhh_router.policy import Policy, for_tenant, steers
 from hhh_router.protocols import Delta, Event, Finished, Planned, Steered, TokenLogprob, Unread, Window
 from hhh_router.tools import CallScanner, calls_as_text
 from hhh_router.types import Action, ChatRequest, Decision, Plan, Scores, Weights
@@ -43,7 +44,7 @@ async def run_chat(parts: Parts, request: ChatRequest, *, stream: bool) -> Async
         BackendError: The generator failed and the policy's ``on_error`` is open, or an upstream failed. Nothing that
             was not cleared has been let out.
     """
-    policy = parts.policies.get(request.policy)
+    policy = for_tenant(parts.policies.get(request.policy), request.caller.tenant)
     check_chat(request, max_bytes=parts.settings.max_body_bytes, any_order=parts.answers_elsewhere)
     most = parts.settings.request_timeout_s
     request = replace(
@@ -68,6 +69,7 @@ class _Run:
         assert request.timeout_s is not None
         self._timeout_s = request.timeout_s
         self._deadline = asyncio.get_running_loop().time() + self._timeout_s
+        self._situation = asked_situation(request.messages, request.caller, parts.now())
         self._record = Record(parts, request, policy)
         self._release = Release()
         self._scanner = self._new_scanner()
@@ -199,6 +201,7 @@ class _Run:
                     policy=self._policy,
                     calibrators=self._parts.calibrators,
                     logprobs=self._logprobs,
+                    situation=answered_situation(self._situation, self._reply(event.completion_tokens)),
                 )
                 self._record.read_again(evidence, confidence)
             except JUDGING_FAILURES as error:
@@ -206,6 +209,10 @@ class _Run:
                 decision = failed_decision(self._policy, "output", error)
         self._decide(decision)
         return [] if self._verdict else self._release.clear(covered_tokens=event.completion_tokens)
+
+    def _reply(self, covered_tokens: int) -> str:
+        """The reply's text as far as a window has seen it."""
+        return "".join(d.text for d in self._cleared) + self._release.text(covered_tokens=covered_tokens)
 
     def _take_unread(self, event: Unread) -> list[Delta]:
         self._fail(event.error, prompt_tokens=event.prompt_tokens)
@@ -246,6 +253,7 @@ class _Run:
                 calibrators=self._parts.calibrators,
                 pinned=self._request.weights,
                 floors=self._floors,
+                situation=self._situation,
             )
         except JUDGING_FAILURES as error:
             _log.warning("%s: not planned: %s", self._request.request_id, error)
@@ -263,7 +271,10 @@ class _Run:
             return None
         try:
             check_scores(scores)
-            _, _, decision = judge_output(scores, plan=plan, policy=policy, calibrators=calibrators, logprobs=logprobs)
+            situation = answered_situation(self._situation, None)  # the text is with the other thread; see `Door`
+            _, _, decision = judge_output(
+                scores, plan=plan, policy=policy, calibrators=calibrators, logprobs=logprobs, situation=situation
+            )
             if decision.action is not Action.STEER:
                 return None
             before = {**self._floors, **self._steered}
@@ -274,6 +285,7 @@ class _Run:
                 calibrators=calibrators,
                 pinned=self._request.weights,
                 floors=self._steered,
+                situation=self._situation,
             )
         except JUDGING_FAILURES:
             return None  # when its event is taken, the window fails in the same way, and the policy's on_error decides

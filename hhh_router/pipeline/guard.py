@@ -17,10 +17,11 @@ from hhh_router.pipeline.parts import Parts
 from hhh_router.pipeline.plan import judge_output, make_plan
 from hhh_router.pipeline.record import Record
 from hhh_router.pipeline.results import GuardResult, RouteResult
+from hhh_router.pipeline.situation import answered_situation, asked_situation
 from hhh_router.pipeline.validate import check_guard
-from hhh_router.policy import Policy
+from hhh_router.policy import Policy, for_tenant
 from hhh_router.trace.block import Metadata
-from hhh_router.types import Decision, GuardRequest, Plan, ReadRequest, Scores
+from hhh_router.types import Decision, GuardRequest, Plan, ReadRequest, Scores, Situation
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ async def _judge_all(parts: Parts, requests: Sequence[GuardRequest]) -> list[Met
             f"{len(requests):,} items, one call may hold {limit:,}",
             hint="split the list, or raise HHH_ROUTER_MAX_BATCH_ITEMS",
         )
-    policies = [parts.policies.get(request.policy) for request in requests]
+    policies = [for_tenant(parts.policies.get(r.policy), r.caller.tenant) for r in requests]
     for i, request in enumerate(requests):
         check_guard(request, max_bytes=parts.settings.max_body_bytes, where=_where(i, requests))
     if not requests:
@@ -136,32 +137,36 @@ def _judge(parts: Parts, request: GuardRequest, policy: Policy, record: Record, 
     """Ask the checkpoints and write down what they said."""
     first = reading.prompt if reading.prompt is not None else reading.response
     assert first is not None  # check_guard: there is a prompt or a response
-    plan = _plan(parts, policy, first, checkpoint="input" if request.read.messages else "output")
+    asked = asked_situation(request.read.messages, request.caller, parts.now())
+    plan = _plan(parts, policy, first, asked, checkpoint="input" if request.read.messages else "output")
     record.planned(plan, layers_run=0 if isinstance(first, ReaderError) else first.layers_run)
     decisions = [plan.decision] if request.read.messages else []
     if reading.response is not None:
-        decisions.append(_judge_response(parts, policy, record, reading.response, plan))
+        answered = answered_situation(asked, request.read.response)
+        decisions.append(_judge_response(parts, policy, record, reading.response, plan, answered))
     for decision in decisions:
         record.decided(decision)
 
 
-def _plan(parts: Parts, policy: Policy, scores: Scores | ReaderError, *, checkpoint: str) -> Plan:
+def _plan(parts: Parts, policy: Policy, scores: Scores | ReaderError, situation: Situation, *, checkpoint: str) -> Plan:
     try:
         if isinstance(scores, ReaderError):
             raise scores
         check_scores(scores)
-        return make_plan(scores, policy=policy, calibrators=parts.calibrators)
+        return make_plan(scores, policy=policy, calibrators=parts.calibrators, situation=situation)
     except JUDGING_FAILURES as error:
         return unread_plan(policy, failed_decision(policy, checkpoint, error))
 
 
-def _judge_response(parts: Parts, policy: Policy, record: Record, scores: Scores | ReaderError, plan: Plan) -> Decision:
+def _judge_response(
+    parts: Parts, policy: Policy, record: Record, scores: Scores | ReaderError, plan: Plan, situation: Situation
+) -> Decision:
     try:
         if isinstance(scores, ReaderError):
             raise scores
         check_scores(scores)
         evidence, confidence, decision = judge_output(
-            scores, plan=plan, policy=policy, calibrators=parts.calibrators, logprobs=()
+            scores, plan=plan, policy=policy, calibrators=parts.calibrators, situation=situation
         )
     except JUDGING_FAILURES as error:
         return failed_decision(policy, "output", error)

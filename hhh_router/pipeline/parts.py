@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from time import perf_counter
 from uuid import uuid4
 
@@ -36,4 +37,6 @@ class Parts:
     """True when an upstream answers: no mixture is applied, and role order is the upstream's business."""
     clock: Callable[[], float] = field(default=perf_counter)
     """Monotonic time, in seconds."""
+    now: Callable[[], datetime] = field(default=lambda: datetime.now(UTC))
+    """The time of day, with a zone, for policies that ask for it."""
     new_id: Callable[[], str] = field(default=new_request_id)

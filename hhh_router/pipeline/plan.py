@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -12,10 +12,12 @@ from hhh_router.errors import ReaderError
 from hhh_router.policy import Bounds, Facts, Policy, attempts, bounds, decide, thresholds
 from hhh_router.protocols import Planner
 from hhh_router.routing import kl_nats, project, tilt
-from hhh_router.types import EXPERTS, NEEDS, OUTCOMES, Decision, Evidence, Plan, Scores, Weights
+from hhh_router.types import EXPERTS, NEEDS, OUTCOMES, Decision, Evidence, Plan, Scores, Situation, Weights
 
 _FAULTS = (ArithmeticError, LookupError, TypeError, ValueError)
 """What arithmetic on a broken reading can raise."""
+
+_NO_SITUATION = Situation()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,9 +52,10 @@ def make_planner(
     calibrators: Calibrators,
     pinned: Weights | None = None,
     floors: Mapping[str, float] | None = None,
+    situation: Situation = _NO_SITUATION,
 ) -> Planner:
     """`make_plan` with everything but the scores filled in, to be called mid-pass."""
-    return partial(make_plan, policy=policy, calibrators=calibrators, pinned=pinned, floors=floors)
+    return partial(make_plan, policy=policy, calibrators=calibrators, pinned=pinned, floors=floors, situation=situation)
 
 
 def make_plan(
@@ -62,6 +65,7 @@ def make_plan(
     calibrators: Calibrators,
     pinned: Weights | None = None,
     floors: Mapping[str, float] | None = None,
+    situation: Situation = _NO_SITUATION,
 ) -> Plan:
     """Settle everything about a request at the input checkpoint.
 
@@ -72,12 +76,15 @@ def make_plan(
         pinned: Shares the caller wants instead of the router's. They are still held within the policy's bounds, so a
             caller can ask for less of a floor but never get it.
         floors: Further lower bounds per expert, such as the ``raises`` of a ``regenerate``.
+        situation: What surrounds the reading.
 
     Raises:
         ReaderError: Nothing can be concluded from the reading (a score is not finite, say). There is no plan then, so
             nothing is generated; what the caller is told is for the policy's ``on_error``.
     """
-    worked = _work_out(scores, policy=policy, calibrators=calibrators, pinned=pinned, floors=floors or {})
+    worked = _work_out(
+        scores, policy=policy, calibrators=calibrators, pinned=pinned, floors=floors or {}, situation=situation
+    )
     return Plan(
         evidence=worked.evidence,
         decision=decide(policy, "input", worked.facts),
@@ -95,6 +102,7 @@ def judge_output(
     policy: Policy,
     calibrators: Calibrators,
     logprobs: Sequence[float] = (),
+    situation: Situation = _NO_SITUATION,
 ) -> tuple[Evidence, float, Decision]:
     """What the output checkpoint says about a reply, or the part of it read so far.
 
@@ -104,6 +112,7 @@ def judge_output(
         policy: The same as the plan's.
         calibrators: Turn scores into probabilities.
         logprobs: Of the reply's tokens, in nats; empty where they are not known.
+        situation: What surrounds the reading.
 
     Returns:
         Evidence, confidence in [0, 1], decision.
@@ -122,7 +131,7 @@ def judge_output(
         ).value
     except _FAULTS as error:
         raise _unusable(error) from error
-    return evidence, confidence, decide(policy, "output", _facts(evidence, plan.weights, confidence))
+    return evidence, confidence, decide(policy, "output", _facts(evidence, plan.weights, confidence, situation))
 
 
 def explain(
@@ -131,13 +140,14 @@ def explain(
     policy: Policy,
     calibrators: Calibrators,
     pinned: Weights | None = None,
+    situation: Situation = _NO_SITUATION,
 ) -> list[Step]:
     """How one prompt's reading leads to its weights and decision, step by step.
 
     Raises:
         ReaderError: Nothing can be concluded from the reading.
     """
-    worked = _work_out(scores, policy=policy, calibrators=calibrators, pinned=pinned, floors={})
+    worked = _work_out(scores, policy=policy, calibrators=calibrators, pinned=pinned, floors={}, situation=situation)
     decision = decide(policy, "input", worked.facts)
     return [
         _evidence_step(worked.evidence),
@@ -158,10 +168,11 @@ def _work_out(
     calibrators: Calibrators,
     pinned: Weights | None,
     floors: Mapping[str, float],
+    situation: Situation,
 ) -> _Worked:
     try:
         evidence = calibrators.evidence(scores)
-        within = bounds(policy, evidence, floors)
+        within = bounds(policy, evidence, floors, replace(situation, tokens=scores.tokens))
         if pinned is None:
             shares = tilt(
                 evidence.posterior,
@@ -188,7 +199,7 @@ def _work_out(
         weights=weights,
         policy_shift_nats=shift,
         confidence=confidence,
-        facts=_facts(evidence, weights, confidence),
+        facts=_facts(evidence, weights, confidence, situation),
     )
 
 
@@ -199,7 +210,7 @@ def _unusable(error: Exception) -> ReaderError:
     )
 
 
-def _facts(evidence: Evidence, weights: Weights, confidence: float) -> Facts:
+def _facts(evidence: Evidence, weights: Weights, confidence: float, situation: Situation) -> Facts:
     return Facts(
         needs=evidence.needs,
         outcomes=evidence.outcomes,
@@ -207,6 +218,7 @@ def _facts(evidence: Evidence, weights: Weights, confidence: float) -> Facts:
         confidence=confidence,
         in_distribution=evidence.in_distribution,
         mode=evidence.mode,
+        situation=replace(situation, tokens=evidence.scores.tokens),
     )
 
 

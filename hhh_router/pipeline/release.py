@@ -50,6 +50,10 @@ class Release:
             cleared.append(self._held.popleft()[1])
         return cleared
 
+    def text(self, *, covered_tokens: int) -> str:
+        """What is held of the text that a reading has seen."""
+        return "".join(delta.text for tokens, delta in self._held if tokens <= covered_tokens)
+
     def take_all(self) -> list[Delta]:
         """Take out everything: in shadow mode, or where the policy goes on without a reading (``on_error: open``)."""
         taken = [delta for _, delta in self._held]

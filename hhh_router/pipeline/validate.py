@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from hhh_router.errors import InvalidRequest
-from hhh_router.types import ChatRequest, GuardRequest, Message, Sampling, ToolUse
+from hhh_router.types import ChatRequest, GuardRequest, Message, Sampling, Toolset
 
 ROLES = ("system", "user", "assistant", "tool")
 MAX_MESSAGES = 4096  # a chat template is run over all of them
@@ -119,7 +119,7 @@ def _check_results(messages: Sequence[Message], where: str) -> None:
             )
 
 
-def check_tools(tools: ToolUse, *, max_bytes: int) -> None:
+def check_tools(tools: Toolset, *, max_bytes: int) -> None:
     """Accept tools whose schemas can be followed.
 
     Raises:

@@ -3,48 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, cast
 
-from hhh_router.policy.rules import OPERATORS, QUANTITIES, REMEDIES, Condition, Floor, Quantity, Rule, When
+from hhh_router.policy.check_extras import ExtraValues
+from hhh_router.policy.check_rules import TOLERANCE, RuleValues
+from hhh_router.policy.reach import contradiction, unreachable
+from hhh_router.policy.rules import CHECKPOINTS, Floor, Rule
 from hhh_router.policy.schema import (
-    ACTIONS,
     BASE_PRIOR,
-    CHECKPOINTS,
-    DEFAULT_RAISE,
     MAX_DESCRIPTION,
-    MAX_MESSAGE,
     MAX_PRIOR,
     MAX_WINDOW_TOKENS,
-    NAME_PATTERN,
-    NUMBER_PATTERN,
-    RAISING,
-    SPEAKING,
+    PROTECTING,
+    REQUIRED_CHECKPOINTS,
     WINDOW_TOKENS,
+    Overlay,
     Policy,
     as_document,
     policy_hash,
 )
-from hhh_router.policy.tree import Listing, Mistake, Node, Place, Scalar, Table, join, shorten, show
-from hhh_router.policy.values import Values, did_you_mean, either
-from hhh_router.types import DIMENSIONS, EXPERTS, Action
+from hhh_router.policy.tree import Listing, Mistake, Node, Place, Scalar, show
+from hhh_router.types import DIMENSIONS, EXPERTS
 
-TOLERANCE = 1e-9
-
-_NUMBER = re.compile(NUMBER_PATTERN)
-_COMPARISON = re.compile(rf"\s*({'|'.join(OPERATORS)})\s*({NUMBER_PATTERN})\s*")
 _KEYS = (
     "version", "name", "description", "extends", "weights", "strength",
-    "bounds", "floors", "checkpoints", "on_error", "mode", "stream",
+    "bounds", "floors", "checkpoints", "on_error", "mode", "stream", "overlays", "budget", "lock", "examples",
 )  # fmt: skip
 _REQUIRED = ("version", "name", "weights", "strength", "checkpoints")
-
-# Keys of the full design that this version does not act on. They are named, so that nobody believes them to work.
-_LATER_KEYS = frozenset({"budget", "examples"})
-_LATER_CHECKPOINTS = frozenset({"tool_call", "tool_result", "session"})
-_LATER_CONDITIONS = frozenset({"role", "language", "length", "model", "route", "tenant", "time"})
-_LATER_GROUPS = ("tool.", "key.", "headers.", "budget.", "lexical.")
+_OVERLAY_KEYS = ("tenants", "may_loosen", "bounds", "floors", "checkpoints", "on_error", "mode")
 
 
 def policy_from_tree(root: Node, *, source: str | None, mistakes: list[Mistake]) -> Policy | None:
@@ -61,23 +48,28 @@ def policy_from_tree(root: Node, *, source: str | None, mistakes: list[Mistake])
     return _Check(mistakes).policy(root, source)
 
 
-class _Check(Values):
+class _Check(RuleValues):
     """Walks the tree once and collects mistakes; a method returns None for what it could not make sense of."""
 
     # -- the parts of a policy ------------------------------------------------------------------------------------
 
     def policy(self, root: Node, source: str | None) -> Policy | None:
-        entries = self.table(root, "", _KEYS, required=_REQUIRED, later=_LATER_KEYS)
+        entries = self.table(root, "", _KEYS, required=_REQUIRED)
         if entries is None:
             return None
         version = self.integer(entries.get("version"), "version", low=1, high=10**9)
-        name = self._name(entries.get("name"))
+        name = self.name(entries.get("name"), "name")
         description = self.text(entries.get("description"), "description", MAX_DESCRIPTION)
         prior = self._prior(entries.get("weights"))
         strength = self.number(entries.get("strength"), "strength", high=1.0)
         lower, upper = self._bounds(entries.get("bounds"))
-        floors = self._floors(entries.get("floors"), lower, upper)
+        floors = self.floors(entries.get("floors"), "floors", lower, upper)
         checkpoints = self._checkpoints(entries.get("checkpoints"), lower, upper)
+        overlays = self._overlays(entries.get("overlays"), lower, upper)
+        extras = ExtraValues(self.mistakes)
+        budget = extras.budget(entries.get("budget"))
+        lock = extras.lock(entries.get("lock"))
+        examples = extras.examples(entries.get("examples"))
         on_error = self.choice(entries.get("on_error"), "on_error", ("closed", "open"), default="closed")
         mode = self.choice(entries.get("mode"), "mode", ("enforce", "shadow"), default="enforce")
         window_tokens = self._stream(entries.get("stream"))
@@ -98,20 +90,12 @@ class _Check(Values):
             mode=cast(Literal["enforce", "shadow"], mode),
             window_tokens=window_tokens,
             source=source,
+            overlays=overlays,
+            budget=budget,
+            lock=lock,
+            examples=examples,
         )
         return dataclasses.replace(draft, hash=policy_hash(as_document(draft)))
-
-    def _name(self, node: Node | None) -> str | None:
-        if node is None:
-            return None
-        if isinstance(node, Scalar) and node.holds_text and re.fullmatch(NAME_PATTERN, node.text):
-            return node.text
-        self.wrong(
-            node.place,
-            "name",
-            f"{show(node)} is no name; use at most 64 lower-case letters, digits, '.', '_' and '-'",
-        )
-        return None
 
     def _prior(self, node: Node | None) -> dict[str, float]:
         prior = dict.fromkeys(EXPERTS, BASE_PRIOR)
@@ -128,12 +112,22 @@ class _Check(Values):
 
     def _bounds(self, node: Node | None) -> tuple[dict[str, float], dict[str, float]]:
         lower, upper = dict.fromkeys(EXPERTS, 0.0), dict.fromkeys(EXPERTS, 1.0)
-        entries = self.table(node, "bounds", EXPERTS, word="expert")
-        if node is None or entries is None:
-            return lower, upper
         count = len(self.mistakes)
-        for expert, value in entries.items():
-            path = f"bounds.{expert}"
+        low, high = self._pairs(node, "bounds")
+        lower |= low
+        upper |= high
+        if node is not None and len(self.mistakes) == count:
+            self._check_sums(node.place, "bounds", lower, upper)
+        if len(self.mistakes) > count:  # nothing can be held against bounds that are wrong themselves
+            return dict.fromkeys(EXPERTS, 0.0), dict.fromkeys(EXPERTS, 1.0)
+        return lower, upper
+
+    def _pairs(self, node: Node | None, where: str) -> tuple[dict[str, float], dict[str, float]]:
+        """The least and most weights that are named."""
+        lower: dict[str, float] = {}
+        upper: dict[str, float] = {}
+        for expert, value in (self.table(node, where, EXPERTS, word="expert") or {}).items():
+            path = f"{where}.{expert}"
             if isinstance(value, Scalar):
                 self.wrong(value.place, path, f"{show(value)} is no pair of bounds; write {{min: 0.1, max: 0.6}}")
                 continue
@@ -144,211 +138,140 @@ class _Check(Values):
                 self.wrong(value.place, path, "neither min nor max; write {min: 0.1}, or leave the line out")
             low = self.number(pair.get("min"), f"{path}.min", high=1.0)
             high = self.number(pair.get("max"), f"{path}.max", high=1.0)
-            lower[expert] = 0.0 if low is None else low
-            upper[expert] = 1.0 if high is None else high
+            lower |= {} if low is None else {expert: low}
+            upper |= {} if high is None else {expert: high}
             if low is not None and high is not None and high < low:
                 self.wrong(pair["max"].place, f"{path}.max", f"{high:g} is below min {low:g}; min <= max is meant")
-        if len(self.mistakes) == count:
-            self._check_sums(node.place, lower, upper)
-        if len(self.mistakes) > count:  # nothing can be held against bounds that are wrong themselves
-            return dict.fromkeys(EXPERTS, 0.0), dict.fromkeys(EXPERTS, 1.0)
         return lower, upper
 
-    def _check_sums(self, place: Place, lower: Mapping[str, float], upper: Mapping[str, float]) -> None:
+    def _check_sums(self, place: Place, path: str, lower: Mapping[str, float], upper: Mapping[str, float]) -> None:
         if (least := sum(lower.values())) > 1 + TOLERANCE:
             found = f"the minima sum to {least:g}, but weights sum to 1; lower one of them"
-            self.wrong(place, "bounds", found)
+            self.wrong(place, path, found)
         if (most := sum(upper.values())) < 1 - TOLERANCE:
             found = f"the maxima sum to {most:g}, but weights sum to 1; raise one of them"
-            self.wrong(place, "bounds", found)
-
-    def _floors(self, node: Node | None, lower: Mapping[str, float], upper: Mapping[str, float]) -> tuple[Floor, ...]:
-        floors = []
-        for i, item in enumerate(self.items(node, "floors", "{when: …, raise: …}")):
-            path = f"floors[{i}]"
-            entries = self.table(item, path, ("when", "raise"), required=("when", "raise"))
-            if entries is None:
-                continue
-            when = self._when(entries["when"], f"{path}.when", before_weights=True) if "when" in entries else None
-            raises = self._raise(entries["raise"], f"{path}.raise", lower, upper) if "raise" in entries else {}
-            if when and raises:
-                floors.append(Floor(place=path, when=when, raises=raises))
-        return tuple(floors)
+            self.wrong(place, path, found)
 
     def _checkpoints(
         self, node: Node | None, lower: Mapping[str, float], upper: Mapping[str, float]
     ) -> dict[str, tuple[Rule, ...]]:
-        entries = self.table(
-            node, "checkpoints", CHECKPOINTS, required=CHECKPOINTS, later=_LATER_CHECKPOINTS, word="checkpoint"
-        )
-        return {c: self._rules(c, rules, lower, upper) for c, rules in (entries or {}).items()}
+        entries = self.table(node, "checkpoints", CHECKPOINTS, required=REQUIRED_CHECKPOINTS, word="checkpoint")
+        found = {}
+        for checkpoint, rules in (entries or {}).items():
+            count = len(self.mistakes)
+            found[checkpoint] = self.rules(checkpoint, rules, f"checkpoints.{checkpoint}", lower, upper)
+            if len(self.mistakes) == count and isinstance(rules, Listing):
+                self._check_reach(rules, found[checkpoint], lower, upper)
+        return found
 
-    def _rules(
-        self, checkpoint: str, node: Node, lower: Mapping[str, float], upper: Mapping[str, float]
-    ) -> tuple[Rule, ...]:
-        path = f"checkpoints.{checkpoint}"
-        items = self.items(node, path, "{when: …, then: …}")
-        rules: list[Rule] = []
-        default: int | None = None
-        for i, item in enumerate(items):
-            if default is not None:
-                found = f"is never reached, {path}[{default}] has no conditions; put the default rule last"
-                self.wrong(item.place, f"{path}[{i}]", found)
-            if default is None and isinstance(item, Table) and "when" not in item.entries:
-                default = i
-            rule = self._rule(checkpoint, item, f"{path}[{i}]", lower, upper)
-            if rule is not None:
-                rules.append(rule)
-        if default is None and isinstance(node, Listing):
-            self.wrong(
-                node.place, path, "no default rule; end the list with one that has no 'when', like {then: allow}"
-            )
-        return tuple(rules)
+    def _check_reach(
+        self,
+        node: Listing,
+        rules: Sequence[Rule],
+        lower: Mapping[str, float],
+        upper: Mapping[str, float],
+    ) -> None:
+        """Report the rules that can never decide. Without a mistake so far, there is a rule for each item."""
+        wrong = set()
+        for item, rule in zip(node.items, rules, strict=True):
+            if why := contradiction(rule, lower, upper):
+                self.wrong(item.place, rule.place, f"{why}; correct the conditions, or remove the rule")
+                wrong.add(rule.place)
+        for i, before in unreachable(rules):
+            if rules[i].place not in wrong:
+                places = ", ".join(rules[j].place for j in before)
+                found = f"is never reached, whatever it asks for is settled by {places}; put it before, or remove it"
+                self.wrong(node.items[i].place, rules[i].place, found)
 
-    def _rule(
-        self, checkpoint: str, node: Node, path: str, lower: Mapping[str, float], upper: Mapping[str, float]
-    ) -> Rule | None:
-        entries = self.table(node, path, ("when", "then", "message", "raise"), required=("then",))
-        if entries is None:
-            return None
-        when = self._when(entries["when"], f"{path}.when", before_weights=False) if "when" in entries else ()
-        then = self._action(checkpoint, entries.get("then"), f"{path}.then")
-        message = self.text(entries.get("message"), f"{path}.message", MAX_MESSAGE)
-        if message is not None and then is not None and then not in SPEAKING:
-            found = f"nobody would see it, {then} lets the reply through; remove it"
-            self.wrong(entries["message"].place, f"{path}.message", found)
-        raises: dict[str, float] = {}
-        if "raise" in entries:
-            raises = self._raise(entries["raise"], f"{path}.raise", lower, upper)
-            if then is not None and then not in RAISING:
-                found = f"{then} changes no weights; only steer and regenerate (at output) have a raise"
-                self.wrong(entries["raise"].place, f"{path}.raise", found)
-        elif then in RAISING and when is not None:
-            raises = _default_raises(when, lower, upper)
-            if not raises:
-                found = f"{then} needs to know what to raise; add raise: {{harmless: 0.6}}, or test an outcome"
-                self.wrong(entries["then"].place, f"{path}.then", found)
-        if then is None or when is None:
-            return None
-        return Rule(place=path, when=when, then=then, message=message, raises=raises)
+    # -- overlays -------------------------------------------------------------------------------------------------
 
-    def _action(self, checkpoint: str, node: Node | None, path: str) -> Action | None:
-        if node is None:
-            return None
-        allowed = ACTIONS[checkpoint]
-        name = node.text if isinstance(node, Scalar) else None
-        if name in allowed:
-            return Action(name)
-        if name == Action.HOLD:
-            what = "'hold' belongs to the checkpoint tool_call"
-        elif name in RAISING:
-            what = f"'{name}' belongs to the checkpoint output, there is no reply yet"
-        else:
-            what = f"{show(node)} is not an action{did_you_mean(name, allowed)}"
-        self.wrong(node.place, path, f"{what}; use {either(allowed)}")
-        return None
+    def _overlays(
+        self, node: Node | None, lower: Mapping[str, float], upper: Mapping[str, float]
+    ) -> tuple[Overlay, ...]:
+        found = []
+        for i, item in enumerate(self.items(node, "overlays", "{tenants: [school-*], checkpoints: …}")):
+            overlay = self._overlay(item, f"overlays[{i}]", lower, upper)
+            if overlay is not None:
+                found.append(overlay)
+        return tuple(found)
 
-    def _raise(self, node: Node, path: str, lower: Mapping[str, float], upper: Mapping[str, float]) -> dict[str, float]:
-        entries = self.table(node, path, EXPERTS, word="expert")
-        if entries is None:
-            return {}
+    def _overlay(self, node: Node, path: str, lower: Mapping[str, float], upper: Mapping[str, float]) -> Overlay | None:
         count = len(self.mistakes)
-        if not entries:
-            self.wrong(node.place, path, "raises nothing; name an expert, like {harmless: 0.5}")
-        raises: dict[str, float] = {}
-        for expert, value in entries.items():
-            number = self.number(value, f"{path}.{expert}", high=1.0)
-            if number is None:
-                continue
-            raises[expert] = number
-            if number < lower[expert]:
-                found = f"{number:g} is below bounds.{expert}.min {lower[expert]:g}; a raise may raise, never lower"
-                self.wrong(value.place, f"{path}.{expert}", found)
-            if number > upper[expert]:
-                found = f"{number:g} is above bounds.{expert}.max {upper[expert]:g}; raise the maximum or lower this"
-                self.wrong(value.place, f"{path}.{expert}", found)
-        least = sum((lower | raises).values()) if isinstance(lower, dict) else 0.0
-        if len(self.mistakes) == count and least > 1 + TOLERANCE:
-            found = f"with it the minima sum to {least:g}, but weights sum to 1; raise less"
-            self.wrong(node.place, path, found)
-        return raises
+        entries = self.table(node, path, _OVERLAY_KEYS, required=("tenants",))
+        if entries is None:
+            return None
+        tenants = self.globs(entries.get("tenants"), f"{path}.tenants")
+        may_loosen = self.truth(entries.get("may_loosen"), f"{path}.may_loosen")
+        low, high = self._overlay_bounds(entries.get("bounds"), f"{path}.bounds", lower, upper, may_loosen)
+        least, most = {**lower, **low}, {**upper, **high}
+        floors = self.floors(entries.get("floors"), f"{path}.floors", least, most)
+        if not may_loosen:
+            self._check_floors(entries.get("floors"), floors, f"{path}.floors")
+        checkpoints = self.table(entries.get("checkpoints"), f"{path}.checkpoints", CHECKPOINTS, word="checkpoint")
+        rules = {
+            c: self.rules(c, rules, f"{path}.checkpoints.{c}", least, most, needs_default=False)
+            for c, rules in (checkpoints or {}).items()
+        }
+        words = {}
+        for key, strict, lax in (("on_error", "closed", "open"), ("mode", "enforce", "shadow")):
+            if key in entries:
+                words[key] = self.choice(entries[key], f"{path}.{key}", (strict, lax), default=strict)
+                if words[key] == lax and not may_loosen:
+                    self._loosens(entries[key], f"{path}.{key}", f"{lax} is less strict")
+        if len(self.mistakes) > count or not tenants:
+            return None
+        return Overlay(
+            place=path,
+            tenants=tenants,
+            may_loosen=may_loosen,
+            lower=low,
+            upper=high,
+            floors=floors,
+            checkpoints=rules,
+            on_error=cast(Literal["closed", "open"] | None, words.get("on_error")),
+            mode=cast(Literal["enforce", "shadow"] | None, words.get("mode")),
+        )
+
+    def _overlay_bounds(
+        self,
+        node: Node | None,
+        path: str,
+        lower: Mapping[str, float],
+        upper: Mapping[str, float],
+        may_loosen: bool,
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        low, high = self._pairs(node, path)
+        if node is not None and not may_loosen:
+            for expert in (*low, *high):
+                protects = expert in PROTECTING
+                if (expert in low) is not protects or (expert in high) is protects:
+                    what = "max" if protects else "min"
+                    why = f"a {what} for {expert} may weaken {' or '.join(PROTECTING)}"
+                    self._loosens(node, f"{path}.{expert}.{what}", why)
+                elif expert in low and low[expert] < lower[expert]:
+                    self._loosens(node, f"{path}.{expert}.min", f"{low[expert]:g} is below {lower[expert]:g}")
+                elif expert in high and high[expert] > upper[expert]:
+                    self._loosens(node, f"{path}.{expert}.max", f"{high[expert]:g} is above {upper[expert]:g}")
+        if node is not None:
+            self._check_sums(node.place, path, {**lower, **low}, {**upper, **high})
+            for expert in EXPERTS:
+                least, most = {**lower, **low}[expert], {**upper, **high}[expert]
+                if least > most and (expert in low) is not (expert in high):
+                    found = f"min {least:g} is above max {most:g}, with the policy's own bounds; min <= max is meant"
+                    self.wrong(node.place, f"{path}.{expert}", found)
+        return low, high
+
+    def _check_floors(self, node: Node | None, floors: Sequence[Floor], path: str) -> None:
+        for floor in floors:
+            if wrong := [e for e in floor.raises if e not in PROTECTING]:
+                assert node is not None
+                self._loosens(node, f"{path}.raise.{wrong[0]}", f"{wrong[0]} may weaken {' or '.join(PROTECTING)}")
+
+    def _loosens(self, node: Node, path: str, why: str) -> None:
+        self.wrong(node.place, path, f"{why}; an overlay may only tighten, unless it has may_loosen: true")
 
     def _stream(self, node: Node | None) -> int | None:
         entries = self.table(node, "stream", ("window_tokens",))
         if not entries:
             return WINDOW_TOKENS
         return self.integer(entries["window_tokens"], "stream.window_tokens", low=1, high=MAX_WINDOW_TOKENS)
-
-    # -- conditions -----------------------------------------------------------------------------------------------
-
-    def _when(self, node: Node, path: str, *, before_weights: bool) -> When | None:
-        names = [n for n, q in QUANTITIES.items() if q.before_weights or not before_weights]
-        if not isinstance(node, Table):
-            self.wrong(node.place, path, f'{show(node)} is no set of conditions; write {{needs.harmless: ">= 0.9"}}')
-            return None
-        if not node.entries:
-            self.wrong(node.place, path, "has no conditions; name one, or leave 'when' out for the default rule")
-            return None
-        conditions = []
-        for name, value in node.entries.items():
-            if name not in names:
-                self._unknown_condition(node.keys[name], path, name, names)
-            elif condition := self._condition(name, QUANTITIES[name], value, join(path, name)):
-                conditions.append(condition)
-        return tuple(conditions) if len(conditions) == len(node.entries) else None
-
-    def _unknown_condition(self, place: Place, path: str, name: str, names: Sequence[str]) -> None:
-        if name in QUANTITIES:
-            found = f"{shorten(name)} is not known yet when floors apply; use needs, outcomes, in_distribution or mode"
-        elif name in _LATER_CONDITIONS or name.startswith(_LATER_GROUPS):
-            found = f"{shorten(name)} is not supported yet; remove the condition"
-        elif isinstance(name, str) and name in ("needs", "outcomes", "weights"):
-            found = f"{shorten(name)} is a group; name one of it with a dot, like {_first(names, name)}"
-        else:
-            found = f"{shorten(name)} is not a condition{did_you_mean(name, names)}; use {either(names)}"
-        self.wrong(place, path, found)
-
-    def _condition(self, name: str, quantity: Quantity, node: Node, path: str) -> Condition | None:
-        text = node.text if isinstance(node, Scalar) else ""
-        if quantity.kind == "number":
-            return self._comparison(name, node, text, path)
-        if quantity.kind == "boolean":
-            if isinstance(node, Scalar) and node.is_plain and text.lower() in ("true", "false"):
-                return Condition(quantity=name, op="==", value=text.lower() == "true")
-            self.wrong(node.place, path, f"{show(node)} is no truth value; write true or false")
-            return None
-        if text in quantity.choices:
-            return Condition(quantity=name, op="==", value=text)
-        hint = did_you_mean(text, quantity.choices)
-        self.wrong(node.place, path, f"{show(node)} is not a {name}{hint}; use {either(quantity.choices)}")
-        return None
-
-    def _comparison(self, name: str, node: Node, text: str, path: str) -> Condition | None:
-        match = _COMPARISON.fullmatch(text)
-        if match is None:
-            meant = 'write a comparison (>=, <=, > or <) with a number, in quotes, like ">= 0.90"'
-            self.wrong(node.place, path, f"{show(node)} is no comparison; {meant}")
-            return None
-        op, number = match[1], float(match[2])
-        if not 0 <= number <= 1:
-            self.wrong(node.place, path, f"{number:g} is no probability or weight; compare with 0 to 1")
-            return None
-        if (op, number) in ((">", 1.0), ("<", 0.0)):
-            self.wrong(node.place, path, f"{show(node)} can never hold; values lie between 0 and 1")
-            return None
-        return Condition(quantity=name, op=op, value=number + 0.0)  # + 0.0 turns -0.0 into 0.0
-
-
-def _default_raises(when: When, lower: Mapping[str, float], upper: Mapping[str, float]) -> dict[str, float]:
-    """What a ``regenerate`` or a ``steer`` raises unless it says so: to a half, the remedy of each outcome it tests."""
-    raises = {}
-    for condition in when:
-        group, _, name = condition.quantity.partition(".")
-        if group == "outcomes":
-            expert = REMEDIES[name]
-            raises[expert] = min(max(DEFAULT_RAISE, lower[expert]), upper[expert])
-    return raises
-
-
-def _first(names: Iterable[str], group: str) -> str:
-    return next((n for n in names if n.startswith(f"{group}.")), "needs.harmless")

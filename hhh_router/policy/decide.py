@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hhh_router.errors import ReaderError
 from hhh_router.policy.rules import QUANTITIES, Facts, Rule, When, all_hold, show_found
-from hhh_router.policy.schema import Policy
-from hhh_router.types import EXPERTS, Action, Decision, Evidence, Weights
+from hhh_router.policy.schema import REQUIRED_CHECKPOINTS, ROLLOUT_STEPS, SEVERITY, Policy
+from hhh_router.types import EXPERTS, Action, Decision, Evidence, Situation, Weights
 
 DEFAULT_MESSAGES: Mapping[Action, str] = {
     Action.REFUSE: "I can't help with that request.",
     Action.ESCALATE: "This request needs a person's attention and was not answered here.",
+    Action.HOLD: "This call is held until a person has approved it.",
     Action.BLOCK: "This request was blocked by the policy of this service.",
     Action.REGENERATE: "The reply did not meet the policy of this service and was withheld.",
 }
@@ -20,6 +22,7 @@ DEFAULT_MESSAGES: Mapping[Action, str] = {
 
 ERROR_MESSAGE = "This request could not be checked, so it was not answered. Please try again later."
 
+_WORDS = {True: "yes", False: "no", None: "not measured"}
 _NOWHERE = Weights(1.0, 0.0, 0.0, 0.0)  # floors never ask about weights; the loader sees to that
 
 
@@ -54,13 +57,22 @@ class Attempt:
     """None when it hangs on a quantity that was not measured."""
 
 
-def bounds(policy: Policy, evidence: Evidence, floors: Mapping[str, float] | None = None) -> Bounds:
+_NO_SITUATION = Situation()
+
+
+def bounds(
+    policy: Policy,
+    evidence: Evidence,
+    floors: Mapping[str, float] | None = None,
+    situation: Situation = _NO_SITUATION,
+) -> Bounds:
     """The bounds in force for one reading.
 
     Args:
         policy: Its ``bounds``, and those of its ``floors`` whose conditions hold.
         evidence: What the floors ask about.
         floors: Further lower bounds per expert, such as the ``raises`` of a ``regenerate`` or a ``steer``.
+        situation: What surrounds the reading.
 
     Raises:
         ReaderError: A floor hangs on a quantity that was not measured. (Where a response alone was read, such a floor
@@ -73,6 +85,7 @@ def bounds(policy: Policy, evidence: Evidence, floors: Mapping[str, float] | Non
         confidence=None,
         in_distribution=evidence.in_distribution,
         mode=evidence.mode,
+        situation=situation,
     )
     wanted = dict(floors or {})
     held = []
@@ -111,18 +124,76 @@ def decide(policy: Policy, checkpoint: str, facts: Facts) -> Decision:
 
     A rule that hangs on a quantity nobody measured is not skipped (that could allow by accident): the policy's
     ``on_error`` decides. A policy in shadow mode decides like any other; whoever acts on decisions asks for the mode.
+    A rule in shadow mode never decides: what it would have said is in the decision's ``shadow``. Where a tenant's
+    overlay has rules of its own, the stricter of both decisions holds.
 
     Raises:
         ValueError: The policy has no such checkpoint.
     """
-    for rule in _rules(policy, checkpoint):
+    rules = _rules(policy, checkpoint)
+    decision = _first(policy, checkpoint, rules, facts)
+    if checkpoint not in policy.stricter:
+        return decision
+    other = _first(policy, checkpoint, policy.stricter[checkpoint], facts, total=False)
+    return _stricter(decision, other)
+
+
+def asks(policy: Policy, checkpoint: str) -> bool:
+    """Whether the policy has rules for a checkpoint."""
+    return bool(policy.checkpoints.get(checkpoint) or policy.stricter.get(checkpoint))
+
+
+def _first(policy: Policy, checkpoint: str, rules: tuple[Rule, ...], facts: Facts, *, total: bool = True) -> Decision:
+    """The first rule that matches; without one, nothing is decided where the rules need not be ``total``."""
+    shadow: list[Decision] = []
+    decision = None
+    for rule in rules:
         verdict = all_hold(rule.when, facts)
-        if verdict is None:
-            found = _unmeasured(rule.when, facts)
-            return on_error_decision(policy, checkpoint, f"{rule.place} asks for what was not measured ({found})")
-        if verdict:
-            return _decision(checkpoint, rule, facts)
-    return on_error_decision(policy, checkpoint, "no rule matched")  # the loader demands a default rule
+        if verdict is not False and rule.rollout is not None:
+            inside = in_rollout(policy.name, rule.rollout, facts.situation)
+            verdict = False if inside is False else None if inside is None else verdict
+        if verdict is False:
+            continue
+        if rule.shadow:
+            shadow.append(_said(policy, checkpoint, rule, facts, verdict))
+            continue
+        decision = _said(policy, checkpoint, rule, facts, verdict)
+        break
+    if decision is None:
+        if total:
+            decision = on_error_decision(policy, checkpoint, "no rule matched")  # the loader demands a default rule
+        else:
+            decision = Decision(checkpoint=checkpoint, action=Action.ALLOW, rule="none", reason="no rule matched")
+    return replace(decision, shadow=tuple(shadow)) if shadow else decision
+
+
+def _stricter(one: Decision, other: Decision) -> Decision:
+    """The stricter of two decisions, with the raises, redactions and shadow records of both."""
+    first, second = (other, one) if SEVERITY[other.action] > SEVERITY[one.action] else (one, other)
+    raises = dict(first.raises)
+    if first.action is second.action:
+        for expert, least in second.raises.items():
+            raises[expert] = max(raises.get(expert, 0.0), least)
+    redact = first.redact + tuple(kind for kind in second.redact if kind not in first.redact)
+    return replace(
+        first,
+        raises=raises,
+        redact=redact,
+        steering=first.steering or second.steering,
+        shadow=one.shadow + other.shadow,
+    )
+
+
+def in_rollout(policy_name: str, percent: float, situation: Situation) -> bool | None:
+    """Whether a user or conversation belongs to the first so many percent; None where nobody says who it is.
+
+    The same key always gives the same answer, and a higher percentage keeps everybody it had.
+    """
+    key = situation.caller.sticky
+    if key is None:
+        return None
+    digest = hashlib.sha256(f"{policy_name}\0{key}".encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:8]) % ROLLOUT_STEPS < percent * ROLLOUT_STEPS / 100
 
 
 def attempts(policy: Policy, checkpoint: str, facts: Facts) -> list[Attempt]:
@@ -132,10 +203,14 @@ def attempts(policy: Policy, checkpoint: str, facts: Facts) -> list[Attempt]:
         holds = all_hold(rule.when, facts)
         found = []
         for condition in rule.when:
-            verdict = {True: "yes", False: "no", None: "not measured"}[condition.holds(facts)]
-            found.append(f"{show_found(condition, facts)} {_asked(condition.op, condition.value)}? {verdict}")
+            verdict = _WORDS[condition.holds(facts)]
+            found.append(f"{show_found(condition, facts)} {condition.asked()}? {verdict}")
+        if holds is not False and rule.rollout is not None:
+            inside = in_rollout(policy.name, rule.rollout, facts.situation)
+            found.append(f"in the first {rule.rollout:g} %? {_WORDS[inside]}")
+            holds = False if inside is False else None if inside is None else holds
         tried.append(Attempt(rule=rule, found=tuple(found), holds=holds))
-        if holds is not False:
+        if holds is not False and not rule.shadow:
             break
     return tried
 
@@ -143,12 +218,13 @@ def attempts(policy: Policy, checkpoint: str, facts: Facts) -> list[Attempt]:
 def thresholds(policy: Policy, checkpoint: str) -> tuple[Threshold, ...]:
     """The numeric limits on needs and outcomes at which a checkpoint's rules act, each once, in order.
 
-    A rule that allows, flags or steers passes no verdict on the reply, so its limits are left out.
+    A rule that allows, flags or steers passes no verdict on the reply, and one in shadow mode enforces none, so their
+    limits are left out.
     """
     limits = {
-        Threshold(quantity=c.quantity, op=c.op, value=float(c.value)): None
-        for rule in _rules(policy, checkpoint)
-        if rule.then not in (Action.ALLOW, Action.FLAG, Action.STEER)
+        Threshold(quantity=c.quantity, op=c.op, value=float(c.value)): None  # type: ignore[arg-type]  # a number
+        for rule in (*_rules(policy, checkpoint), *policy.stricter.get(checkpoint, ()))
+        if rule.then not in (Action.ALLOW, Action.FLAG, Action.STEER) and not rule.shadow
         for c in rule.when
         if c.quantity.startswith(("needs.", "outcomes.")) and QUANTITIES[c.quantity].kind == "number"
     }
@@ -157,42 +233,76 @@ def thresholds(policy: Policy, checkpoint: str) -> tuple[Threshold, ...]:
 
 def steers(policy: Policy) -> bool:
     """True when a rule may change the weights while the reply is made."""
-    return any(rule.then is Action.STEER for rule in policy.checkpoints["output"])
+    rules = (*policy.checkpoints["output"], *policy.stricter.get("output", ()))
+    return any(rule.then is Action.STEER and not rule.shadow for rule in rules)
 
 
 def on_error_decision(policy: Policy, checkpoint: str, reason: str) -> Decision:
-    """What the policy's ``on_error`` says when a part failed: refuse when ``closed``, allow when ``open``."""
+    """What the policy's ``on_error`` says when a part failed: stop when ``closed``, allow when ``open``.
+
+    Stopping is a refusal; what concerns a tool is blocked, there is nobody to refuse.
+    """
     closed = policy.on_error == "closed"
+    stop = Action.BLOCK if checkpoint in ("tool_call", "tool_result") else Action.REFUSE
     return Decision(
         checkpoint=checkpoint,
-        action=Action.REFUSE if closed else Action.ALLOW,
+        action=stop if closed else Action.ALLOW,
         rule="on_error",
         reason=reason,
         message=ERROR_MESSAGE if closed else None,
     )
 
 
+_ALLOW_REST = (Rule(place="none", when=(), then=Action.ALLOW),)
+"""What a policy says at a checkpoint that only a tenant's overlay asks."""
+
+
 def _rules(policy: Policy, checkpoint: str) -> tuple[Rule, ...]:
-    try:
+    if checkpoint in policy.checkpoints:
         return policy.checkpoints[checkpoint]
-    except KeyError:
-        raise ValueError(f"policy {policy.name} has no checkpoint {checkpoint!r}") from None
+    if checkpoint in policy.stricter and checkpoint not in REQUIRED_CHECKPOINTS:
+        return _ALLOW_REST
+    raise ValueError(f"policy {policy.name} has no checkpoint {checkpoint!r}")
 
 
-def _decision(checkpoint: str, rule: Rule, facts: Facts) -> Decision:
-    asked = [f"{show_found(c, facts)} {_asked(c.op, c.value)}" for c in rule.when]
+def _said(policy: Policy, checkpoint: str, rule: Rule, facts: Facts, verdict: bool | None) -> Decision:
+    if verdict is None:
+        return _unmeasured_decision(policy, checkpoint, rule, facts)
+    return _decision(policy, checkpoint, rule, facts)
+
+
+def _unmeasured_decision(policy: Policy, checkpoint: str, rule: Rule, facts: Facts) -> Decision:
+    found = _unmeasured(rule.when, facts)
+    if rule.rollout is not None and facts.situation.caller.sticky is None:
+        found = ", ".join(filter(None, (found, "whose rollout it is")))
+    return on_error_decision(policy, checkpoint, f"{rule.place} asks for what was not measured ({found})")
+
+
+def _decision(policy: Policy, checkpoint: str, rule: Rule, facts: Facts) -> Decision:
+    asked = [f"{show_found(c, facts)} {c.asked()}" for c in rule.when]
+    message = rule.message if rule.message is not None else DEFAULT_MESSAGES.get(rule.then)
     return Decision(
         checkpoint=checkpoint,
         action=rule.then,
         rule=rule.place,
         reason=", ".join(asked) or "no other rule matched",
-        message=rule.message if rule.message is not None else DEFAULT_MESSAGES.get(rule.then),
+        message=message if rule.message is None else _filled(message or "", policy, checkpoint, rule, facts),
         raises={e: rule.raises[e] for e in EXPERTS if e in rule.raises},
+        upstream=rule.upstream,
+        webhook=rule.webhook,
+        redact=rule.redact,
+        steering=rule.steering,
     )
 
 
-def _asked(op: str, value: float | bool | str) -> str:
-    return f"is {str(value).lower()}" if op == "==" else f"{op} {value}"
+def _filled(message: str, policy: Policy, checkpoint: str, rule: Rule, facts: Facts) -> str:
+    if "{" not in message and "}" not in message:
+        return message
+    tool = facts.situation.tool
+    return message.format(
+        policy=policy.name, version=policy.version, checkpoint=checkpoint, rule=rule.place, action=rule.then,
+        tool=tool.name if tool else "none",
+    )  # fmt: skip
 
 
 def _unmeasured(when: When, facts: Facts) -> str:

@@ -97,8 +97,10 @@ def _extended(child: Table, folder: Path | None, mistakes: list[Mistake]) -> Nod
         if parent is not None:
             _wrong(mistakes, node.place, f"{show(node)} is no mapping; a policy is meant")
         return None
-    # a version and a name belong to one file: a child that kept its parent's could not be told apart in a trace
-    inherited = {k: v for k, v in parent.entries.items() if k not in ("version", "name", "description")}
+    # a version and a name belong to one file: a child that kept its parent's could not be told apart in a trace. So do
+    # a budget, what was fitted to it, and what was expected of it
+    own_only = ("version", "name", "description", "budget", "lock", "examples")
+    inherited = {k: v for k, v in parent.entries.items() if k not in own_only}
     return merge(Table(parent.place, inherited, parent.keys), own)
 
 

@@ -1,23 +1,23 @@
-"""What a policy is: its data, its canonical form and hash, and the JSON schema for editors."""
+"""What a policy is: its data, its canonical form and its hash."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
-from hhh_router.policy.rules import OPERATORS, QUANTITIES, Floor, Rule, When
-from hhh_router.types import DIMENSIONS, EXPERTS, Action
+from hhh_router.policy.rules import CHECKPOINTS, Floor, Rule, When
+from hhh_router.types import EXPERTS, Action
 
-SCHEMA = "hhh-router/policy/1"
+REQUIRED_CHECKPOINTS: tuple[str, ...] = ("input", "output")
+"""The others are asked only where a policy has them."""
 
-CHECKPOINTS: tuple[str, ...] = ("input", "output")
-"""Where rules are asked: before the reply, and for each window and the end of it."""
+_BEFORE = (Action.ALLOW, Action.FLAG, Action.REFUSE, Action.ESCALATE, Action.BLOCK)
 
 ACTIONS: Mapping[str, tuple[Action, ...]] = {
-    "input": (Action.ALLOW, Action.FLAG, Action.REFUSE, Action.ESCALATE, Action.BLOCK),
+    "input": _BEFORE,
     "output": (
         Action.ALLOW,
         Action.FLAG,
@@ -27,14 +27,46 @@ ACTIONS: Mapping[str, tuple[Action, ...]] = {
         Action.ESCALATE,
         Action.BLOCK,
     ),
+    "tool_call": (Action.ALLOW, Action.FLAG, Action.HOLD, Action.ESCALATE, Action.BLOCK),
+    "tool_result": (Action.ALLOW, Action.FLAG, Action.ESCALATE, Action.BLOCK),
+    "session": _BEFORE,
 }
 """Checkpoint → what its rules may lead to."""
+
+SEVERITY: Mapping[Action, int] = {
+    action: i
+    for i, action in enumerate(
+        (
+            Action.ALLOW,
+            Action.FLAG,
+            Action.STEER,
+            Action.REGENERATE,
+            Action.HOLD,
+            Action.ESCALATE,
+            Action.REFUSE,
+            Action.BLOCK,
+        )
+    )
+}
+"""How strict each action is: of two decisions the one with the higher number holds."""
 
 RAISING = frozenset({Action.STEER, Action.REGENERATE})
 """Actions that lift lower bounds of the weights."""
 
-SPEAKING = frozenset({Action.REGENERATE, Action.REFUSE, Action.ESCALATE, Action.BLOCK})
-"""Actions after which the caller can be told something instead of the reply."""
+SPEAKING = frozenset({Action.REGENERATE, Action.REFUSE, Action.ESCALATE, Action.HOLD, Action.BLOCK})
+"""Actions after which the caller can be told something instead of the reply (or of a tool's run)."""
+
+PASSING = frozenset({Action.ALLOW, Action.FLAG, Action.STEER})
+"""Actions after which what was judged goes on."""
+
+PROTECTING: tuple[str, ...] = ("harmless", "honest")
+"""Experts whose least weight a tightening overlay may raise; the others are those whose most weight it may lower."""
+
+REDACTIONS: tuple[str, ...] = ("secrets", "emails", "phones", "cards", "ibans", "ips")
+"""Kinds of text that a rule can have taken out."""
+
+PLACEHOLDERS: tuple[str, ...] = ("policy", "version", "checkpoint", "rule", "action", "tool")
+"""What a message can name in braces."""
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9._-]{0,63}$"  # goes into a header as name@version
 NUMBER_PATTERN = r"[-+]?(?:(?:0|[1-9][0-9]*)(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][-+]?[0-9]{1,3})?"
@@ -46,6 +78,72 @@ MAX_WINDOW_TOKENS = 4096
 MAX_PRIOR = 1e6
 MAX_MESSAGE = 2000
 MAX_DESCRIPTION = 500
+MAX_STEERING = 2000
+MAX_EXAMPLES = 1000
+MAX_EXAMPLE = 20_000
+MAX_COUNT = 1e12
+ROLLOUT_STEPS = 10_000  # hundredths of a percent
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """The errors that a deployment accepts at `input`. Shares in (0, 1)."""
+
+    benign_refused: float
+    """Most benign requests stopped."""
+    harm_passed: float
+    """Most harmful requests passed on."""
+    level: float | None
+    """None: the bounds hold on average over draws of the rows they were fitted on. Else the probability with which each
+    of them holds."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lock:
+    """What a policy's limit was fitted on, and what it keeps. Written by ``policy fit``."""
+
+    limit: float
+    """Of ``needs.harmless`` in the rule that stops."""
+    bundle_sha256: str
+    calibration_id: str
+    data: str
+    """``bundle`` for the rows that the bundle keeps, else the name of the file."""
+    data_sha256: str
+    policy_sha256: str
+    """Of the policy without this lock."""
+    n_benign: int
+    n_harmful: int
+    benign_refused: float
+    """Share on the rows."""
+    harm_passed: float
+    benign_refused_bound: float
+    """What is guaranteed for later rows that are drawn alike."""
+    harm_passed_bound: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A request, and what the policy should say to it. Run by ``policy test``."""
+
+    expect: tuple[str, ...]
+    """Actions, any of which will do; ``pass`` and ``stop`` stand for all that let it through, or do not."""
+    prompt: str | None = None
+    response: str | None = None
+    """Where there is one, the checkpoint output is asked; else input."""
+    tool: str | None = None
+    """A tool's name; then the checkpoint tool_call is asked."""
+    arguments: Any = None
+    tenant: str | None = None
+    line: int | None = field(default=None, compare=False)
+
+    @property
+    def checkpoint(self) -> str:
+        """Where it is asked."""
+        return "tool_call" if self.tool is not None else "input" if self.response is None else "output"
+
+    def accepts(self, action: Action) -> bool:
+        """Whether an action is what was expected."""
+        return str(action) in self.expect or ("pass" if action in PASSING else "stop") in self.expect
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +175,37 @@ class Policy:
     """Tokens of a reply between two readings of it."""
     source: str | None
     """The file it was loaded from."""
+    budget: Budget | None = None
+    """The errors that are accepted; a policy with one is used only with the lock that keeps it."""
+    lock: Lock | None = None
+    examples: tuple[Example, ...] = ()
+    """Not part of the hash: they decide nothing."""
+    overlays: tuple[Overlay, ...] = ()
+    """What is different for some tenants; `for_tenant` applies the first that fits."""
+    stricter: Mapping[str, tuple[Rule, ...]] = field(default_factory=dict)
+    """Checkpoint → rules of a tenant's overlay, asked beside the policy's own: the stricter decision holds."""
+    overlay: str | None = None
+    """Where the overlay stands that was applied; None where none was."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Overlay:
+    """What is different for some tenants. It can only tighten, unless it says that it may loosen."""
+
+    place: str
+    """Where it stands, such as ``overlays[0]``."""
+    tenants: tuple[str, ...]
+    """Names with ``*`` and ``?``."""
+    may_loosen: bool
+    """True where its rules come first and its bounds replace the policy's."""
+    lower: Mapping[str, float]
+    """Only the experts it names."""
+    upper: Mapping[str, float]
+    floors: tuple[Floor, ...]
+    checkpoints: Mapping[str, tuple[Rule, ...]]
+    """Checkpoint → its rules; none of them has to be a default rule."""
+    on_error: Literal["closed", "open"] | None
+    mode: Literal["enforce", "shadow"] | None
 
 
 def as_document(policy: Policy) -> dict[str, Any]:
@@ -89,11 +218,51 @@ def as_document(policy: Policy) -> dict[str, Any]:
         "strength": policy.strength,
         "bounds": {e: {"min": policy.lower[e], "max": policy.upper[e]} for e in EXPERTS},
         "floors": [{"when": _when(f.when), "raise": _in_order(f.raises)} for f in policy.floors],
-        "checkpoints": {c: [_rule(r) for r in policy.checkpoints[c]] for c in CHECKPOINTS},
+        "checkpoints": {c: [_rule(r) for r in policy.checkpoints[c]] for c in CHECKPOINTS if c in policy.checkpoints},
         "on_error": policy.on_error,
         "mode": policy.mode,
         "stream": {"window_tokens": policy.window_tokens},
     }
+    if policy.overlays:
+        document["overlays"] = [_overlay(o) for o in policy.overlays]
+    if policy.budget is not None:
+        document["budget"] = _present(policy.budget)
+    if policy.lock is not None:
+        document["lock"] = _present(policy.lock)
+    if policy.examples:
+        document["examples"] = [_example(e) for e in policy.examples]
+    return document
+
+
+def _present(record: Budget | Lock) -> dict[str, Any]:
+    return {f.name: value for f in fields(record) if (value := getattr(record, f.name)) is not None}
+
+
+def _example(example: Example) -> dict[str, Any]:
+    keys = ("tenant", "prompt", "response")
+    document: dict[str, Any] = {k: v for k in keys if (v := getattr(example, k)) is not None}
+    if example.tool is not None:
+        document["tool"] = {"name": example.tool}
+        if example.arguments is not None:
+            document["tool"]["arguments"] = example.arguments
+    return document | {"expect": example.expect[0] if len(example.expect) == 1 else list(example.expect)}
+
+
+def _overlay(overlay: Overlay) -> dict[str, Any]:
+    document: dict[str, Any] = {"tenants": list(overlay.tenants)}
+    if overlay.may_loosen:
+        document["may_loosen"] = True
+    if named := [e for e in EXPERTS if e in overlay.lower or e in overlay.upper]:
+        pairs = {"min": overlay.lower, "max": overlay.upper}
+        document["bounds"] = {e: {k: side[e] for k, side in pairs.items() if e in side} for e in named}
+    if overlay.floors:
+        document["floors"] = [{"when": _when(f.when), "raise": _in_order(f.raises)} for f in overlay.floors]
+    if overlay.checkpoints:
+        rules = overlay.checkpoints
+        document["checkpoints"] = {c: [_rule(r) for r in rules[c]] for c in CHECKPOINTS if c in rules}
+    for key in ("on_error", "mode"):
+        if (value := getattr(overlay, key)) is not None:
+            document[key] = value
     return document
 
 
@@ -112,104 +281,19 @@ def _rule(rule: Rule) -> dict[str, Any]:
         document["message"] = rule.message
     if rule.raises:
         document["raise"] = _in_order(rule.raises)
+    for key in ("upstream", "webhook", "steering", "rollout"):
+        if (value := getattr(rule, key)) is not None:
+            document[key] = value
+    if rule.redact:
+        document["redact"] = list(rule.redact)
+    if rule.shadow:
+        document["mode"] = "shadow"
     return document
 
 
-def policy_hash(document: Mapping[str, Any]) -> str:
-    """sha256 of the canonical JSON of a resolved policy, 64 hex digits."""
-    text = json.dumps(document, sort_keys=True, separators=(",", ":"), allow_nan=False)
+def policy_hash(document: Mapping[str, Any], *, with_lock: bool = True) -> str:
+    """sha256 of the canonical JSON of a resolved policy without its examples, 64 hex digits."""
+    left_out = {"examples"} if with_lock else {"examples", "lock"}
+    kept = {key: value for key, value in document.items() if key not in left_out}
+    text = json.dumps(kept, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode("ascii")).hexdigest()
-
-
-def policy_schema() -> dict[str, Any]:
-    """JSON schema of a policy file, for editors.
-
-    It says what each key may hold; `load_policy` also checks what spans keys, such as bounds that cannot be met.
-    """
-    share = {"type": "number", "minimum": 0, "maximum": 1}
-    return {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "$id": SCHEMA,
-        "title": "hhh-router policy",
-        **_closed(
-            {
-                "version": {"type": "integer", "minimum": 1, "description": "the policy's own version"},
-                "name": {"type": "string", "pattern": NAME_PATTERN},
-                "description": {"type": "string", "maxLength": MAX_DESCRIPTION},
-                "extends": {"type": "string", "description": "a shipped policy's name, or a path beside this file"},
-                "weights": _closed(
-                    {e: {"type": "number", "minimum": 0, "maximum": MAX_PRIOR} for e in EXPERTS},
-                    description="relative prior per expert; base is 1.0 unless said",
-                ),
-                "strength": share | {"description": "0 router alone, 1 full prior correction"},
-                "bounds": _closed({e: _closed({"min": share, "max": share}, minProperties=1) for e in EXPERTS}),
-                "floors": {
-                    "type": "array",
-                    "items": _closed(
-                        {"when": _when_schema(before_weights=True), "raise": _raise_schema()},
-                        required=["when", "raise"],
-                    ),
-                },
-                "checkpoints": _closed(
-                    {c: {"type": "array", "minItems": 1, "items": _rule_schema(c)} for c in CHECKPOINTS}
-                ),
-                "on_error": {"enum": ["closed", "open"], "default": "closed"},
-                "mode": {"enum": ["enforce", "shadow"], "default": "enforce"},
-                "stream": _closed(
-                    {
-                        "window_tokens": {
-                            "type": "integer",
-                            "minimum": 1,
-                            "maximum": MAX_WINDOW_TOKENS,
-                            "default": WINDOW_TOKENS,
-                        }
-                    }
-                ),
-            },
-            required=["version", "name"],
-        ),
-        # what a file leaves out has to come from the one it extends
-        "if": {"not": {"required": ["extends"]}},
-        "then": {
-            "required": ["weights", "strength", "checkpoints"],
-            "properties": {
-                "weights": {"required": list(DIMENSIONS)},
-                "checkpoints": {"required": list(CHECKPOINTS)},
-            },
-        },
-    }
-
-
-def _closed(properties: dict[str, Any], **more: Any) -> dict[str, Any]:
-    return {"type": "object", "properties": properties, "additionalProperties": False, **more}
-
-
-def _raise_schema() -> dict[str, Any]:
-    return _closed({e: {"type": "number", "minimum": 0, "maximum": 1} for e in EXPERTS}, minProperties=1)
-
-
-def _rule_schema(checkpoint: str) -> dict[str, Any]:
-    keys: dict[str, Any] = {
-        "when": _when_schema(before_weights=False),
-        "then": {"enum": [str(a) for a in ACTIONS[checkpoint]]},
-        "message": {"type": "string", "minLength": 1, "maxLength": MAX_MESSAGE},
-    }
-    if RAISING & set(ACTIONS[checkpoint]):
-        keys["raise"] = _raise_schema()
-    return _closed(keys, required=["then"])
-
-
-def _when_schema(*, before_weights: bool) -> dict[str, Any]:
-    comparison = rf"^ *(?:{'|'.join(OPERATORS)}) *{NUMBER_PATTERN} *$"
-    properties: dict[str, Any] = {}
-    for name, quantity in QUANTITIES.items():
-        if before_weights and not quantity.before_weights:
-            continue
-        if quantity.kind == "number":
-            kind: dict[str, Any] = {"type": "string", "pattern": comparison}
-        elif quantity.kind == "boolean":
-            kind = {"type": "boolean"}
-        else:
-            kind = {"enum": list(quantity.choices)}
-        properties[name] = kind | {"description": quantity.meaning}
-    return _closed(properties, minProperties=1)

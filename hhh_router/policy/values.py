@@ -31,7 +31,6 @@ class Values:
         keys: Sequence[str],
         *,
         required: Iterable[str] = (),
-        later: frozenset[str] = frozenset(),
         word: str = "key",
     ) -> dict[str, Node] | None:
         """The entries with a known key; None when there is no mapping. Reports unknown and missing keys."""
@@ -47,10 +46,7 @@ class Values:
                 continue
             close = closest(key, keys)
             misspelt.add(close)
-            if key in later:
-                found = f"{shorten(key)} is not supported yet; remove it"
-            else:
-                found = f"{shorten(key)} is not a known {word}{did_you_mean(key, keys)}; use {either(keys)}"
+            found = f"{shorten(key)} is not a known {word}{did_you_mean(key, keys)}; use {either(keys)}"
             self.wrong(node.keys[key], where, found)
         for key in required:
             if key not in node.entries and key not in misspelt:  # one mistake, one line
@@ -119,6 +115,15 @@ class Values:
         hint = did_you_mean(node.text if isinstance(node, Scalar) else None, choices)
         self.wrong(node.place, path, f"{show(node)} is not known{hint}; use {either(choices)}")
         return default
+
+    def truth(self, node: Node | None, path: str) -> bool:
+        """``true`` or ``false``; false when it is not there."""
+        if node is None:
+            return False
+        if isinstance(node, Scalar) and node.is_plain and node.text.lower() in ("true", "false"):
+            return node.text.lower() == "true"
+        self.wrong(node.place, path, f"{show(node)} is no truth value; write true or false")
+        return False
 
     def wrong(self, place: Place, path: str, text: str) -> None:
         """Note a mistake."""

@@ -18,6 +18,7 @@ from hhh_router.calibration.confidence import ConfidenceModel
 from hhh_router.calibration.evidence import Gate, PrecisionCheck
 from hhh_router.calibration.fit import FOLDS, MIN_ROWS, fit_confidence, fit_distance_limit, fit_head
 from hhh_router.calibration.gates import chosen_gate, compare_gates
+from hhh_router.calibration.kept import KEPT, KeptRow, write_kept
 from hhh_router.data.examples import Example, data_hash, prompt_hash
 from hhh_router.errors import DataError
 from hhh_router.model.base import Backbone
@@ -76,6 +77,7 @@ def calibrate(shop: Workshop) -> CalibrationFile:
     examples = calibration_examples(shop)
     reader, encoder = _reader(shop)
     readings = read_all(shop, examples, reader, encoder)
+    _keep(shop, readings)
     file = fit(
         readings,
         heads_sha256=file_sha256(shop.bundle / HEADS),
@@ -92,6 +94,27 @@ def calibrate(shop: Workshop) -> CalibrationFile:
     file.write(path)
     write_calibrated(shop, CalibratorsSpec(path=CALIBRATORS, sha256=file_sha256(path)))
     return file
+
+
+def keep_scores(shop: Workshop) -> int:
+    """Write the scores and labels of the calibration prompts beside the bundle's calibrators; how many there are.
+
+    Raises:
+        DataError: Rows seen in training.
+    """
+    refuse_several("calibrate")
+    reader, encoder = _reader(shop)
+    return _keep(shop, read_all(shop, calibration_examples(shop), reader, encoder))
+
+
+def _keep(shop: Workshop, readings: Mapping[Mode, Sequence[Reading]]) -> int:
+    rows = [
+        KeptRow(source=r.example.source, needs=r.example.needs, scores=r.scores)
+        for r in _once_per_prompt(readings["prompt"])
+        if r.example.needs
+    ]
+    write_kept(shop.bundle / KEPT, rows, heads_sha256=file_sha256(shop.bundle / HEADS))
+    return len(rows)
 
 
 def check_precision(

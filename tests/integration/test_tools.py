@@ -17,7 +17,7 @@ from hhh_router.model.grammar import Grammars
 from hhh_router.protocols import Delta, Event
 from hhh_router.testing.tiny import tiny_bundle
 from hhh_router.tools import CLOSE, OPEN, CallScanner
-from hhh_router.types import ChatRequest, Message, ReadRequest, Sampling, Tool, ToolCall, ToolUse, Weights
+from hhh_router.types import ChatRequest, Message, ReadRequest, Sampling, Tool, ToolCall, Toolset, Weights
 
 from .test_batcher import Engine, check_same
 
@@ -52,7 +52,7 @@ def engine(roomy: Bundle, tmp_path: Path) -> Engine:
     return Engine(roomy, tmp_path)
 
 
-def ask(use: ToolUse | None, **sampling: Any) -> ChatRequest:
+def ask(use: Toolset | None, **sampling: Any) -> ChatRequest:
     return ChatRequest(
         messages=(Message(role="user", content="tell me something"),),
         request_id="r",
@@ -89,7 +89,7 @@ def check_calls(calls: list[ToolCall]) -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_required_call_is_one_however_hot_the_drawing(engine: Engine, seed: int) -> None:
-    text = answer(engine, ask(ToolUse(tools=TOOLS, required=True), temperature=1.5, seed=seed))
+    text = answer(engine, ask(Toolset(tools=TOOLS, required=True), temperature=1.5, seed=seed))
 
     said, calls = parted(text)
     assert said == ""
@@ -98,7 +98,7 @@ def test_a_required_call_is_one_however_hot_the_drawing(engine: Engine, seed: in
 
 @pytest.mark.parametrize("seed", range(3))
 def test_one_tool_may_be_asked_for_and_one_call_at_most(engine: Engine, seed: int) -> None:
-    use = ToolUse(tools=TOOLS, required=True, only=("flag",), parallel=False)
+    use = Toolset(tools=TOOLS, required=True, only=("flag",), parallel=False)
 
     _, calls = parted(answer(engine, ask(use, temperature=1.5, seed=seed)))
 
@@ -106,7 +106,7 @@ def test_one_tool_may_be_asked_for_and_one_call_at_most(engine: Engine, seed: in
 
 
 def test_a_batched_call_is_the_one_that_is_written_alone(engine: Engine) -> None:
-    request = ask(ToolUse(tools=TOOLS, required=True), max_tokens=60)
+    request = ask(Toolset(tools=TOOLS, required=True), max_tokens=60)
 
     answer(engine, request)
 
@@ -117,7 +117,7 @@ def test_a_tool_that_cannot_be_followed_is_refused(engine: Engine) -> None:
     bad = Tool(name="x", parameters=json.dumps({"type": "object", "properties": {"a": {"not": {}}}}), strict=True)
 
     with pytest.raises(InvalidRequest, match="tools: "):
-        answer(engine, ask(ToolUse(tools=(bad,), required=True)))
+        answer(engine, ask(Toolset(tools=(bad,), required=True)))
 
 
 # -- what may come next, for both forms -------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def tokenizer_of(bundle: Bundle, *, marks: bool, template: str | None) -> PreTra
     return tokenizer
 
 
-def allowed(encoder: Encoder, use: ToolUse, text: str, schema: str | None = None) -> int:
+def allowed(encoder: Encoder, use: Toolset, text: str, schema: str | None = None) -> int:
     """How many tokens of a reply may be drawn, one after the other; all of them and an end is one more."""
     size, end = len(encoder.tokenizer), encoder.end_id
     following = Grammars(encoder, size, frozenset({end})).follow(schema, use)
@@ -167,7 +167,7 @@ def test_words_and_then_calls_may_be_written(
     roomy: Bundle, marks: bool, template: str | None, one: str, two: str
 ) -> None:
     encoder = Encoder(tokenizer_of(roomy, marks=marks, template=template), 4096)
-    use, alone = ToolUse(tools=TOOLS), ToolUse(tools=TOOLS, parallel=False)
+    use, alone = Toolset(tools=TOOLS), Toolset(tools=TOOLS, parallel=False)
 
     for reply in ("words <b> only", one, f"Let me see.\n{one}", two):
         assert allowed(encoder, use, reply) == ids_of(encoder, reply) + 1, reply
@@ -180,7 +180,7 @@ def test_words_and_then_calls_may_be_written(
 
 def test_a_schema_for_words_holds_beside_tools(roomy: Bundle) -> None:
     encoder = Encoder(tokenizer_of(roomy, marks=False, template=None), 4096)
-    use = ToolUse(tools=TOOLS)
+    use = Toolset(tools=TOOLS)
 
     assert allowed(encoder, use, '{"on":true}', json.dumps(FLAG)) == 12
     assert allowed(encoder, use, LISTED, json.dumps(FLAG)) == ids_of(encoder, LISTED) + 1

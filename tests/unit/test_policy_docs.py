@@ -7,7 +7,8 @@ import pytest
 
 from hhh_router.policy import list_policies, load_policy, parse_policy
 from hhh_router.policy.rules import QUANTITIES
-from hhh_router.policy.schema import ACTIONS
+from hhh_router.policy.schema import ACTIONS, SEVERITY
+from hhh_router.types import Action
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "policies.md").read_text(encoding="utf-8")
 
@@ -31,7 +32,9 @@ def test_every_condition_has_its_row():
 def test_every_action_has_its_row_and_its_checkpoints():
     found = {action: row[0].split(", ") for action, row in table("Actions").items()}
 
-    assert found == {str(a): [c for c in ACTIONS if a in ACTIONS[c]] for a in ACTIONS["output"]}
+    assert found == {str(a): [c for c in ACTIONS if a in ACTIONS[c]] for a in SEVERITY}
+    assert list(found) == [str(a) for a in sorted(SEVERITY, key=SEVERITY.__getitem__)]
+    assert set(SEVERITY) == set(Action)
 
 
 def test_the_table_of_shipped_policies_has_their_numbers():

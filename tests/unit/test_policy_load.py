@@ -134,7 +134,7 @@ checkpoints:
   output:
     - {when: {}, then: flag, message: "hello"}
     - {when: {confidence: "< 0.5"}, then: regenerate}
-  tool_call: [{then: allow}]
+  tool_cal: [{then: allow}]
 budget: {benign_refused: .1}
 on_error: maybe
 stream: {window_tokens: 0}
@@ -165,7 +165,7 @@ stream: {window_tokens: 0}
         ("15", "checkpoints.output"),
         ("16", "checkpoints.output[1].then"),
         ("17", "checkpoints"),
-        ("18", "file"),
+        ("18", "budget.harm_passed"),
         ("19", "on_error"),
         ("20", "stream.window_tokens"),
     ]
@@ -184,7 +184,8 @@ stream: {window_tokens: 0}
             "strength: 0.5",
             "strenght: 0.5",
             "p.yaml:4  file: 'strenght' is not a known key, did you mean strength?; use version, name, description, "
-            "extends, weights, strength, bounds, floors, checkpoints, on_error, mode or stream",
+            "extends, weights, strength, bounds, floors, checkpoints, on_error, mode, stream, overlays, budget, lock "
+            "or examples",
         ),
         ("strength: 0.5\n", "", "p.yaml:1  strength: is missing; it has no default"),
         (
@@ -273,7 +274,8 @@ stream: {window_tokens: 0}
         (
             'needs.harmless: ">= 0.9"',
             'language: ">= 0.9"',
-            "p.yaml:12  checkpoints.input[0].when: 'language' is not supported yet; remove the condition",
+            "p.yaml:12  checkpoints.input[0].when.language: '>= 0.9' is no name; use 1 to 200 characters, "
+            "no comparison, without brackets, commas and line breaks",
         ),
         (
             'needs.harmless: ">= 0.9"',
@@ -358,8 +360,9 @@ stream: {window_tokens: 0}
         ),
         (
             "checkpoints:\n",
-            "checkpoints:\n  session: [{then: allow}]\n",
-            "p.yaml:11  checkpoints: 'session' is not supported yet; remove it",
+            "checkpoints:\n  sesion: [{then: allow}]\n",
+            "p.yaml:11  checkpoints: 'sesion' is not a known checkpoint, did you mean session?; use input, output, "
+            "tool_call, tool_result or session",
         ),
         ("strength: 0.5", "strength: 0.5\nextends: nowhere", None),
     ],

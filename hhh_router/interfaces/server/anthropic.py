@@ -20,7 +20,7 @@ from hhh_router.interfaces.tools import parse_tools
 from hhh_router.pipeline import ChatDelta, ChatFinished, Pipeline
 from hhh_router.pipeline.validate import check_messages
 from hhh_router.trace.block import Metadata
-from hhh_router.types import ChatRequest, Message, ReadRequest, ToolCall, ToolUse
+from hhh_router.types import ChatRequest, Message, ReadRequest, ToolCall, Toolset
 
 READ_FIELDS = frozenset(
     {"model", "messages", "system", "max_tokens", "stop_sequences", "stream", "temperature", "top_p", "top_k", "hhh"}
@@ -261,7 +261,7 @@ def _turns(row: object, here: str) -> list[tuple[Any, str]]:
     return turns
 
 
-def _tools(body: Mapping[str, Any]) -> ToolUse | None:
+def _tools(body: Mapping[str, Any]) -> Toolset | None:
     """Anthropic's tools and choice, by way of OpenAI's.
 
     Raises:

@@ -1,0 +1,44 @@
+"""What surrounds a reading, as far as this pipeline knows it: facts that policies ask for and no model measures."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import datetime
+
+from hhh_router.policy.doors import Door
+from hhh_router.types import Caller, Conversation, Message, Situation
+
+PIPELINE = Door(
+    name="this door",
+    supplies=frozenset({"role", "length.characters", "length.tokens", "text", "time", "conversation.turns", "rollout"}),
+)
+"""What every door of the pipeline has: the SDK, the commands and the server."""
+
+
+def asked_situation(messages: Sequence[Message], caller: Caller, at: datetime | None) -> Situation:
+    """What surrounds the reading of a prompt.
+
+    Its text is what came since the last reply; its role that of the last message. A rollout goes by the caller's own
+    key where the door knows one, else by how the conversation began, which stays the same from turn to turn.
+    """
+    said = [i for i, m in enumerate(messages) if m.role == "assistant"]
+    new = [m for m in messages[said[-1] + 1 if said else 0 :] if m.role != "system"]
+    return Situation(
+        text="\n\n".join(m.content for m in new),
+        role=messages[-1].role if messages else None,
+        at=at,
+        caller=caller if caller.sticky is not None else replace(caller, sticky=_beginning(messages)),
+        conversation=Conversation(turns=sum(m.role == "user" for m in messages)),
+    )
+
+
+def answered_situation(asked: Situation, reply: str | None) -> Situation:
+    """What surrounds the reading of a reply, or of the part of it that there is so far."""
+    return replace(asked, text=reply, role="assistant")
+
+
+def _beginning(messages: Sequence[Message]) -> str | None:
+    first = next((m.content for m in messages if m.role == "user"), None)
+    return None if first is None else hashlib.sha256(first.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,177 @@
+"""A door refuses at its start what it could not carry out, and supplies what it says it does."""
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from hhh_router.errors import PolicyError, PolicyNotAllowed
+from hhh_router.pipeline import PolicyStore
+from hhh_router.pipeline.situation import PIPELINE, asked_situation
+from hhh_router.policy import Door, check_door, headers_read, lacking, load_policy, parse_policy
+from hhh_router.policy.doors import CARRIED, SITUATIONS
+from hhh_router.policy.schema import CHECKPOINTS
+from hhh_router.testing import FakeGenerator, FakeReader, fake_pipeline
+from hhh_router.types import Action, Caller, ChatRequest, GuardRequest, Message, ReadRequest
+
+HEAD = "version: 1\nname: t\nweights: {helpful: 1, harmless: 1, honest: 1}\nstrength: 0.5\n"
+FULL = Door(
+    name="a full door",
+    checkpoints=frozenset(CHECKPOINTS),
+    reads_at=frozenset(CHECKPOINTS),
+    supplies=SITUATIONS | {"rollout"},
+    carries=CARRIED,
+    text_while_steering=True,
+)
+ALLOW = "[{then: allow}]"
+
+
+def policy(rules: str = ALLOW, output: str = ALLOW, more: str = "", tools: str | None = None):
+    tool_call = f"  tool_call: {tools}\n" if tools else ""
+    return parse_policy(f"{HEAD}checkpoints:\n  input: {rules}\n  output: {output}\n{tool_call}{more}", source="p.yaml")
+
+
+LACKING = [
+    (policy("[{when: {tenant: a}, then: flag}, {then: allow}]"), "tenant is not known to this door"),
+    (policy("[{when: {headers.x-a: a}, then: flag}, {then: allow}]"), "headers.x-a is not known to this door"),
+    (
+        policy("[{when: {role: user}, then: escalate, upstream: b}, {then: allow}]"),
+        "upstream: this door does not do this",
+    ),
+    (policy("[{then: allow, steering: be brief}]"), "steering: this door does not do this"),
+    (policy("[{then: allow, redact: [emails]}]"), "redact: this door does not do this"),
+    (policy("[{then: allow, webhook: 'http://a'}]"), "webhook: this door does not do this"),
+    (policy(tools=ALLOW), "this door does not ask at tool_call; it asks at input or output"),
+    (policy(more="floors: [{when: {model: a}, raise: {harmless: 0.2}}]\n"), "model is not known to this door"),
+    (policy(more="overlays: [{tenants: a}]\n"), "this door does not know whose traffic it is"),
+    (
+        policy(
+            output='[{when: {outcomes.unsafe: ">= 0.5"}, then: steer}, {when: {text: a}, then: flag}, {then: allow}]'
+        ),
+        "text is not known to this door while a reply is steered",
+    ),
+]
+
+
+@pytest.mark.parametrize(("asked", "expected"), LACKING)
+def test_what_a_door_lacks_is_an_error_when_it_starts(asked, expected):
+    with pytest.raises(PolicyError) as caught:
+        check_door(asked, PIPELINE)
+
+    assert expected in caught.value.message
+    assert caught.value.message.startswith("p.yaml: ")
+    assert lacking(asked, FULL) == []
+
+
+def test_a_reading_that_a_door_does_not_make_is_lacking():
+    asked = policy(tools='[{when: {needs.harmless: ">= 0.5"}, then: hold}, {then: allow}]')
+    blind = Door(
+        name="the gate", checkpoints=frozenset(CHECKPOINTS), supplies=FULL.supplies, carries=frozenset(),
+    )  # fmt: skip
+
+    found = lacking(asked, blind)
+
+    assert any("needs.harmless is not measured at tool_call by the gate" in line for line in found)
+    assert any("the gate cannot hold a call" in line for line in found)
+
+
+def test_a_store_refuses_a_default_policy_that_does_not_fit(tmp_path: Path):
+    file = tmp_path / "p.yaml"
+    file.write_text(f"{HEAD}checkpoints:\n  input: {ALLOW}\n  output: {ALLOW}\n  tool_call: {ALLOW}\n")
+
+    with pytest.raises(PolicyError, match="does not ask at tool_call"):
+        PolicyStore(file)
+    assert PolicyStore(file, door=FULL).default.name == "t"
+
+
+def test_a_shipped_policy_that_does_not_fit_cannot_be_picked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    blind = Door(name="the gate", checkpoints=frozenset({"output"}))
+    fitting = tmp_path / "p.yaml"
+    fitting.write_text(f"{HEAD}checkpoints:\n  input: {ALLOW}\n  output: {ALLOW}\n")
+    with pytest.raises(PolicyError, match="does not ask at input"):
+        PolicyStore(fitting, door=blind)
+    store = PolicyStore(fitting, door=Door(name="the gate", reads_at=frozenset({"input"})))
+
+    assert store.names == ["t"]
+    with pytest.raises(PolicyNotAllowed, match="use one of t") as caught:
+        store.get("balanced")
+    assert "balanced" in str(caught.value)
+
+
+def test_only_the_headers_a_policy_reads_are_named():
+    asked = policy("[{when: {headers.x-a: a}, then: flag}, {when: {headers.x-b: a}, then: flag}, {then: allow}]")
+
+    assert headers_read(asked) == {"x-a", "x-b"}
+    assert headers_read(load_policy("balanced")) == frozenset()
+
+
+NEW = (
+    Message(role="system", content="rules"),
+    Message(role="user", content="first"),
+    Message(role="assistant", content="reply"),
+    Message(role="user", content="second"),
+    Message(role="tool", content="result"),
+)
+
+
+def test_the_text_at_input_is_what_came_since_the_last_reply():
+    found = asked_situation(NEW, Caller(), datetime(2026, 1, 1, tzinfo=UTC))
+
+    assert (found.text, found.role, found.conversation.turns) == ("second\n\nresult", "tool", 2)
+
+
+def test_a_conversation_keeps_its_side_of_a_rollout_from_turn_to_turn():
+    at = datetime(2026, 1, 1, tzinfo=UTC)
+
+    assert asked_situation(NEW, Caller(), at).caller.sticky == asked_situation(NEW[:2], Caller(), at).caller.sticky
+    assert asked_situation(NEW, Caller(sticky="me"), at).caller.sticky == "me"
+
+
+async def guard(file: Path, rules: str, output: str, read: ReadRequest) -> Action:
+    file.write_text(f"{HEAD}checkpoints:\n  input: {rules}\n  output: {output}\n")
+    pipeline = fake_pipeline(policy=str(file), reader=FakeReader())
+    [found] = await pipeline.guard([GuardRequest(read=read)])
+    return Action(found.action)
+
+
+@pytest.mark.parametrize(
+    ("condition", "expected"),
+    [
+        ("text: 'wire .{0,9}money'", Action.REFUSE),
+        ("text: other", Action.ALLOW),
+        ("role: user", Action.REFUSE),
+        ('length.characters: ">= 14"', Action.REFUSE),
+        ('length.characters: ">= 15"', Action.ALLOW),
+        ('length.tokens: ">= 3"', Action.REFUSE),
+        ('conversation.turns: ">= 2"', Action.ALLOW),
+        ("time: 00:00-24:00", Action.REFUSE),
+        ("time: 'not in [00:00-24:00]'", Action.ALLOW),
+    ],
+)
+async def test_the_pipeline_supplies_each_fact_it_names_at_input(tmp_path: Path, condition, expected):
+    read = ReadRequest(messages=(Message(role="user", content="wire the money"),))
+    rules = f"[{{when: {{{condition}}}, then: refuse}}, {{then: allow}}]"
+
+    assert await guard(tmp_path / "p.yaml", rules, ALLOW, read) is expected
+
+
+async def test_the_pipeline_judges_the_words_of_a_finished_reply(tmp_path: Path):
+    read = ReadRequest(messages=(Message(role="user", content="hi"),), response="the password is hunter2")
+    rules = "[{when: {text: password, role: assistant}, then: block}, {then: allow}]"
+
+    assert await guard(tmp_path / "p.yaml", ALLOW, rules, read) is Action.BLOCK
+
+
+async def test_the_pipeline_judges_the_words_of_a_reply_as_it_is_made(tmp_path: Path):
+    file = tmp_path / "p.yaml"
+    output = "[{when: {text: 'never .{0,20}say'}, then: refuse, message: Stopped.}, {then: allow}]"
+    file.write_text(f"{HEAD}checkpoints:\n  input: {ALLOW}\n  output: {output}\nstream: {{window_tokens: 2}}\n")
+    reply = "one two three four never ever say this aloud"
+    pipeline = fake_pipeline(policy=str(file), generator=FakeGenerator(reply))
+
+    request = ChatRequest(messages=(Message(role="user", content="hi"),))
+    *_, found = [event async for event in pipeline.chat(request)]
+
+    assert found.refusal == "Stopped."
+    assert found.text.startswith("one two three four")
+    assert "say" not in found.text
