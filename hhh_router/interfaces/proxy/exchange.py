@@ -34,6 +34,8 @@ class Piece:
     """The same as an object; None for what says nothing: comments, marks, and bodies that nobody can read."""
     ends: bool = False
     """Whether it belongs to the end of a stream."""
+    carries: bool = False
+    """Whether clients look for metadata in it there."""
 
 
 class Exchange:
@@ -108,6 +110,10 @@ class Exchange:
         finally:
             await self._leave(early)
 
+    def new_reply(self) -> Reply:
+        """An answer on the same wire of which nothing has come yet."""
+        return self._wire.reply()
+
     def _begin_again(self) -> None:
         self._read_tokens = self._tokens = 0
         self._scores = None
@@ -176,7 +182,8 @@ class Exchange:
         text = self.reply.event(body)
         tokens = math.ceil(len(text) / CHARS_PER_TOKEN)
         self._tokens += tokens
-        return Delta(text=text, tokens=tokens, raw={"piece": Piece(frame.raw, body, self.reply.ends(body))})
+        piece = Piece(frame.raw, body, self.reply.ends(body), self.reply.carries(body))
+        return Delta(text=text, tokens=tokens, raw={"piece": piece})
 
     async def _whole(self, answer: Answer, encoding: bytes | None) -> AsyncGenerator[Event, None]:
         raw = bytearray()

@@ -10,7 +10,7 @@ from hhh_router.interfaces.proxy.exchange import Exchange, Piece
 from hhh_router.interfaces.proxy.headers import encoded, passing, replaced
 from hhh_router.interfaces.proxy.incoming import Out
 from hhh_router.interfaces.server.chat import STREAM_HEADERS
-from hhh_router.interfaces.server.dialect import Dialect, StreamWriter, event
+from hhh_router.interfaces.server.dialect import Dialect, event
 from hhh_router.interfaces.server.http import dump
 from hhh_router.pipeline import ChatDelta, ChatFinished, ChatStarted
 from hhh_router.pipeline.chat import run_chat
@@ -59,10 +59,10 @@ class Guarded:
         self._escalate = escalate
         self._extra = dict(extra or {})
         self._first: Metadata | None = None
-        self._writer: StreamWriter | None = None
         self._held: list[Piece] = []
         self._whole: Piece | None = None
-        self._refusal: str | None = None
+        self._has = exchange.new_reply()
+        """What the client has got of the upstream's answer: less than what was read of it."""
 
     async def run(self) -> Metadata | None:
         """Answer; returns the final record.
@@ -83,8 +83,7 @@ class Guarded:
 
     async def _take(self, delta: ChatDelta) -> None:
         if delta.raw is None:
-            self._refusal = delta.text.strip()
-            return  # it is put in its shape when the final record is there
+            return  # the policy's message: it is put in its shape when the final record is there
         piece: Piece = delta.raw["piece"]
         match self._exchange.kind:
             case "stream":
@@ -106,6 +105,8 @@ class Guarded:
         await self._out.part(self._with_first(piece))
 
     def _with_first(self, piece: Piece) -> bytes:
+        if piece.body is not None:
+            self._has.event(piece.body)
         if self._first is None or piece.body is None or self._block != "body":
             return piece.raw
         block, self._first = self._first, None
@@ -131,7 +132,7 @@ class Guarded:
         if stopped and self._out.begun and self._exchange.kind == "stream":
             await self._let_go()
             assert done.refusal is not None
-            for frame in self._exchange.reply.ending(done.refusal, done):
+            for frame in self._has.ending(done.refusal, done):
                 await self._out.part(frame)
         elif stopped:
             await self._refuse(done)
@@ -147,7 +148,7 @@ class Guarded:
 
     async def _end_stream(self, done: ChatFinished) -> None:
         held, self._held = self._held, []
-        carrier = max((i for i, piece in enumerate(held) if piece.body is not None), default=None)
+        carrier = max((i for i, piece in enumerate(held) if piece.carries), default=None)
         if not self._out.begun:
             await self._begin_passing(changed=True)
         for i, piece in enumerate(held):

@@ -158,6 +158,10 @@ class MessagesReply(Reply):
         """See `reading.Reply`."""
         return body.get("type") in ("message_delta", "message_stop")
 
+    def carries(self, body: Mapping[str, Any]) -> bool:
+        """See `reading.Reply`."""
+        return body.get("type") == "message_delta"
+
     def with_block(self, body: Mapping[str, Any], block: Mapping[str, Any]) -> Mapping[str, Any]:
         """See `reading.Reply`."""
         if body.get("type") == "message_start" and isinstance(message := body.get("message"), dict):

@@ -67,8 +67,12 @@ class Reply:
         raise NotImplementedError
 
     def ends(self, body: Mapping[str, Any]) -> bool:
-        """Whether an event belongs to the end of the stream, so that it may carry the final metadata."""
+        """Whether an event belongs to the end of the stream, which waits for the final metadata."""
         raise NotImplementedError
+
+    def carries(self, body: Mapping[str, Any]) -> bool:
+        """Whether clients look for metadata in an event of the end."""
+        return self.ends(body)
 
     @property
     def is_over(self) -> bool:
@@ -80,7 +84,10 @@ class Reply:
         return {**body, "hhh": block}
 
     def ending(self, message: str, done: ChatFinished) -> list[bytes]:
-        """Frames that end a stream of the upstream's, part of which the client has, with the policy's message."""
+        """Frames that end a stream of the upstream's with the policy's message.
+
+        This reply has to hold exactly what the client has got of it.
+        """
         raise NotImplementedError
 
     def add(self, where: tuple[object, ...], text: object) -> str:
