@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import platformdirs
 from filelock import FileLock, Timeout
 
 from hhh_router.errors import SettingsError, Unavailable
@@ -57,6 +58,11 @@ SELECT request_id FROM rows WHERE kind = 'intent' AND NOT EXISTS
     (SELECT 1 FROM rows AS later WHERE later.request_id = rows.request_id AND later.kind IN ('outcome', 'interrupted'))
 ORDER BY seq
 """
+
+
+def default_audit() -> Path:
+    """Where the audit is kept when nobody says otherwise."""
+    return Path(platformdirs.user_state_dir("hhh-router", appauthor=False)) / "audit.sqlite3"
 
 
 class Audit(Protocol):

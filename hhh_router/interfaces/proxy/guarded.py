@@ -35,7 +35,7 @@ class Guarded:
         enforce: Whether pieces may be held back by the pipeline; otherwise all leave as they come.
         escalate: Called in place of an answer that ``escalate`` stopped before any of it left; None where nobody is
             there to take it. Returns what it answered with.
-        extra: Further headers.
+        extra: Further headers, read when the first byte leaves.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Guarded:
         block: Literal["body", "headers", "none"],
         enforce: bool,
         escalate: Callable[[], Awaitable[Metadata | None]] | None = None,
-        extra: Mapping[str, str] | None = None,
+        extra: Mapping[str, str],
     ) -> None:
         self._parts = parts
         self._exchange = exchange
@@ -57,7 +57,7 @@ class Guarded:
         self._block = block
         self._enforce = enforce
         self._escalate = escalate
-        self._extra = dict(extra or {})
+        self._extra = extra
         self._first: Metadata | None = None
         self._held: list[Piece] = []
         self._whole: Piece | None = None

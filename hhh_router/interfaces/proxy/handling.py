@@ -22,7 +22,7 @@ from hhh_router.interfaces.proxy.instruct import instructed
 from hhh_router.interfaces.proxy.observe import Seen, Tee, parsed
 from hhh_router.interfaces.proxy.policies import escalated, shadowed
 from hhh_router.interfaces.proxy.routes import Route, find_route
-from hhh_router.interfaces.proxy.upstreams import BREAKS, RETRIED, Answer, Asking, Outgoing, Upstream
+from hhh_router.interfaces.proxy.upstreams import BREAKS, KEYS, RETRIED, Answer, Asking, Outgoing, Upstream
 from hhh_router.interfaces.proxy.wires import Asked, Wire, find_wire
 from hhh_router.interfaces.server.anthropic import anthropic_failure
 from hhh_router.interfaces.server.http import Failure, WireError, dump, failure
@@ -39,7 +39,6 @@ _OWN_PATHS = {"chat": "/v1/chat/completions", "responses": "/v1/responses", "mes
 """Where the deployment's own mixture answers on a wire."""
 _OWN_MODEL = "hhh-auto"
 _NEVER_SENT = frozenset({b"host", b"expect"})
-_KEYS = frozenset({b"authorization", b"x-api-key"})
 _CLOSE = (b"connection", b"close")
 
 
@@ -243,7 +242,7 @@ class Handling:
         if self._in.is_chunked or isinstance(body, bytes):
             without.add(b"content-length")
         if self._app.keys.required:
-            without |= _KEYS  # they are this door's
+            without |= KEYS  # they are this door's
         headers = passing(self._in.headers, without=without)
         if guarded:  # so that the answer can be read
             headers = replaced(headers, [(b"accept-encoding", b"identity")])

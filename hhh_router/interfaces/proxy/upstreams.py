@@ -16,6 +16,9 @@ RETRIED = frozenset({429, 502, 503, 504, 529})
 """Statuses with which an upstream says that it did not take the request up; another may."""
 BREAKS = frozenset({500, 502, 503, 504, 529})
 """Statuses that count against an upstream. 429 speaks of the caller's quota."""
+KEYS = frozenset({b"authorization", b"x-api-key", b"api-key"})
+"""Headers that hold somebody's key."""
+CONNECT_S, FIRST_BYTE_S, IDLE_S = 10.0, 600.0, 120.0
 BREAK_AFTER = 5
 BREAK_S = 10.0
 PAUSE_S = 0.2
@@ -26,11 +29,11 @@ PAUSE_S = 0.2
 class Timeouts:
     """How long an upstream may take."""
 
-    connect_s: float = 10.0
+    connect_s: float = CONNECT_S
     """Until a connection stands."""
-    first_byte_s: float = 600.0
+    first_byte_s: float = FIRST_BYTE_S
     """Until the head of the answer is there: models think for long."""
-    idle_s: float = 120.0
+    idle_s: float = IDLE_S
     """Of silence within an answer."""
 
 
@@ -132,6 +135,8 @@ class Upstream:
     """How often it is asked again when nothing was sent, or when it said that it had not begun."""
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
     """Sent in place of the client's own: keys of the deployment."""
+    otherwise: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Sent where the client sends no key of its own."""
     breaker: Breaker = field(default_factory=Breaker, compare=False)
     model: str | None = None
     """Replaces the body's ``model``."""
@@ -250,7 +255,7 @@ class Upstreams:
             answer = await self._client.send(
                 request.method,
                 target(upstream.url, request.path, request.query),
-                replaced(request.headers, [(k.lower().encode(), v.encode()) for k, v in upstream.headers.items()]),
+                _with_keys(upstream, request.headers),
                 request.body,
                 connect_s=upstream.timeouts.connect_s,
                 first_byte_s=upstream.timeouts.first_byte_s,
@@ -273,3 +278,12 @@ class Upstreams:
     async def aclose(self) -> None:
         """Close the connections."""
         await self._client.aclose()
+
+
+def _with_keys(upstream: Upstream, headers: Headers) -> list[tuple[bytes, bytes]]:
+    """The client's headers with the deployment's own keys; a client's key never goes where the deployment has one."""
+    given = dict(upstream.headers)
+    if upstream.otherwise and not KEYS & {name for name, _ in headers}:
+        given |= upstream.otherwise
+    kept = [(n, v) for n, v in headers if n not in KEYS] if KEYS & {k.lower().encode() for k in given} else headers
+    return replaced(kept, [(k.lower().encode(), v.encode()) for k, v in given.items()])

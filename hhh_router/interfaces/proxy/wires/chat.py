@@ -32,7 +32,7 @@ TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refu
 _SPOKEN = ("content", "refusal", "reasoning_content", "reasoning")
 _KNOWN_TURN = frozenset({"role", "content", "refusal", "name", "tool_calls", "function_call", "tool_call_id"})
 _KNOWN_BODY = frozenset({"id", "object", "created", "model", "choices", "usage", "system_fingerprint", "service_tier"})
-_KNOWN_CHOICE = frozenset({"index", "message", "delta", "finish_reason", "logprobs"})
+_KNOWN_CHOICE = frozenset({"index", "finish_reason"})
 _KNOWN_FIELDS = frozenset({"role", "tool_calls", "function_call", *_SPOKEN})
 FINISH_REASONS: Mapping[str, FinishReason] = {
     "stop": "stop",
@@ -139,7 +139,7 @@ class ChatReply(Reply):
             if (reason := choice.get("finish_reason")) is not None:
                 self.finish_reason = FINISH_REASONS.get(str(reason), self.finish_reason)
             self.open[index] = reason is None
-            self.note(f"choices[{index}].", choice, _KNOWN_CHOICE)
+            self.note(f"choices[{index}].", choice, _KNOWN_CHOICE | {part})
             [fields] = rows([choice.get(part) or {}])
             for name in _SPOKEN:
                 new += self.add((index, name), fields.get(name))

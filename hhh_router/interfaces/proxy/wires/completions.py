@@ -18,7 +18,7 @@ from hhh_router.trace.block import Metadata
 from hhh_router.types import ChatRequest, Message
 
 _KNOWN_BODY = frozenset({"id", "object", "created", "model", "choices", "usage", "system_fingerprint"})
-_KNOWN_CHOICE = frozenset({"index", "text", "finish_reason", "logprobs"})
+_KNOWN_CHOICE = frozenset({"index", "text", "finish_reason"})
 
 
 class CompletionsWire:

@@ -41,27 +41,26 @@ _DELTAS = {
     "response.mcp_call_arguments.delta": "arguments",
 }
 """Events that bring text → what it is part of."""
-_QUIET = frozenset(
+_WHOLES = {
+    "response.output_text.done": ("text", "text"),
+    "response.refusal.done": ("text", "refusal"),
+    "response.reasoning_text.done": ("text", "text"),
+    "response.reasoning_summary_text.done": ("summary", "text"),
+    "response.function_call_arguments.done": ("arguments", "arguments"),
+    "response.custom_tool_call_input.done": ("arguments", "input"),
+    "response.mcp_call_arguments.done": ("arguments", "arguments"),
+}
+"""Events that repeat what deltas brought → what it is part of, and the field that holds it."""
+_PART_EVENTS = frozenset(
     {
-        "response.created",
-        "response.queued",
-        "response.in_progress",
-        "response.output_item.added",
-        "response.output_item.done",
         "response.content_part.added",
         "response.content_part.done",
-        "response.output_text.done",
-        "response.refusal.done",
-        "response.reasoning_text.done",
         "response.reasoning_summary_part.added",
         "response.reasoning_summary_part.done",
-        "response.reasoning_summary_text.done",
-        "response.function_call_arguments.done",
-        "response.custom_tool_call_input.done",
-        "response.mcp_call_arguments.done",
     }
 )
-"""Events that only frame or repeat what deltas and whole items say; the items are read."""
+_QUIET = frozenset({"response.created", "response.queued", "response.in_progress"})
+"""Events without a word of the answer."""
 _LAST = frozenset({"response.completed", "response.incomplete"})
 _CALLS = frozenset({"function_call", "custom_tool_call", "mcp_call"})
 
@@ -176,8 +175,14 @@ class ResponsesReply(Reply):
                 self.items[at] = dict(item)
                 self.part = None
             return self._item(at, item)
-        if kind in ("response.content_part.done", "response.output_text.done"):
+        index = body.get("content_index", body.get("summary_index", 0))
+        if kind in _WHOLES:
+            part, name = _WHOLES[kind]
+            return self.put((at, index, part), body.get(name))
+        if kind in _PART_EVENTS:
             self.part = None if kind == "response.content_part.done" else self.part
+            [part_body] = rows([body.get("part") or {}])
+            return self._part((at, index, "summary" if "summary" in kind else "text"), part_body)
         if kind not in _QUIET:
             self.unread[short(kind)] = None
         return ""
