@@ -1,6 +1,7 @@
 """A sidecar and upstreams on loopback for the tests of this folder."""
 
 import asyncio
+import contextlib
 import http.client
 import json
 import socket
@@ -167,39 +168,34 @@ def ask(
 @contextmanager
 def tcp(talk: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]) -> Iterator[str]:
     """The URL of an upstream that does with its connections whatever a test wants."""
-    loop = asyncio.new_event_loop()
     started = threading.Event()
-    port: list[int] = []
-
-    async def talk_and_close(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        try:
-            await talk(reader, writer)
-        except (OSError, asyncio.IncompleteReadError):
-            pass
-        finally:
-            writer.close()
+    told: dict[str, Any] = {}
 
     async def serve() -> None:
-        server = await asyncio.start_server(talk_and_close, "127.0.0.1", 0)
-        port.append(server.sockets[0].getsockname()[1])
+        talks: set[asyncio.Task[None]] = set()
+
+        async def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            talks.add(asyncio.current_task())  # type: ignore[arg-type]
+            with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+                await talk(reader, writer)
+            writer.close()
+
+        server = await asyncio.start_server(accepted, "127.0.0.1", 0)
+        told.update(port=server.sockets[0].getsockname()[1], stop=asyncio.Event(), loop=asyncio.get_running_loop())
         started.set()
-
-    def work() -> None:
-        asyncio.set_event_loop(loop)
-        loop.run_until_complete(serve())
-        loop.run_forever()
-        for task in asyncio.all_tasks(loop):
+        await told["stop"].wait()
+        server.close()
+        for task in talks:
             task.cancel()
-        loop.run_until_complete(asyncio.sleep(0))
-        loop.close()
+        await asyncio.gather(*talks, return_exceptions=True)
 
-    thread = threading.Thread(target=work, daemon=True)
+    thread = threading.Thread(target=lambda: asyncio.run(serve()), daemon=True)
     thread.start()
     assert started.wait(10)
     try:
-        yield f"http://127.0.0.1:{port[0]}"
+        yield f"http://127.0.0.1:{told['port']}"
     finally:
-        loop.call_soon_threadsafe(loop.stop)
+        told["loop"].call_soon_threadsafe(told["stop"].set)
         thread.join(10)
 
 
