@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import typer
 
@@ -45,3 +46,45 @@ def run_server(*, host: str, port: int, policy: str | None, bundle: str | None, 
                 typer.echo(f"  upstream  {upstream}")
 
         run(pipeline, listening, on_ready=announce)
+
+
+def run_proxy(
+    *,
+    host: str,
+    port: int,
+    policy: str | None,
+    bundle: str | None,
+    upstream: str | None,
+    config: Path | None,
+    mode: str | None,
+    audit: str | None,
+) -> None:
+    """Guard another server until interrupted; the cheap checks come before the model is loaded.
+
+    Raises:
+        ConfigError: A setting, policy, bundle or the proxy.yaml is wrong, or the address cannot be used.
+        MissingExtra: The web framework, aiohttp or torch is not installed.
+    """
+    from hhh_router.errors import MissingExtra
+
+    try:
+        from hhh_router.interfaces.proxy.open import open_sidecar, plan_sidecar
+        from hhh_router.interfaces.proxy.run import run
+        from hhh_router.interfaces.server.run import listen
+    except ImportError as error:
+        raise MissingExtra("serve", needed_for="a proxy") from error
+    from .session import ready_backbone
+
+    plan = plan_sidecar(policy=policy, bundle=bundle, upstream=upstream, config=config, mode=mode, audit=audit)
+    with listen(host, port, plan.settings) as listening:
+        ready_backbone(bundle)
+        sidecar = open_sidecar(plan)
+        logging.basicConfig(format="%(asctime)s %(message)s")
+        logging.getLogger("hhh_router").setLevel(logging.INFO)
+
+        def announce(url: str) -> None:
+            typer.echo(f"hhh-router listens on {url}")
+            for line in plan.told(sidecar.pipeline):
+                typer.echo(f"  {line}")
+
+        run(sidecar, listening, on_ready=announce)

@@ -20,6 +20,7 @@ COMMANDS = (
     "guard",
     "serve",
     "proxy",
+    "audit",
     "policy",
     "bundle",
     "train",

@@ -22,6 +22,7 @@ from hhh_router.trace.block import BundleRef
 
 if TYPE_CHECKING:
     from hhh_router.model.engine import EmbeddedModel
+    from hhh_router.upstream.raw import RawClient
 
 _log = logging.getLogger(__name__)
 
@@ -78,6 +79,19 @@ def build_pipeline(
         drain=None if upstream else model.drain,  # an upstream's replies are read to their end; uvicorn waits for them
         load=lambda: model.engine.load,
     )
+
+
+def open_raw_client() -> RawClient:
+    """Connections to upstreams for a sidecar.
+
+    Raises:
+        MissingExtra: aiohttp is not installed.
+    """
+    try:
+        from hhh_router.upstream.raw import RawClient
+    except ImportError as error:
+        raise MissingExtra("serve", needed_for="an upstream") from error
+    return RawClient()
 
 
 def _embedded(bundle: Bundle, settings: Settings) -> tuple[EmbeddedModel, Calibrators]:

@@ -138,6 +138,10 @@ class UpstreamError(BackendError):
         """The upstream's ``Retry-After`` header."""
 
 
+class NotReached(UpstreamError):
+    """No connection to the upstream: nothing was sent, so asking again or elsewhere repeats nothing."""
+
+
 class BackendTimeout(BackendError):
     """A deadline passed."""
 

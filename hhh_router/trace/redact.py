@@ -52,34 +52,40 @@ _PATTERNS: tuple[tuple[str, re.Pattern[str]], ...] = (
 _EMAIL = re.compile(r"\b[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){1,8}\b")
 
 
-def redact(value: Any, *, emails: bool = False) -> Any:
+Patterns = Sequence[re.Pattern[str]]
+"""Further secrets of a deployment."""
+
+
+def redact(value: Any, *, emails: bool = False, patterns: Patterns = ()) -> Any:
     """A copy of a JSON-like value with every secret replaced by ``[redacted:kind]``.
 
-    Strings under a secret's name are replaced whole, all others are searched. Numbers stay as they are.
+    Strings under a secret's name are replaced whole, all others are searched, for ``patterns`` too. Numbers stay as
+    they are.
 
     >>> redact({"max_tokens": 5, "api_key": "abc", "text": "use sk-aaaabbbbccccdddd"})
     {'max_tokens': 5, 'api_key': '[redacted:key]', 'text': 'use [redacted:api-key]'}
     """
     if isinstance(value, str):
-        return redact_text(value, emails=emails)
+        return redact_text(value, emails=emails, patterns=patterns)
     if isinstance(value, Mapping):
         return {
-            redact_text(str(k), emails=emails): "[redacted:key]"
+            redact_text(str(k), emails=emails, patterns=patterns): "[redacted:key]"
             if v and _is_secret(str(k))
-            else redact(v, emails=emails)
+            else redact(v, emails=emails, patterns=patterns)
             for k, v in value.items()
         }
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
-        return [redact(v, emails=emails) for v in value]
+        return [redact(v, emails=emails, patterns=patterns) for v in value]
     return value
 
 
-def redact_text(text: str, *, emails: bool = False) -> str:
+def redact_text(text: str, *, emails: bool = False, patterns: Patterns = ()) -> str:
     """A copy of the text with whatever looks like a secret replaced.
 
     Args:
         text: Any text.
         emails: Replace e-mail addresses too.
+        patterns: Replace what these find too.
 
     >>> redact_text("Authorization: Bearer abc.def-123, then AKIAABCDEFGHIJKLMNOP")
     'Authorization:[redacted:authorization], then [redacted:aws-key]'
@@ -87,6 +93,8 @@ def redact_text(text: str, *, emails: bool = False) -> str:
     for kind, pattern in _PATTERNS:
         keep = r"\g<1>" if pattern.groups else ""
         text = pattern.sub(f"{keep}[redacted:{kind}]", text)
+    for pattern in patterns:
+        text = pattern.sub("[redacted:own]", text)
     return _EMAIL.sub("[redacted:email]", text) if emails else text
 
 

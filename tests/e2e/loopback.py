@@ -16,7 +16,7 @@ from hhh_router.settings import Settings
 def served(pipeline: Pipeline) -> Iterator[str]:
     """The base URL of a pipeline's own server."""
     ready = threading.Event()
-    with _running(make_server(pipeline, on_ready=ready.set), ready) as url:
+    with running(make_server(pipeline, on_ready=ready.set), ready) as url:
         yield url
 
 
@@ -31,12 +31,13 @@ def served_app(app: ASGIApp) -> Iterator[str]:
             ready.set()
 
     config = uvicorn.Config(app, log_level="error", lifespan="off", timeout_graceful_shutdown=1)
-    with _running(Server(config), ready) as url:
+    with running(Server(config), ready) as url:
         yield url
 
 
 @contextmanager
-def _running(server: uvicorn.Server, ready: threading.Event) -> Iterator[str]:
+def running(server: uvicorn.Server, ready: threading.Event) -> Iterator[str]:
+    """The base URL of a server that sets ``ready`` once it listens."""
     with listen("127.0.0.1", 0, Settings.load()) as listening:
         port = listening.getsockname()[1]
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)

@@ -1,0 +1,112 @@
+"""The sidecar as a raw ASGI application: whatever comes goes to an upstream, and the answer comes back as it is."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from hhh_router.interfaces.proxy.handling import Handling
+from hhh_router.interfaces.proxy.headers import encoded
+from hhh_router.interfaces.proxy.incoming import Out
+from hhh_router.interfaces.proxy.observe import Observer
+from hhh_router.interfaces.proxy.routes import ProxyConfig
+from hhh_router.interfaces.proxy.upstreams import Upstreams
+from hhh_router.interfaces.server.app import create_app
+from hhh_router.interfaces.server.keys import KeyRing
+from hhh_router.pipeline import Pipeline
+from hhh_router.trace.audit import Audit
+
+PREFIX = "/hhh"
+"""Under it the deployment's own server answers; no provider's path begins so."""
+
+
+class Sidecar:
+    """The application.
+
+    Args:
+        pipeline: Reads and judges, and answers under ``/hhh`` and where a route falls back on the own mixture.
+        config: Routes, modes, limits.
+        upstreams: Asks them.
+        audit: Keeps intents and outcomes.
+        draw: A number in [0, 1), for weighted routes.
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        config: ProxyConfig,
+        upstreams: Upstreams,
+        audit: Audit,
+        *,
+        draw: Callable[[], float] = random.random,
+    ) -> None:
+        self.pipeline = pipeline
+        self.config = config
+        self.upstreams = upstreams
+        self.audit = audit
+        self.draw = draw
+        self.keys = KeyRing.open(pipeline.settings)
+        self.own: ASGIApp = create_app(pipeline)
+        self.observer = Observer(
+            pipeline,
+            lambda request_id, record: audit.write("verdict", request_id, record),
+            most_waiting=config.observe_queue,
+            max_bytes=pipeline.settings.max_body_bytes,
+        )
+        self.draining = False
+        self._under_way: set[asyncio.Task[None]] = set()
+        self._cut = asyncio.Event()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer, as ASGI has it."""
+        if scope["type"] == "lifespan":
+            await self._live(receive, send)
+        elif scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1008, "reason": "websockets are not passed on"})
+        elif scope["path"] == PREFIX or scope["path"].startswith(f"{PREFIX}/"):
+            await self.answer_here(scope, receive, send)
+        else:
+            await Handling(self, scope, receive, send).run()
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take nothing new in and let what is under way end; after ``timeout_s`` it ends with an error of its wire."""
+        self.draining = True
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_s
+        if self._under_way:
+            await asyncio.wait(self._under_way, timeout=timeout_s)
+        self._cut.set()
+        if self._under_way:
+            await asyncio.wait(self._under_way, timeout=5)
+        await self.observer.drain(max(1.0, deadline - loop.time()))
+
+    def track(self, task: asyncio.Task[None]) -> None:
+        """Count a request as under way until its task ends."""
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+
+    async def cut(self) -> None:
+        """Returns when answers under way have to end."""
+        await self._cut.wait()
+
+    async def answer_here(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The deployment's own server, under its prefix."""
+        path = scope["path"][len(PREFIX) :] or "/"
+        if self.draining and path == "/health/ready":
+            headers = encoded({"content-type": "application/json", "retry-after": "5"})
+            await Out(send).whole(503, headers, b'{"status":"draining"}')
+            return
+        await self.own({**scope, "path": path, "raw_path": path.encode()}, receive, send)
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        await receive()
+        await send({"type": "lifespan.startup.complete"})
+        await receive()
+        await self.upstreams.aclose()
+        await self.pipeline.aclose()
+        await self.audit.aclose()
+        await send({"type": "lifespan.shutdown.complete"})

@@ -1,0 +1,209 @@
+"""``annotate`` and ``enforce``: the upstream's answer comes through the pipeline, in the bytes it was sent in."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import aclosing
+from typing import Literal
+
+from hhh_router.interfaces.proxy.exchange import Exchange, Piece
+from hhh_router.interfaces.proxy.headers import encoded, passing, replaced
+from hhh_router.interfaces.proxy.incoming import Out
+from hhh_router.interfaces.server.chat import STREAM_HEADERS
+from hhh_router.interfaces.server.dialect import Dialect, event
+from hhh_router.interfaces.server.http import dump
+from hhh_router.pipeline import ChatDelta, ChatFinished, ChatStarted
+from hhh_router.pipeline.chat import run_chat
+from hhh_router.pipeline.parts import Parts
+from hhh_router.trace.block import Metadata
+from hhh_router.types import Action
+
+_FRAMING = frozenset({b"content-length", b"content-encoding", b"etag", b"content-md5", b"digest"})
+"""Headers that speak of the exact bytes of a body that was changed, or taken out of its compression."""
+_OURS = b"x-hhh-"
+
+
+class Guarded:
+    """One answer on its way to the client.
+
+    Args:
+        parts: The deployment, with ``exchange`` as its generator.
+        exchange: Where the answer comes from.
+        call: What is asked, and how our own answers are put.
+        out: Where it goes.
+        block: Where the caller is told.
+        enforce: Whether pieces may be held back by the pipeline; otherwise all leave as they come.
+        escalate: Called in place of an answer that ``escalate`` stopped before any of it left; None where nobody is
+            there to take it. Returns what it answered with.
+        extra: Further headers, read when the first byte leaves.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        exchange: Exchange,
+        call: Dialect,
+        out: Out,
+        *,
+        block: Literal["body", "headers", "none"],
+        enforce: bool,
+        escalate: Callable[[], Awaitable[Metadata | None]] | None = None,
+        extra: Mapping[str, str],
+    ) -> None:
+        self._parts = parts
+        self._exchange = exchange
+        self._call = call
+        self._out = out
+        self._block = block
+        self._enforce = enforce
+        self._escalate = escalate
+        self._extra = extra
+        self._first: Metadata | None = None
+        self._held: list[Piece] = []
+        self._whole: Piece | None = None
+        self._has = exchange.new_reply()
+        """What the client has got of the upstream's answer: less than what was read of it."""
+
+    async def run(self) -> Metadata | None:
+        """Answer; returns the final record.
+
+        Raises:
+            RequestError, BackendError: As `run_chat` does; what was cleared has left by then.
+        """
+        stream = self._call.stream or not self._enforce
+        async with aclosing(run_chat(self._parts, self._call.request, stream=stream)) as events:
+            async for event_ in events:
+                if isinstance(event_, ChatStarted):
+                    self._first = event_.metadata
+                elif isinstance(event_, ChatDelta):
+                    await self._take(event_)
+                else:
+                    return await self._end(event_)
+        return None
+
+    async def _take(self, delta: ChatDelta) -> None:
+        if delta.raw is None:
+            return  # the policy's message: it is put in its shape when the final record is there
+        piece: Piece = delta.raw["piece"]
+        match self._exchange.kind:
+            case "stream":
+                await self._pass(piece)
+            case "unread":
+                await self._begin_passing(changed=False)
+                await self._out.part(piece.raw)
+            case _:
+                self._whole = piece
+
+    async def _pass(self, piece: Piece) -> None:
+        """A piece of a stream. What belongs to its end waits for the final record."""
+        if piece.ends or (self._held and not piece.body):
+            self._held.append(piece)
+            return
+        await self._let_go()
+        if not self._out.begun:
+            await self._begin_passing(changed=True)
+        await self._out.part(self._with_first(piece))
+
+    def _with_first(self, piece: Piece) -> bytes:
+        if piece.body is not None:
+            self._has.event(piece.body)
+        if self._first is None or piece.body is None or self._block != "body":
+            return piece.raw
+        block, self._first = self._first, None
+        return self._blocked(piece, block)
+
+    async def _let_go(self) -> None:
+        held, self._held = self._held, []
+        for piece in held:
+            if not self._out.begun:
+                await self._begin_passing(changed=True)
+            await self._out.part(self._with_first(piece))
+
+    def _blocked(self, piece: Piece, block: Metadata) -> bytes:
+        assert piece.body is not None
+        body = self._exchange.reply.with_block(piece.body, block.as_json())
+        name = next((line for line in piece.raw.splitlines() if line.startswith(b"event:")), None)
+        return event(None if name is None else name[6:].strip().decode(), dump(body))
+
+    async def _end(self, done: ChatFinished) -> Metadata | None:
+        stopped = done.refusal is not None
+        if stopped and not self._out.begun and self._escalate is not None and _escalates(done.metadata):
+            return await self._escalate()
+        if stopped and self._out.begun and self._exchange.kind == "stream":
+            await self._let_go()
+            assert done.refusal is not None
+            for frame in self._has.ending(done.refusal, done):
+                await self._out.part(frame)
+        elif stopped:
+            await self._refuse(done)
+        elif self._exchange.kind == "stream":
+            await self._end_stream(done)
+        elif self._whole is not None:
+            await self._end_whole(self._whole, done)
+        elif not self._out.begun:  # an answer of which nothing came, such as an unread one without a body
+            await self._begin_passing(changed=False)
+        if not self._out.over:
+            await self._out.part(b"", more=False)
+        return done.metadata
+
+    async def _end_stream(self, done: ChatFinished) -> None:
+        held, self._held = self._held, []
+        carrier = max((i for i, piece in enumerate(held) if piece.carries), default=None)
+        if not self._out.begun:
+            await self._begin_passing(changed=True)
+        for i, piece in enumerate(held):
+            is_last = i == carrier and self._block == "body"
+            await self._out.part(self._blocked(piece, done.metadata) if is_last else self._with_first(piece))
+
+    async def _end_whole(self, piece: Piece, done: ChatFinished) -> None:
+        assert self._exchange.answer is not None
+        data = piece.raw
+        if self._block == "body":
+            data = _spliced(data, dump(done.metadata.as_json()))
+        headers = self._headers(done.metadata, passing(self._exchange.answer.headers, without=_FRAMING))
+        await self._out.whole(self._exchange.answer.status, headers, data)
+
+    async def _refuse(self, done: ChatFinished) -> None:
+        """An answer of ours, from its start."""
+        assert done.refusal is not None
+        if not self._call.stream:
+            data = dump(self._call.whole(done, None))
+            headers = self._headers(done.metadata, [(b"content-type", b"application/json")])
+            await self._out.whole(200, headers, data)
+            return
+        writer = self._call.begin(self._first or done.metadata)
+        await self._out.begin(200, self._headers(done.metadata, encoded(STREAM_HEADERS)))
+        for frame in writer.delta(ChatDelta(text=done.refusal, is_refusal=True)):
+            await self._out.part(frame)
+        for frame in writer.end(done):
+            await self._out.part(frame)
+
+    async def _begin_passing(self, *, changed: bool) -> None:
+        if self._out.begun:
+            return
+        answer = self._exchange.answer
+        assert answer is not None
+        headers = passing(answer.headers, without=_FRAMING if changed else ())
+        assert self._first is not None
+        await self._out.begin(answer.status, self._headers(self._first, headers))
+
+    def _headers(self, metadata: Metadata, headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+        if self._block == "none":
+            return headers
+        ours = encoded({**metadata.headers(), **self._extra})
+        return replaced([(n, v) for n, v in headers if not n.startswith(_OURS)], ours)
+
+
+def _escalates(metadata: Metadata) -> bool:
+    return metadata.action == Action.ESCALATE
+
+
+def _spliced(data: bytes, block: bytes) -> bytes:
+    """A JSON object with ``hhh`` as its last key, every other byte as it came.
+
+    >>> _spliced(b'{"a": 1.0 }\\n', b"{}"), _spliced(b"{ }", b"{}")
+    (b'{"a": 1.0 ,"hhh":{}}\\n', b'{ "hhh":{}}')
+    """
+    end = data.rindex(b"}")
+    comma = b"" if data[:end].rstrip().endswith(b"{") else b","
+    return data[:end] + comma + b'"hhh":' + block + data[end:]

@@ -1,0 +1,102 @@
+"""From options and files to a sidecar that can run."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast, get_args
+
+from hhh_router.assemble import build_pipeline, check_upstream, open_raw_client
+from hhh_router.errors import SettingsError
+from hhh_router.interfaces.proxy.app import Sidecar
+from hhh_router.interfaces.proxy.config import make_config, patterns, read_proxy_file, simple_config
+from hhh_router.interfaces.proxy.routes import Mode, ProxyConfig
+from hhh_router.interfaces.proxy.upstreams import Upstreams
+from hhh_router.pipeline import Pipeline, PolicyStore
+from hhh_router.policy import load_policy
+from hhh_router.settings import Settings
+from hhh_router.trace.audit import Audit, NoAudit, SqliteAudit, default_audit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SidecarPlan:
+    """Everything that could be checked before a model is loaded."""
+
+    settings: Settings
+    config: ProxyConfig
+    audit: Path | None
+    """None keeps nothing."""
+    patterns: tuple[re.Pattern[str], ...]
+
+    def told(self, pipeline: Pipeline) -> list[str]:
+        """What an operator wants to see at the start."""
+        policy = pipeline.policies.default
+        lines = [
+            f"policy    {policy.name}@{policy.version} ({policy.mode})",
+            f"bundle    {pipeline.parts.bundle_ref.name}",
+        ]
+        for route in self.config.routes:
+            names = ", ".join(u.url for u, _ in route.to)
+            lines.append(f"route     {route.name}: {route.mode} → {names}")
+        lines.append(f"audit     {self.audit or 'none'}")
+        return lines
+
+
+def plan_sidecar(
+    *,
+    policy: str | None,
+    bundle: str | None,
+    upstream: str | None,
+    config: Path | None,
+    mode: str | None,
+    audit: str | None,
+) -> SidecarPlan:
+    """Check every option and file.
+
+    Raises:
+        ConfigError: One of them is wrong.
+    """
+    if (upstream is None) == (config is None):
+        raise SettingsError(
+            "one of --upstream and --config is meant"
+            if upstream is None
+            else "--upstream and --config exclude each other",
+            hint="name the server that answers with --upstream URL, or several in a proxy.yaml with --config FILE",
+        )
+    if mode is not None and mode not in get_args(Mode):
+        raise SettingsError(f"--mode {mode!r} is not known", hint=f"use {', '.join(get_args(Mode))}")
+    chosen = cast("Mode | None", mode)
+    own: tuple[re.Pattern[str], ...] = ()
+    if upstream is not None:
+        check_upstream(upstream)
+        settings = Settings.load(policy=policy, bundle=bundle)
+        made, where = simple_config(upstream, settings, mode=chosen or "enforce"), audit
+    else:
+        assert config is not None
+        file = read_proxy_file(config)
+        settings = Settings.load(policy=policy or file.policy, bundle=bundle)
+        made, where = make_config(file, mode=chosen), audit or file.audit.path
+        own = patterns(file)
+    PolicyStore.from_settings(settings)
+    for route in made.routes:
+        if route.policy is not None:
+            load_policy(route.policy)
+    path = None if where == "none" else Path(where) if where else default_audit()
+    return SidecarPlan(settings=settings, config=made, audit=path, patterns=own)
+
+
+def open_sidecar(plan: SidecarPlan) -> Sidecar:
+    """Load the model and open the audit. Blocks for seconds; may import torch.
+
+    Raises:
+        ConfigError: The bundle is wrong, or the audit cannot be written.
+        MissingExtra: torch or aiohttp is not installed.
+    """
+    client = open_raw_client()
+    audit: Audit = NoAudit() if plan.audit is None else SqliteAudit(plan.audit, patterns=plan.patterns)
+    pipeline = build_pipeline(plan.settings, serving=True)
+    for route in plan.config.routes:
+        if route.policy is not None:
+            pipeline.policies.add_file(route.policy)
+    return Sidecar(pipeline, plan.config, Upstreams(client), audit)

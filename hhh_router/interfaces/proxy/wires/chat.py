@@ -1,0 +1,165 @@
+"""OpenAI's chat completions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from hhh_router.errors import UpstreamError
+from hhh_router.interfaces.proxy.wires.reading import (
+    Asked,
+    Reply,
+    called,
+    count,
+    described,
+    flag,
+    parts,
+    readable,
+    rows,
+    short,
+    turns,
+)
+from hhh_router.interfaces.server.dialect import event
+from hhh_router.interfaces.server.http import dump
+from hhh_router.interfaces.server.openai import Call
+from hhh_router.pipeline import ChatFinished
+from hhh_router.protocols import FinishReason
+from hhh_router.types import ChatRequest, Message
+
+TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+_SPOKEN = ("content", "refusal", "reasoning_content", "reasoning")
+_KNOWN_TURN = frozenset({"role", "content", "refusal", "name", "tool_calls", "function_call", "tool_call_id"})
+_KNOWN_BODY = frozenset({"id", "object", "created", "model", "choices", "usage", "system_fingerprint", "service_tier"})
+_KNOWN_CHOICE = frozenset({"index", "finish_reason"})
+_KNOWN_FIELDS = frozenset({"role", "tool_calls", "function_call", *_SPOKEN})
+FINISH_REASONS: Mapping[str, FinishReason] = {
+    "stop": "stop",
+    "length": "length",
+    "tool_calls": "tool_calls",
+    "function_call": "tool_calls",
+    "content_filter": "content_filter",
+}
+
+
+class ChatWire:
+    """See `reading.Wire`."""
+
+    name = "chat"
+
+    def asked(self, body: Mapping[str, Any]) -> Asked:
+        """See `reading.Wire`."""
+        unread: list[str] = []
+        found: list[Message] = []
+        for here, row in turns(body, "messages"):
+            said = [parts(row.get("content"), f"{here}.content", unread, TEXT_PARTS)]
+            said += [text for text in (row.get("refusal"), row.get("reasoning_content")) if isinstance(text, str)]
+            for call in row.get("tool_calls") or ():
+                told = call.get("function") or call.get("custom") or {} if isinstance(call, dict) else {}
+                said.append(called(told.get("name"), told.get("arguments", told.get("input"))))
+            if isinstance(call := row.get("function_call"), dict):
+                said.append(called(call.get("name"), call.get("arguments")))
+            unread += [
+                f"{here}.{short(k)}" for k, v in row.items() if v and k not in _KNOWN_TURN | {"reasoning_content"}
+            ]
+            found.append(Message(role=str(row.get("role")), content="\n".join(s for s in said if s)))
+        tools = described([*(body.get("tools") or ()), *(body.get("functions") or ())], unread)
+        if tools:
+            found.insert(0, Message(role="system", content=tools))
+        unread += [name for name in ("response_format", "prediction", "audio", "web_search_options") if body.get(name)]
+        options = body.get("stream_options")
+        return Asked(
+            messages=readable(found),
+            not_inspected=tuple(unread),
+            stream=flag(body, "stream"),
+            model=str(body.get("model", "")),
+            include_usage=bool(options.get("include_usage")) if isinstance(options, dict) else False,
+        )
+
+    def reply(self) -> ChatReply:
+        """See `reading.Wire`."""
+        return ChatReply()
+
+    def call(self, request: ChatRequest, asked: Asked) -> Call:
+        """See `reading.Wire`."""
+        return Call(request=request, model=asked.model, stream=asked.stream, include_usage=asked.include_usage)
+
+
+@dataclass(slots=True)
+class ChatReply(Reply):
+    """See `reading.Reply`."""
+
+    head: dict[str, Any] = field(default_factory=lambda: {"object": "chat.completion.chunk"})
+    open: dict[int, bool] = field(default_factory=dict)
+    """Choices that came up → whether they have not ended yet."""
+
+    def whole(self, body: Mapping[str, Any]) -> str:
+        """See `reading.Reply`."""
+        return self._take(body, "message")
+
+    def event(self, body: Mapping[str, Any]) -> str:
+        """See `reading.Reply`."""
+        if "error" in body:
+            raise UpstreamError(f"the upstream broke off: {told(body)}", body=body)
+        self.head |= {k: body[k] for k in ("id", "created", "model") if k in body}
+        return self._take(body, "delta")
+
+    def ends(self, body: Mapping[str, Any]) -> bool:
+        """See `reading.Reply`."""
+        return all(choice.get("finish_reason") is not None for choice in rows(body.get("choices")))
+
+    @property
+    def is_over(self) -> bool:
+        """See `reading.Reply`. Some servers leave the mark out."""
+        return self.over or (bool(self.open) and not any(self.open.values()))
+
+    def ending(self, message: str, done: ChatFinished) -> list[bytes]:
+        """See `reading.Reply`."""
+        self.head.setdefault("created", int(time.time()))
+        still = [index for index, is_open in sorted(self.open.items()) if is_open] or [0]
+        chunks = [self._chunk(i, {"content": f"\n\n{message}", "refusal": message}, None) for i in still]
+        chunks += [self._chunk(i, {}, "content_filter") for i in still]
+        chunks[-1] = {**chunks[-1], "hhh": done.metadata.as_json()}
+        return [*(event(None, dump(chunk)) for chunk in chunks), event(None, b"[DONE]")]
+
+    def _chunk(self, index: int, delta: Mapping[str, Any], reason: str | None) -> dict[str, Any]:
+        choice = {"index": index, "delta": dict(delta), "logprobs": None, "finish_reason": reason}
+        return {**self.head, "choices": [choice]}
+
+    def _take(self, body: Mapping[str, Any], part: str) -> str:
+        if isinstance(usage := body.get("usage"), dict):
+            self.usage = count(usage.get("prompt_tokens")), count(usage.get("completion_tokens"))
+        self.note("", body, _KNOWN_BODY)
+        new = ""
+        for i, choice in enumerate(rows(body.get("choices"))):
+            index = choice.get("index", i)
+            if not isinstance(index, int):
+                raise UpstreamError("the upstream's answer has a choice whose index is no number")
+            if (reason := choice.get("finish_reason")) is not None:
+                self.finish_reason = FINISH_REASONS.get(str(reason), self.finish_reason)
+            self.open[index] = reason is None
+            self.note(f"choices[{index}].", choice, _KNOWN_CHOICE | {part})
+            [fields] = rows([choice.get(part) or {}])
+            for name in _SPOKEN:
+                new += self.add((index, name), fields.get(name))
+            for j, call in enumerate(rows(fields.get("tool_calls"))):
+                function = call.get("function") or call.get("custom") or {}
+                new += self._call((index, "tool", call.get("index", j)), function)
+            if isinstance(function := fields.get("function_call"), dict):
+                new += self._call((index, "function"), function)
+            self.note(f"choices[{index}].{part}.", fields, _KNOWN_FIELDS)
+        return new
+
+    def _call(self, where: tuple[object, ...], function: object) -> str:
+        [told] = rows([function])
+        name = told.get("name")
+        arguments = told.get("arguments", told.get("input"))
+        return self.add(where, f"{name} " if isinstance(name, str) and name else "") + self.add(where, arguments)
+
+
+def told(body: Mapping[str, Any]) -> str:
+    """The words of an error body."""
+    error = body.get("error")
+    said = error.get("message") if isinstance(error, Mapping) else error
+    return str(said)[:500] if said else "no message"
