@@ -105,6 +105,8 @@ class Finished:
     reason: FinishReason
     prompt_tokens: int
     completion_tokens: int
+    stop: str | None = None
+    """The stop string that ended the reply, if one did and the generator tells which."""
     timing_ms: Mapping[str, float] = field(default_factory=dict)
     """Stage name → milliseconds, such as ``prefill`` and ``decode``."""
     not_inspected: tuple[str, ...] = ()

@@ -410,9 +410,10 @@ class Batcher:
             assert row.reason is not None
             row.job.tell(
                 Finished(
-                    reason=row.reason, prompt_tokens=len(text.ids), completion_tokens=row.drawn, timing_ms=row.timing
+                    reason=row.reason, prompt_tokens=len(text.ids), completion_tokens=row.drawn, timing_ms=row.timing,
+                    stop=row.stream.stop,
                 )
-            )
+            )  # fmt: skip
         except Exception as error:  # a seam, as above
             self._fail(row, error)
             return

@@ -90,9 +90,14 @@ class Deltas:
         self._untold: list[TokenLogprob] = []
 
     @property
+    def stop(self) -> str | None:
+        """The stop string that was found, once one was."""
+        return self._text.stop
+
+    @property
     def stopped(self) -> bool:
         """True once a stop string was found."""
-        return self._text.stopped
+        return self.stop is not None
 
     def push(self, drawn: Drawn) -> Delta:
         """The delta of one token. What is told of it waits for its text, which may come with a later one."""

@@ -92,11 +92,15 @@ class MixtureGenerator:
             return
         reply = RunningReply(self._reader, prompt, len(text.ids))
         steps = _Steps(request, plan.weights, cache, reply, budget, window_tokens, steer)
-        reason = yield from self._decode(steps, logits)
+        reason, stop = yield from self._decode(steps, logits)
         timing["decode"] = 1000 * (time.perf_counter() - prefilled_at)
-        yield Finished(reason=reason, prompt_tokens=len(text.ids), completion_tokens=reply.tokens, timing_ms=timing)
+        yield Finished(
+            reason=reason, prompt_tokens=len(text.ids), completion_tokens=reply.tokens, timing_ms=timing, stop=stop
+        )
 
-    def _decode(self, steps: _Steps, logits: Tensor) -> Generator[Delta | Window | Steered, None, FinishReason]:
+    def _decode(
+        self, steps: _Steps, logits: Tensor
+    ) -> Generator[Delta | Window | Steered, None, tuple[FinishReason, str | None]]:
         sampling = steps.request.sampling
         following = self._grammars.follow(sampling.json_schema, steps.request.tools)
         sampler = Sampler(sampling, self._stack.device, following)
@@ -131,7 +135,7 @@ class MixtureGenerator:
         if not completion_tokens:  # an empty reply is read as an end marker, as the encoder does with a given one
             self._read_token(self._encoder.end_id, steps)
         yield Window(scores=steps.reply.scores(), completion_tokens=completion_tokens, is_final=True)
-        return reason
+        return reason, stream.stop
 
     @torch.inference_mode()
     def _read_token(self, token: int, steps: _Steps) -> Pass:

@@ -181,15 +181,16 @@ class TextStream:
         self._decoder = DecodeStream(skip_special_tokens=True)
         self._stop = tuple(s for s in stop if s)
         self._held = ""
-        self.stopped = False
+        self.stop: str | None = None
+        """The stop string that was found."""
 
     def push(self, token: int) -> str:
         """Add a token and return the text that is safe to show by now, perhaps none."""
         self._held += self._decoder.step(self._tokenizer, token) or ""
-        found = [at for s in self._stop if (at := self._held.find(s)) >= 0]
+        found = [(at, s) for s in self._stop if (at := self._held.find(s)) >= 0]
         if found:
-            self.stopped = True
-            text, self._held = self._held[: min(found)], ""
+            at, self.stop = min(found)
+            text, self._held = self._held[:at], ""
             return text
         keep = max((_overlap(self._held, s) for s in self._stop), default=0)
         text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]

@@ -338,5 +338,6 @@ class _Run:
             refusal=refusal,
             tool_calls=calls,
             prompt_logprobs=self._prompt_logprobs,
+            stop=self._finished.stop if self._finished and finish_reason == "stop" else None,
             logprobs=tuple(told for delta in self._cleared for told in delta.logprobs) if asked else None,
         )

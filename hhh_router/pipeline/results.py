@@ -59,6 +59,8 @@ class ChatFinished:
     """What the model wants to be called; the reason is ``tool_calls`` then."""
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
     """Of every token of the prompt, where the request asked for them and was not stopped before."""
+    stop: str | None = None
+    """The stop string that ended the reply, if one did."""
 
 
 ChatEvent = ChatStarted | ChatDelta | ChatFinished

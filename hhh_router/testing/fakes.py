@@ -157,13 +157,15 @@ class FakeGenerator:
             prompt_logprobs=_told_of(request) if not stops else None,
         )
         said = 0
+        reply, stop = ("", None) if stops else _cut(self._reply(request), request.sampling.stop)
         try:
             if not stops:
-                async for event in self._say(request, plan.weights, window_tokens, steer):
+                async for event in self._say(request, reply, plan.weights, window_tokens, steer):
                     said += isinstance(event, Delta)
                     yield event
             yield Finished(
                 reason=self._finish_reason if not stops else "content_filter",
+                stop=stop,
                 prompt_tokens=scores.tokens,
                 completion_tokens=said,
             )
@@ -175,9 +177,9 @@ class FakeGenerator:
             raise
 
     async def _say(
-        self, request: ChatRequest, weights: Weights, window_tokens: int, steer: Steerer | None
+        self, request: ChatRequest, reply: str, weights: Weights, window_tokens: int, steer: Steerer | None
     ) -> AsyncGenerator[Event, None]:
-        pieces = _words(self._reply(request))[: request.sampling.max_tokens]
+        pieces = _words(reply)[: request.sampling.max_tokens]
         for n, piece in enumerate(pieces, 1):
             if self._fail_after is not None and n > self._fail_after[0]:
                 raise self._fail_after[1]
@@ -222,6 +224,12 @@ def _told_of(request: ChatRequest) -> tuple[TokenLogprob, ...] | None:
     words = _words(request.messages[-1].content) or [f" {i}" for i in request.prompt_ids]
     first, *rest = [told for word in words for told in _told(word, top)]
     return (replace(first, logprob=math.nan, top_logprobs=()), *rest)
+
+
+def _cut(text: str, stop: Sequence[str]) -> tuple[str, str | None]:
+    """A reply up to the first stop string in it, and which that was."""
+    found = [(at, s) for s in stop if (at := text.find(s)) >= 0]
+    return (text[: min(found)[0]], min(found)[1]) if found else (text, None)
 
 
 def _words(text: str) -> list[str]:

@@ -181,6 +181,7 @@ def test_a_stop_string_ends_one_row_alone(engine: Engine) -> None:
     engine.finish()
 
     check_same(engine.found["stopped"], engine.alone(stopped, weights))
+    assert [e.stop for e in engine.found["stopped"] if isinstance(e, Finished)] == [whole[3:5]]
     check_same(engine.found["whole"], engine.alone(ask("hi", "x", max_tokens=20), weights))
 
 

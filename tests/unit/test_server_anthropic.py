@@ -203,3 +203,12 @@ def test_counting_nothing_is_an_error(served: TestClient) -> None:
     reply = served.post("/v1/messages/count_tokens", json={"model": "hhh-auto", "messages": []})
 
     assert (reply.status_code, reply.json()["type"]) == (400, "error")
+
+
+def test_the_sequence_that_ended_a_message_is_named(served: TestClient) -> None:
+    whole = served.post("/v1/messages", json=ask("Hello", stop_sequences=["zzz", " three"])).json()
+    streamed = served.post("/v1/messages", json=ask("Hello", stop_sequences=[" three"], stream=True)).text
+
+    assert whole["content"][0]["text"] == "one two"
+    assert (whole["stop_reason"], whole["stop_sequence"]) == ("stop_sequence", " three")
+    assert '"stop_reason":"stop_sequence","stop_sequence":" three"' in streamed

@@ -318,7 +318,8 @@ def _head(model: str, metadata: Metadata) -> dict[str, Any]:
 
 
 def _stop(done: ChatFinished) -> dict[str, Any]:
-    return {"stop_reason": _STOP_REASONS[done.finish_reason], "stop_sequence": None}
+    reason = _STOP_REASONS[done.finish_reason] if done.stop is None else "stop_sequence"
+    return {"stop_reason": reason, "stop_sequence": done.stop}
 
 
 def _usage(done: ChatFinished) -> dict[str, int]:
