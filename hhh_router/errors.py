@@ -61,6 +61,12 @@ class SettingsError(ConfigError):
     code = "settings_error"
 
 
+class KeyRejected(SettingsError):
+    """A server does not take the key it was given."""
+
+    code = "invalid_api_key"
+
+
 class DataError(ConfigError):
     """Training, calibration or evaluation data cannot be used as it is."""
 
@@ -194,6 +200,7 @@ _OUTCOMES: tuple[tuple[type[HHHRouterError], int, int], ...] = (
     (MissingExtra, 501, EXIT_USAGE),
     (PolicyNotAllowed, 403, EXIT_USAGE),
     (RequestError, 400, EXIT_USAGE),
+    (KeyRejected, 401, EXIT_USAGE),
     (ConfigError, 500, EXIT_USAGE),
     (Overloaded, 429, EXIT_FAILURE),
     (Unavailable, 503, EXIT_FAILURE),

@@ -179,7 +179,8 @@ class AsyncHHHRouter:
             self._pipeline = build_pipeline(self._settings)
         return self._pipeline
 
-    async def _ready(self) -> Pipeline | RemotePipeline:
+    async def ready(self) -> Pipeline | RemotePipeline:
+        """As `load`, on a thread beside the event loop; at once where it is loaded already."""
         if self._pipeline is not None and not self._closed:
             return self._pipeline
         async with self._loading:
@@ -225,7 +226,7 @@ class AsyncHHHRouter:
             RequestError: The request has to be fixed.
             BackendError: The model failed, or took too long.
         """
-        pipeline = await self._ready()
+        pipeline = await self.ready()
         turns, unread = parse_prompt(messages, where="messages")
         request = ChatRequest(
             messages=turns,
@@ -266,7 +267,7 @@ class AsyncHHHRouter:
             RequestError: A text cannot be judged as it stands.
             BackendTimeout: It took too long.
         """
-        pipeline = await self._ready()
+        pipeline = await self.ready()
         pairs, is_list = _pairs(prompt, response)
         name = _policy_name(policy, pipeline)
         results = await pipeline.guard([_guard_request(p, r, name) for p, r in pairs])
@@ -283,7 +284,7 @@ class AsyncHHHRouter:
             RequestError: A prompt cannot be read as it stands.
             BackendTimeout: It took too long.
         """
-        pipeline = await self._ready()
+        pipeline = await self.ready()
         pairs, is_list = _pairs(prompt, None)
         name = _policy_name(policy, pipeline)
         results = await pipeline.route([_guard_request(p, None, name) for p, _ in pairs])
@@ -297,7 +298,7 @@ class AsyncHHHRouter:
             await pipeline.aclose()
 
     async def __aenter__(self) -> Self:
-        await self._ready()
+        await self.ready()
         return self
 
     async def __aexit__(self, *exc: object) -> None:

@@ -16,6 +16,7 @@ from hhh_router.errors import (
     BackendTimeout,
     HHHRouterError,
     InvalidRequest,
+    KeyRejected,
     Overloaded,
     SettingsError,
     Unavailable,
@@ -43,6 +44,7 @@ LONGEST_PAUSE_S = 30.0
 """A server that asks to be left alone for longer is not asked again."""
 _FIRST_PAUSE_S = 0.5
 _CONNECT_S = 10.0
+_DAY_S = 86_400.0
 _AGAIN = (429, 503)
 
 
@@ -85,7 +87,7 @@ class RemotePipeline:
     async def chat(self, request: ChatRequest, *, stream: bool = True) -> AsyncGenerator[ChatEvent, None]:
         """As `Pipeline.chat`; closing the iterator closes the connection, which cancels the server's work."""
         body = _chat_body(request, request.policy or self._policy, stream=stream)
-        async with self._sent("chat/completions", body) as response:
+        async with self._sent("chat/completions", body, _deadline(request.timeout_s)) as response:
             if stream:
                 async for event in _streamed(response, request):
                     yield event
@@ -118,7 +120,9 @@ class RemotePipeline:
         return [_metadata(row, request.not_inspected) for row, request in zip(data, requests, strict=True)]
 
     @asynccontextmanager
-    async def _sent(self, path: str, body: Mapping[str, Any]) -> AsyncGenerator[httpx.Response, None]:
+    async def _sent(
+        self, path: str, body: Mapping[str, Any], headers: Mapping[str, str] | None = None
+    ) -> AsyncGenerator[httpx.Response, None]:
         """A reply whose status is good and whose body is still to be read.
 
         Raises:
@@ -128,7 +132,7 @@ class RemotePipeline:
         """
         for tried in range(self._retries + 1):
             try:
-                async with self._client.stream("POST", path, json=body) as response:
+                async with self._client.stream("POST", path, json=body, headers=headers) as response:
                     if response.is_success:
                         yield response
                         return
@@ -166,6 +170,13 @@ class _NoFiles:
 
 
 # -- what is asked ----------------------------------------------------------------------------------------------------
+
+
+def _deadline(timeout_s: float | None) -> dict[str, str]:
+    """How long the caller waits, for the server to know; whatever is longer than a day is no deadline."""
+    return (
+        {} if timeout_s is None or timeout_s > _DAY_S else {"x-request-timeout-ms": str(max(1, int(timeout_s * 1000)))}
+    )
 
 
 def _chat_body(request: ChatRequest, policy: str | None, *, stream: bool) -> dict[str, Any]:
@@ -363,7 +374,7 @@ def _told_error(told: object, response: httpx.Response | None) -> HHHRouterError
     message, code = str(fields.get("message") or "the server failed"), fields.get("code")
     status = response.status_code if response is not None else 500
     if status == 401:
-        return SettingsError(message, hint="give api_key=…, or set HHH_ROUTER_API_KEY")
+        return KeyRejected(message, hint="give api_key=…, or set HHH_ROUTER_API_KEY")
     kind = _by_code().get(str(code))
     if kind is UpstreamError:
         return UpstreamError(message, status=status if status < 500 else None)

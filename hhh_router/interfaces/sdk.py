@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-import threading
-from collections.abc import Coroutine, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self, TypeVar, Unpack, overload
+from typing import Any, Literal, Self, Unpack, overload
 
-from hhh_router.errors import HHHRouterError
 from hhh_router.interfaces.aio import (
     AsyncChatStream,
     AsyncHHHRouter,
@@ -18,18 +15,17 @@ from hhh_router.interfaces.aio import (
     Prompt,
     WeightsLike,
 )
+from hhh_router.interfaces.loop import LoopThread
 from hhh_router.pipeline import ChatDelta, ChatResult, GuardResult, Pipeline, RouteResult
 from hhh_router.trace.block import Metadata
 
 __all__ = ["AsyncChatStream", "AsyncHHHRouter", "ChatArgs", "ChatStream", "HHHRouter"]
 
-T = TypeVar("T")
-
 
 class ChatStream:
     """The reply as it is cleared: iterate over it for `ChatDelta` events; ``result`` is there once it has ended."""
 
-    def __init__(self, stream: AsyncChatStream, loop: _LoopThread) -> None:
+    def __init__(self, stream: AsyncChatStream, loop: LoopThread) -> None:
         self._stream = stream
         self._loop = loop
 
@@ -96,7 +92,7 @@ class HHHRouter:
     ) -> None:
         self._router = AsyncHHHRouter(bundle, policy, pipeline=pipeline, base_url=base_url, **settings)
         self._router.load()
-        self._loop = _LoopThread()
+        self._loop = LoopThread()
 
     @overload
     def chat(
@@ -165,47 +161,3 @@ class HHHRouter:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self.close()
-
-
-class _LoopThread:
-    """An event loop on a thread of its own, so that blocking callers share one."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._started = threading.Event()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._stop = asyncio.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="hhh-router-sdk", daemon=True)
-        self._thread.start()
-        self._started.wait()
-
-    async def _serve(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._started.set()
-        await self._stop.wait()
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run a coroutine there and wait for what it returns; an interrupt cancels it."""
-        loop = self._loop
-        if loop is None:
-            work.close()
-            raise HHHRouterError("this router is closed", hint="open a new one")
-        future = asyncio.run_coroutine_threadsafe(work, loop)
-        try:
-            return future.result()
-        except BaseException:
-            future.cancel()
-            raise
-
-    def close(self, last: Coroutine[Any, Any, None]) -> None:
-        """Run one last coroutine, then end the thread; what still runs is cancelled. Does nothing the second time."""
-        with self._lock:
-            if self._loop is None:
-                last.close()
-                return
-            try:
-                self.run(last)
-            finally:
-                loop, self._loop = self._loop, None
-                loop.call_soon_threadsafe(self._stop.set)
-                self._thread.join()
