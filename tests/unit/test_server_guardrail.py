@@ -14,6 +14,7 @@ from hhh_router.types import Message
 
 Policies = Callable[..., Path]
 RULES = {"bomb": {"needs.harmless": 6.0}, "poison": {"outcomes.unsafe": 6.0}}
+SECRET = "sk-aaaabbbbccccddddeeee"
 HELLO = (Message(role="user", content="Hello"),)
 
 
@@ -111,6 +112,11 @@ def test_nothing_to_read_passes(served: TestClient, phase: str) -> None:
         ({"input_type": "request", "texts": "x"}, "texts: found a string"),
         ({"input_type": "request", "texts": [1]}, "texts: found a list"),
         ({"input_type": "request", "texts": ["x"], "additional_provider_specific_params": {"policy": 3}}, "no string"),
+        ({"input_type": "request", "additional_provider_specific_params": [1]}, "params: found a list"),
+        ({"input_type": "request", "additional_provider_specific_params": {"redact": ["all"]}}, "redact: no list"),
+        ({"input_type": "request", "additional_provider_specific_params": {"redact": "secrets"}}, "redact: no list"),
+        ({"input_type": "request", "additional_provider_specific_params": {"hold_chars": -1}}, "hold_chars: no count"),
+        ({"input_type": "request", "additional_provider_specific_params": {"hold_chars": True}}, "hold_chars: no"),
     ],
 )
 def test_what_is_wrong_is_named(served: TestClient, body: dict[str, Any], said: str) -> None:
@@ -118,6 +124,39 @@ def test_what_is_wrong_is_named(served: TestClient, body: dict[str, Any], said: 
 
     assert reply.status_code == 400
     assert said in reply.json()["error"]["message"]
+
+
+def test_secrets_are_rewritten_in_what_is_let_through(served: TestClient, reader: FakeReader) -> None:
+    wishes = {"additional_provider_specific_params": {"redact": ["secrets"]}}
+
+    asked = post(served, "request", "Hello", f"use {SECRET}, write to a@b.example", **wishes)
+    said = post(served, "response", f"It is {SECRET}", **wishes)
+    clean = post(served, "response", "nothing here", **wishes)
+    both = post(served, "request", "a@b.example", additional_provider_specific_params={"redact": ["secrets", "emails"]})
+
+    assert asked["action"] == said["action"] == "GUARDRAIL_INTERVENED"
+    assert asked["texts"] == ["Hello", "use [redacted:api-key], write to a@b.example"]
+    assert "stream_holdback_chars" not in asked
+    assert said["texts"] == ["It is [redacted:api-key]"]
+    assert (clean["action"], "texts" in clean) == ("NONE", False)
+    assert both["texts"] == ["[redacted:email]"]
+    assert SECRET in reader.calls[1][-1].response  # what is judged is what was written
+
+
+def test_a_stop_is_a_stop_with_or_without_rewriting(served: TestClient) -> None:
+    found = post(served, "response", f"poison {SECRET}", additional_provider_specific_params={"redact": ["secrets"]})
+
+    assert (found["action"], found["blocked_reason"], "texts" in found) == ("BLOCKED", "Cut.", False)
+
+
+def test_the_end_of_a_stream_is_held_back_where_it_is_wished(served: TestClient) -> None:
+    plain = post(served, "response", "a b c d")
+    held = post(served, "response", "a b c d", "e", additional_provider_specific_params={"hold_chars": 3})
+    line = post(served, "response", "done.\nkey sk-aa", additional_provider_specific_params={"redact": ["secrets"]})
+
+    assert "stream_holdback_chars" not in plain
+    assert held["stream_holdback_chars"] == [3, 1]
+    assert line["stream_holdback_chars"] == [len("key sk-aa")]
 
 
 def test_the_key_comes_as_litellm_sends_it(watchful: Policies) -> None:

@@ -2,13 +2,14 @@
 
 LiteLLM's proxy asks before the model's call (``input_type: request``) and after it (``response``), with one
 ``litellm_call_id`` for both. The second question carries no prompt, so the first one's is remembered for a while: then
-prompt and reply are read together, as everywhere else.
+prompt and reply are read together, as everywhere else. What is let through can be rewritten (`Wishes.redact`).
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
@@ -22,6 +23,7 @@ from hhh_router.interfaces.server.keys import check_policies, owner
 from hhh_router.pipeline import GuardResult, Pipeline
 from hhh_router.pipeline.validate import check_messages
 from hhh_router.tools import as_text
+from hhh_router.trace import redact_text
 from hhh_router.types import GuardRequest, Message, ReadRequest
 
 PATH = "/beta/litellm_basic_guardrail_api"
@@ -30,6 +32,21 @@ MOST_CALLS = 4096
 LONGEST_S = 600.0
 """A prompt is forgotten after so long."""
 _UNREAD = ("images", "tools", "tool_calls")
+REDACTABLE = ("secrets", "emails")
+MOST_HELD = 100_000
+_LAST_LINE = 512  # what tells a secret from other text stands in one line, and within so many characters
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wishes:
+    """``additional_provider_specific_params``, from LiteLLM's configuration or from a caller's ``extra_body``."""
+
+    policy: str | None = None
+    """Name of the policy; None takes the deployment's default."""
+    redact: tuple[str, ...] = ()
+    """What is replaced in texts that are let through, of ``secrets`` and ``emails``."""
+    hold_chars: int = 0
+    """Characters at the end of a streamed reply that LiteLLM is asked to keep until more of it has been read."""
 
 
 class Prompts(Kept[str, tuple[Message, ...]]):
@@ -46,15 +63,13 @@ class Prompts(Kept[str, tuple[Message, ...]]):
 async def guardrail(request: Request, pipeline: Pipeline, prompts: Prompts) -> Response:
     """``{input_type, texts, structured_messages?, litellm_call_id?, …}`` → ``{action, blocked_reason?}``.
 
-    The policy comes as ``additional_provider_specific_params.policy``. A request whose texts are all empty has nothing
-    that could be read, and passes.
+    A request whose texts are all empty has nothing that could be read, and passes.
     """
     body = await read_json(request, max_bytes=pipeline.settings.max_body_bytes)
     phase, call = body.get("input_type"), body.get("litellm_call_id")
     if phase not in ("request", "response"):
         raise InvalidRequest(f"input_type: found {str(phase)[:40]!r}", hint="use 'request' or 'response'")
-    texts = _texts(body.get("texts"))
-    policy = _policy(body)
+    texts, wishes = _texts(body.get("texts")), _wishes(body)
     limit = pipeline.settings.max_body_bytes
     unread = tuple(name for name in _UNREAD if body.get(name))
     if phase == "request":
@@ -72,17 +87,68 @@ async def guardrail(request: Request, pipeline: Pipeline, prompts: Prompts) -> R
         )
     if not read.messages and read.response is None:
         return JsonReply({"action": "NONE"})
-    asked = GuardRequest(read=read, policy=policy, not_inspected=unread)
+    asked = GuardRequest(read=read, policy=wishes.policy, not_inspected=unread)
     check_policies(request, pipeline, [asked])
     [result] = await until_client_leaves(request.receive, pipeline.guard([asked]))
-    return JsonReply(_told(result), headers=result.metadata.headers())
+    told = _told(result) or _let_through(texts, wishes, streams=phase == "response")
+    return JsonReply({**told, "hhh": result.metadata.as_json()}, headers=result.metadata.headers())
 
 
 def _told(result: GuardResult) -> dict[str, Any]:
     """LiteLLM reads the action and the reason alone; the reason becomes the whole of its client's error message."""
-    if (message := result.message) is None:
-        return {"action": "NONE", "hhh": result.metadata.as_json()}
-    return {"action": "BLOCKED", "blocked_reason": message, "hhh": result.metadata.as_json()}
+    return {} if result.message is None else {"action": "BLOCKED", "blocked_reason": result.message}
+
+
+def _let_through(texts: Sequence[str], wishes: Wishes, *, streams: bool) -> dict[str, Any]:
+    """The texts as they may go on, and how much of each has to wait for more of the stream."""
+    told: dict[str, Any] = {"action": "NONE"}
+    if wishes.redact:
+        rewritten = [_redacted(t, wishes) for t in texts]
+        if rewritten != texts:
+            told = {"action": "GUARDRAIL_INTERVENED", "texts": rewritten}
+        texts = rewritten
+    if streams and (wishes.redact or wishes.hold_chars):
+        told["stream_holdback_chars"] = [held_chars(t, wishes) for t in texts]
+    return told
+
+
+def _redacted(text: str, wishes: Wishes) -> str:
+    return redact_text(text, emails="emails" in wishes.redact)
+
+
+def held_chars(text: str, wishes: Wishes) -> int:
+    """Characters at the end of a stream so far that more of it may turn into a secret, or that are to wait.
+
+    >>> held_chars("done.\\nMy key is sk-aaaa", Wishes(redact=("secrets",)))
+    17
+    >>> held_chars("a b c d", Wishes(hold_chars=3))
+    3
+    """
+    held = wishes.hold_chars
+    if wishes.redact and text:
+        line = len(text) - (text.rfind("\n") + 1)
+        last_word = text.rsplit(maxsplit=1)[-1:]
+        word = len(text) - len(text.rstrip()) + sum(map(len, last_word))
+        held = max(held, word, min(line, _LAST_LINE))
+    return min(held, len(text))
+
+
+def _wishes(body: Mapping[str, Any]) -> Wishes:
+    """
+    Raises:
+        InvalidRequest: A wish is not built as it should be.
+    """
+    where, given = "additional_provider_specific_params", body.get("additional_provider_specific_params") or {}
+    if not isinstance(given, Mapping):
+        raise InvalidRequest(f"{where}: found {kind_of(given)}", hint='send an object, such as {"policy": "balanced"}')
+    policy, redact, hold = given.get("policy"), given.get("redact") or (), given.get("hold_chars") or 0
+    if policy is not None and not isinstance(policy, str):
+        raise InvalidRequest(f"{where}.policy: no string", hint="send a policy's name")
+    if not isinstance(redact, list | tuple) or not all(r in REDACTABLE for r in redact):
+        raise InvalidRequest(f"{where}.redact: no list of {' and '.join(REDACTABLE)}", hint='send ["secrets"]')
+    if type(hold) is not int or not 0 <= hold <= MOST_HELD:
+        raise InvalidRequest(f"{where}.hold_chars: no count", hint=f"send 0 to {MOST_HELD:,} characters")
+    return Wishes(policy=policy, redact=tuple(redact), hold_chars=hold)
 
 
 def _texts(given: object) -> list[str]:
@@ -107,11 +173,3 @@ def _prompt(rows: object, texts: Sequence[str], max_bytes: int) -> tuple[tuple[M
         together = "\n".join(f"{m.role}: {m.content}" for m in messages)
         messages = (Message(role="user", content=together),)
     return messages, unread
-
-
-def _policy(body: Mapping[str, Any]) -> str | None:
-    given = body.get("additional_provider_specific_params") or {}
-    policy = given.get("policy") if isinstance(given, Mapping) else None
-    if policy is not None and not isinstance(policy, str):
-        raise InvalidRequest("additional_provider_specific_params.policy: no string", hint="send a policy's name")
-    return policy
