@@ -33,7 +33,7 @@ PROVIDER = "hhh-router"
 MOST_SERVERS = 32
 """Servers (and keys) whose connections are kept open."""
 _OURS = ("hhh-", "hhh@")  # begins a model name of the server's own; anything else is a policy's name
-_OF_LITELLM = ("stream", "stream_options")  # LiteLLM makes the usage chunk itself
+_OF_LITELLM = ("stream", "stream_options", "max_retries")  # what LiteLLM itself heeds; it makes the usage chunk
 _OF_CHUNKS = frozenset({"id", "object", "created", "model", "choices", "usage"})
 
 
