@@ -179,6 +179,43 @@ def test_what_is_wrong_is_an_error_of_litellms(
         list(ask(stream=stream, **more))
 
 
+SCHEMA = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": SCHEMA}}]
+CALLS = (
+    'Let me look. <tool_call>[{"name": "weather", "arguments": {"city": "Oslo"}}, '
+    '{"name": "weather", "arguments": {"city": "Rome"}}]</tool_call>'
+)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_tools_are_called_and_their_results_come_back(ask: Ask, watchful: Policies, stream: bool) -> None:
+    generator = FakeGenerator(lambda r: "It is mild." if r.messages[-1].role == "tool" else CALLS)
+    turns: list[Any] = [{"role": "user", "content": "Weather?"}]
+
+    reply = ask(messages=turns, tools=TOOLS, stream=stream, pipeline=pipeline(watchful, generator=generator))
+    if stream:
+        reply = litellm.stream_chunk_builder(list(reply))
+    message = reply.choices[0].message
+    turns += [message, *({"role": "tool", "tool_call_id": c.id, "content": "mild"} for c in message.tool_calls)]
+    last = ask(messages=turns, tools=TOOLS, pipeline=pipeline(watchful, generator=generator))
+
+    assert reply.choices[0].finish_reason == "tool_calls"
+    assert [c.function.name for c in message.tool_calls] == ["weather"] * 2
+    assert [c.function.arguments for c in message.tool_calls] == ['{"city": "Oslo"}', '{"city": "Rome"}']
+    assert message.content == "Let me look. "
+    assert last.choices[0].message.content == "It is mild."
+
+
+def test_several_replies_come_whole_or_not_at_all(ask: Ask) -> None:
+    reply = ask(n=3)
+
+    assert [c.message.content for c in reply.choices] == ["one two three four"] * 3
+    assert reply.usage.completion_tokens == 12
+    assert reply.hhh["decisions"]
+    with pytest.raises(litellm.BadRequestError, match="n: 3 replies cannot be streamed"):
+        list(ask(n=3, stream=True))
+
+
 def failing(watchful: Policies, error: Exception) -> Pipeline:
     generator = FakeGenerator("a b c d e", fail_after=(0, error))
     return pipeline(watchful, policy={"on_error": "open"}, generator=generator)
