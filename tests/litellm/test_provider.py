@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,7 +15,7 @@ pytest.importorskip("litellm", reason="LiteLLM has an environment of its own: ma
 import litellm
 
 from hhh_router.errors import ContextTooLong, GeneratorError, Overloaded
-from hhh_router.interfaces.litellm import HHHRouterLLM, register
+from hhh_router.interfaces.litellm import HHHRouterLLM, provider, register
 from hhh_router.interfaces.litellm.chat import MOST_SERVERS
 from hhh_router.pipeline import Pipeline
 from hhh_router.testing import FakeGenerator, FakeReader, fake_pipeline
@@ -360,3 +361,26 @@ def test_a_real_model_in_this_process_answers(used: Any, tmp_path: Path, watchfu
     assert whole.choices[0].message.content == text_of(chunks)
     assert whole.hhh["mixture"] == chunks[0].hhh["mixture"] == "hhh@4-4-4-4"
     assert whole.hhh["layers_run"] > 0
+
+
+@pytest.mark.integration
+def test_the_pages_examples_run(
+    used: Any, tmp_path: Path, watchful: Policies, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from hhh_router.testing.tiny import tiny_bundle  # torch
+
+    page = (Path(__file__).resolve().parents[2] / "docs" / "litellm.md").read_text(encoding="utf-8")
+    examples = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    bundle = tiny_bundle(tmp_path / "tiny")
+    for name, value in {"BUNDLE": bundle.root, "CACHE_DIR": tmp_path, "THREADS": 1, "ALLOW_UNCALIBRATED": 1}.items():
+        monkeypatch.setenv(f"HHH_ROUTER_{name}", str(value))
+    names: dict[str, Any] = {}
+
+    with served(pipeline(watchful)) as url:
+        for example in examples:
+            exec(example.replace("http://127.0.0.1:8000/v1", url), names)
+    provider.close()
+
+    assert len(examples) == 2
+    assert "'harmless':" in capsys.readouterr().out
+    assert names["reply"].choices[0].message.content == "one two three four"
