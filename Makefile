@@ -6,9 +6,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FUZZ := .venv-schemathesis
+LITELLM := .venv-litellm
 export PROMPT
 
-.PHONY: chat install test report bench-engine soak fuzz check format help
+.PHONY: chat install test report bench-engine soak fuzz test-litellm check format help
 
 chat: $(STAMP)  ## answer PROMPT="…" and show weights, needs, confidence and decision
 	@$(BIN)/hhh-router chat "$$PROMPT" || [ $$? -eq 3 ]  # 3: the policy refused, which is an answer too
@@ -37,6 +38,9 @@ fuzz: $(STAMP)  ## schemathesis over the OpenAPI document, from an environment o
 	@$(FUZZ)/bin/python -m pip install --quiet 'schemathesis==4.32.5'
 	$(BIN)/python -m tests.conformance.fuzz --schemathesis $(FUZZ)/bin/schemathesis
 
+test-litellm: $(LITELLM)/.installed  ## LiteLLM's SDK and proxy, and OpenAI's client 2.x, in an environment of their own
+	LITELLM_LOCAL_MODEL_COST_MAP=True $(LITELLM)/bin/python -m pytest tests/litellm hhh_router/interfaces/litellm tests/e2e/test_openai_client.py
+
 check: $(STAMP)  ## format, lint, types, fast tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -60,4 +64,11 @@ $(STAMP): pyproject.toml constraints.txt
 		echo "no virtual environment could be made; on Debian and Ubuntu: apt install python3-venv"; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
 	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# LiteLLM 1.106 wants an older openai and huggingface_hub than we do
+$(LITELLM)/.installed: pyproject.toml tests/litellm/constraints.txt
+	@test -x $(LITELLM)/bin/python || $(PYTHON) -m venv $(LITELLM)
+	$(LITELLM)/bin/python -m pip install --quiet --constraint tests/litellm/constraints.txt --editable '.[litellm,model,serve,train]' \
+		'litellm[proxy]' hypothesis jsonschema pytest pytest-asyncio pytest-timeout
 	@touch $@

@@ -1,6 +1,7 @@
 """LiteLLM's real proxy with the configuration that docs/litellm-proxy.yaml ships."""
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,9 @@ def alone(watchful: Policies, tmp_path_factory: pytest.TempPathFactory) -> Any:
         "as it comes": plain,
         "every chunk": {**plain, "streaming_sampling_rate": 1},
         "redact": {**plain, **moving, **redact},
+        "rewriting": {**plain, **moving},
+        "held": {**plain, **moving, "additional_provider_specific_params": {"hold_chars": 40}},
+        "buffered": {**plain, "streaming_buffer_until_moderated": True},
         "judge": judge,
         "wrong key": {**plain, "api_key": "wrong"},
         "nobody there": {**plain, "api_base": "http://127.0.0.1:9"},
@@ -150,6 +154,23 @@ def test_the_plain_guardrail_that_reads_every_chunk_leaks_nothing(alone: Setting
 
     assert "word9" in reply.text
     assert "poison" not in reply.text
+
+
+def test_a_buffer_is_one_in_later_versions_alone(alone: Setting) -> None:
+    reply = alone.ask("chat/completions", "other", stream=True, guardrails=["buffered"])
+
+    ignored = tuple(map(int, version("litellm").split(".")[:2])) < (1, 109)
+    assert ("poison" in reply.text) == ignored
+
+
+def test_characters_are_held_back_one_reading_longer(alone: Setting) -> None:
+    plain = text_of(alone.ask("chat/completions", "other", stream=True, guardrails=["rewriting"]), stream=True)
+    held = text_of(alone.ask("chat/completions", "other", stream=True, guardrails=["held"]), stream=True)
+
+    assert plain
+    assert "poison" not in plain
+    assert plain.startswith(held)
+    assert len(held) == len(plain) - 40
 
 
 @pytest.mark.parametrize("name", ["wrong key", "nobody there"])

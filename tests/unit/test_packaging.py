@@ -64,6 +64,19 @@ def test_constraints_pin_plain_releases_only() -> None:
             assert re.fullmatch(r"[\w.-]+==[\w.!]+", line), f"{line}: local builds and files differ between machines"
 
 
+def test_litellms_environment_differs_from_ours_only_where_litellm_says_so() -> None:
+    held_back = {"filelock", "huggingface-hub", "openai", "python-dateutil", "rich"}
+
+    def pins(name: str) -> dict[str, str]:
+        lines = [line.split("==") for line in (ROOT / name).read_text().splitlines() if "==" in line]
+        return {re.sub(r"[-_.]+", "-", package).lower(): version for package, version in lines}
+
+    ours, theirs = pins("constraints.txt"), pins("tests/litellm/constraints.txt")
+
+    assert {name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]} == held_back
+    assert theirs["openai"].startswith("2.")
+
+
 def test_the_changelog_names_the_version() -> None:
     assert f"[{PROJECT['project']['version']}]" in (ROOT / "CHANGELOG.md").read_text()
 

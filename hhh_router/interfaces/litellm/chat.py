@@ -19,21 +19,23 @@ from litellm.llms.custom_llm import CustomLLM, CustomLLMError
 from litellm.types.utils import ModelResponse, ModelResponseStream
 from litellm.utils import convert_to_model_response_object
 
-from hhh_router.errors import ContextTooLong
+from hhh_router.errors import ContextTooLong, InvalidRequest
 from hhh_router.interfaces.aio import AsyncHHHRouter
 from hhh_router.interfaces.loop import LoopThread
 from hhh_router.interfaces.remote import RemotePipeline
+from hhh_router.interfaces.server.choices import strictest, together, total
 from hhh_router.interfaces.server.http import failure
 from hhh_router.interfaces.server.models import AUTO
-from hhh_router.interfaces.server.openai import Call, ChunkWriter, completion, parse_chat
-from hhh_router.pipeline import ChatDelta, ChatEvent, ChatFinished, ChatStarted, Pipeline
+from hhh_router.interfaces.server.openai import Call, ChunkWriter, parse_chat
+from hhh_router.pipeline import ChatDelta, ChatFinished, ChatStarted, Pipeline
+from hhh_router.trace.block import Metadata
 
 PROVIDER = "hhh-router"
 """What stands before the slash in a model's name."""
 MOST_SERVERS = 32
 """Servers (and keys) whose connections are kept open."""
 _OURS = ("hhh-", "hhh@")  # begins a model name of the server's own; anything else is a policy's name
-_OF_LITELLM = ("stream", "stream_options")  # LiteLLM makes the usage chunk itself
+_OF_LITELLM = ("stream", "stream_options", "max_retries")  # what LiteLLM itself heeds; it makes the usage chunk
 _OF_CHUNKS = frozenset({"id", "object", "created", "model", "choices", "usage"})
 
 
@@ -93,29 +95,42 @@ class HHHRouterLLM(CustomLLM):
 
     async def _whole(self, asked: _Asked, empty: ModelResponse) -> ModelResponse:
         try:
-            call = asked.call()
-            async with aclosing(self._events(asked, call, stream=False)) as events:
-                async for event in events:
+            call, found = asked.call(), dict[int, ChatFinished]()
+            async with (
+                self._routers.pipeline(asked.api_base, asked.api_key) as pipeline,
+                aclosing(together(pipeline, call.requests, stream=False)) as events,
+            ):
+                async for at, event in events:
                     if isinstance(event, ChatFinished):
-                        return convert_to_model_response_object(
-                            response_object=completion(call, event, None, created=call.created),
-                            model_response_object=empty,
-                            _response_headers=event.metadata.headers(),
-                        )
+                        found[at] = event
+            done = [found[at] for at in sorted(found)]
+            call = _named(call, done[0].metadata)
+            return convert_to_model_response_object(
+                response_object=call.whole_of(done) if call.count > 1 else call.whole(done[0], None),
+                model_response_object=empty,
+                _response_headers=strictest(done).headers(),
+            )
         except Exception as error:  # a door: whatever broke must become an error that LiteLLM's callers know
             _fail(error, asked.model)
-        raise AssertionError("a chat ends with ChatFinished")
 
     async def _chunks(self, asked: _Asked) -> AsyncGenerator[Any, None]:
         """LiteLLM's chunks. The last of ours stands before the one that LiteLLM ends every stream with."""
         try:
             call = asked.call()
+            if call.count > 1:
+                raise InvalidRequest(
+                    f"n: {call.count} replies cannot be streamed, LiteLLM's streams have one",
+                    hint="leave n or stream out",
+                )
             writer: ChunkWriter | None = None
-            async with aclosing(self._events(asked, call, stream=True)) as events:
+            async with (
+                self._routers.pipeline(asked.api_base, asked.api_key) as pipeline,
+                aclosing(pipeline.chat(call.request, stream=True)) as events,
+            ):
                 async for event in events:
                     match event:
                         case ChatStarted():
-                            writer = ChunkWriter(call, event.metadata, created=call.created)
+                            writer = ChunkWriter(_named(call, event.metadata), event.metadata)
                         case ChatDelta():
                             assert writer is not None  # ChatStarted is always first
                             for chunk in writer.delta(event):
@@ -126,14 +141,6 @@ class HHHRouterLLM(CustomLLM):
                                 yield _ending(chunk, event)
         except Exception as error:  # as above
             _fail(error, asked.model)
-
-    async def _events(self, asked: _Asked, call: Call, *, stream: bool) -> AsyncGenerator[ChatEvent, None]:
-        async with (
-            self._routers.pipeline(asked.api_base, asked.api_key) as pipeline,
-            aclosing(pipeline.chat(call.request, stream=stream)) as events,
-        ):
-            async for event in events:
-                yield event
 
 
 # -- what is asked ----------------------------------------------------------------------------------------------------
@@ -188,6 +195,11 @@ def model_name(name: str) -> str:
 # -- what is answered -------------------------------------------------------------------------------------------------
 
 
+def _named(call: Call, block: Metadata) -> Call:
+    """The call under the name that its own traces have."""
+    return replace(call, request=replace(call.request, request_id=block.request_id))
+
+
 def _chunk(chunk: Mapping[str, Any]) -> ModelResponseStream:
     """LiteLLM's proxy sends fields that OpenAI's chunks do not have only of a chunk whose delta has some too."""
     if ours := _ours(chunk):
@@ -211,11 +223,7 @@ def _ending(chunk: Mapping[str, Any], done: ChatFinished) -> Any:
         "is_finished": True,
         "finish_reason": choices[0]["finish_reason"],
         "index": 0,
-        "usage": {
-            "prompt_tokens": done.usage.prompt_tokens,
-            "completion_tokens": done.usage.completion_tokens,
-            "total_tokens": done.usage.prompt_tokens + done.usage.completion_tokens,
-        },
+        "usage": total([done]),
         "provider_specific_fields": _ours(chunk),
     }
 
