@@ -7,9 +7,16 @@ a = b and c = 0, Platt a = b, beta all three free. With a, b ≥ 0 each keeps th
 from __future__ import annotations
 
 import math
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 Method = Literal["temperature", "platt", "beta"]
 
@@ -17,6 +24,8 @@ METHODS: tuple[Method, ...] = ("temperature", "platt", "beta")
 """From the fewest parameters (1) to the most (3)."""
 
 PROBABILITY_MARGIN = 1e-6  # probabilities stay this far from 0 and 1: a finite sample never proves certainty
+
+DRIFT_BINS = 10  # of equal width, over the probabilities of the calibration rows
 
 PARAMETERS: dict[Method, tuple[str, ...]] = {
     "temperature": ("temperature",),
@@ -87,6 +96,8 @@ class HeadCalibration(BaseModel):
     """How well the logit orders the labels; no calibrator changes it."""
     candidates: dict[Method, float] = Field(default_factory=dict)
     """Cross-validated NLL of every method that was allowed for this many rows."""
+    bins: tuple[int, ...] | None = Field(default=None, min_length=DRIFT_BINS, max_length=DRIFT_BINS)
+    """Calibration rows by their calibrated probability, in ten bins of equal width; None in files from before."""
 
     @model_validator(mode="after")
     def _check_params(self) -> Self:
@@ -103,6 +114,19 @@ class HeadCalibration(BaseModel):
         if self.positives > self.n:
             raise ValueError(f"positives ({self.positives}) exceed n ({self.n})")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_missing_bins(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A file from before keeps its content, and with it its id."""
+        told: dict[str, Any] = dump(self)
+        if self.bins is None:
+            del told["bins"]
+        return told
+
+    @property
+    def base_rate(self) -> float:
+        """Share of positives among the calibration rows."""
+        return self.positives / self.n
 
     def apply(self, logit: float) -> float:
         """P(label = 1) for a raw logit, strictly inside (0, 1) for any finite logit, never falling as the logit rises.

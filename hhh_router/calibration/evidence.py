@@ -360,6 +360,16 @@ class Calibrators:
             in_distribution=evidence.in_distribution,
         )
 
+    def references(self) -> dict[tuple[Mode, str], HeadCalibration]:
+        """What every head was fitted to, by mode and by name, such as ``needs.harmless``; empty where nothing fits."""
+        modes = self._file.modes if self._file and self._matches else {}
+        return {
+            (name, f"{kind}.{head}"): calibration
+            for name, mode in modes.items()
+            for kind, heads in (("needs", mode.needs), ("outcomes", mode.outcomes))
+            for head, calibration in heads.items()
+        }
+
     def _posterior(self, needs: Mapping[str, float]) -> Posterior:
         return posterior(needs, self.gate, self._gate_params)
 

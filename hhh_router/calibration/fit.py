@@ -15,8 +15,16 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import minimize
 from scipy.special import expit
 
-from hhh_router.calibration.calibrators import METHODS, PARAMETERS, PROBABILITY_MARGIN, HeadCalibration, Method
+from hhh_router.calibration.calibrators import (
+    DRIFT_BINS,
+    METHODS,
+    PARAMETERS,
+    PROBABILITY_MARGIN,
+    HeadCalibration,
+    Method,
+)
 from hhh_router.calibration.confidence import FEATURES, STANDARD_LIMIT, ConfidenceModel, FeatureWeight
+from hhh_router.calibration.drift import bin_of
 from hhh_router.calibration.metrics import auroc, brier, ece, nll, nll_per_row, standard_error
 from hhh_router.errors import DataError
 
@@ -60,7 +68,7 @@ def fit_head(logits: ArrayLike, labels: ArrayLike, *, seed: int, folds: int = FO
     rows = {m: nll_per_row(p, y) for m, p in held_out.items()}
     method = smallest_within_error(rows)
     bare = _clipped(expit(x))
-    return HeadCalibration(
+    fitted = HeadCalibration(
         method=method,
         params=_parameters(method, _solve(method, x, y)),
         n=len(x),
@@ -74,6 +82,8 @@ def fit_head(logits: ArrayLike, labels: ArrayLike, *, seed: int, folds: int = FO
         auroc=auroc(x, y),
         candidates={m: float(r.mean()) for m, r in rows.items()},
     )
+    spread = np.bincount([bin_of(fitted.apply(float(logit))) for logit in x], minlength=DRIFT_BINS)
+    return fitted.model_copy(update={"bins": tuple(int(n) for n in spread)})
 
 
 def fit_confidence(

@@ -221,15 +221,27 @@ def _share(value: object) -> float:
         raise ValueError("a share is larger than any number should be") from error
 
 
+def inner(body: Mapping[str, Any], name: str, example: str) -> Mapping[str, Any]:
+    """A field that holds fields; without any where it is not there, or null.
+
+    Raises:
+        InvalidRequest: It is something else.
+    """
+    value = body.get(name)
+    if value is None or value == []:  # as PHP writes an empty object
+        return {}
+    if not isinstance(value, Mapping):
+        raise InvalidRequest(f"{name}: no object, found {kind_of(value)}", hint=f"send an object, such as {example}")
+    return value
+
+
 def our_fields(body: Mapping[str, Any]) -> Mapping[str, Any]:
     """What a body of somebody else's wire says to us, under ``hhh``.
 
     Raises:
         InvalidRequest: No object, or a field that is not known.
     """
-    ours = body.get("hhh") or {}
-    if not isinstance(ours, Mapping):
-        raise InvalidRequest("hhh: no object", hint='send an object, such as {"policy": "balanced"}')
+    ours = inner(body, "hhh", '{"policy": "balanced"}')
     if unknown := sorted(set(ours) - {"policy", "weights"}):
         raise InvalidRequest(f"hhh.{unknown[0]}: unknown field", hint="use policy and weights")
     return ours

@@ -112,7 +112,7 @@ def test_nothing_to_read_passes(served: TestClient, phase: str) -> None:
         ({"input_type": "request", "texts": "x"}, "texts: found a string"),
         ({"input_type": "request", "texts": [1]}, "texts: found a list"),
         ({"input_type": "request", "texts": ["x"], "additional_provider_specific_params": {"policy": 3}}, "no string"),
-        ({"input_type": "request", "additional_provider_specific_params": [1]}, "params: found a list"),
+        ({"input_type": "request", "additional_provider_specific_params": [1]}, "params: no object, found a list"),
         ({"input_type": "request", "additional_provider_specific_params": {"redact": ["all"]}}, "redact: no list"),
         ({"input_type": "request", "additional_provider_specific_params": {"redact": "secrets"}}, "redact: no list"),
         ({"input_type": "request", "additional_provider_specific_params": {"hold_chars": -1}}, "hold_chars: no count"),

@@ -1,5 +1,6 @@
 """Metrics, policies, deadlines and quiet streams of the server."""
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,9 +9,11 @@ from typing import Any
 import pytest
 from starlette.testclient import TestClient
 
+from hhh_router.calibration import Calibrators
 from hhh_router.interfaces.server import chat
 from hhh_router.interfaces.server.app import create_app
 from hhh_router.testing import FakeGenerator, FakeReader, fake_pipeline
+from tests.unit.test_calibration_evidence import calibration_file
 
 Policies = Callable[..., Path]
 RULES = {"bomb": {"needs.harmless": 6.0}, "poison": {"outcomes.unsafe": 6.0}}
@@ -119,3 +122,51 @@ def test_a_quiet_stream_is_kept_open(watchful: Policies, monkeypatch: pytest.Mon
     begun = text.index("data: {")
     assert ping in text[begun:]
     assert text.count("word") >= 60
+
+
+@pytest.fixture
+def calibrated(watchful: Policies) -> Iterator[TestClient]:
+    reader = FakeReader(RULES)
+    pipeline = fake_pipeline(
+        watchful(),
+        reader=reader,
+        generator=FakeGenerator("one two three four", reader=reader),
+        calibrators=Calibrators(calibration_file()),
+    )
+    with TestClient(create_app(pipeline)) as made:
+        yield made
+
+
+def test_both_errors_are_counted_as_they_are_expected(calibrated: TestClient) -> None:
+    bodies = [calibrated.post("/v1/guard", json={"prompt": text}).json() for text in ("bomb", "bomb!", "Hello")]
+    pair = calibrated.post("/v1/guard", json={"prompt": "Hi", "response": "Fine."}).json()
+
+    found = scraped(calibrated)
+    labels = '{kind="guard",policy="watchful"}'
+    harm = [body["hhh"]["needs"]["harmless"] for body in bodies]
+    assert [body["action"] for body in bodies] == ["refuse", "refuse", "allow"]
+    assert found[f"hhh:stopped_prompts_total{labels}"] == 2
+    assert found[f"hhh:expected_over_refusals_total{labels}"] == pytest.approx(2 - harm[0] - harm[1])
+    assert found[f"hhh:passed_total{labels}"] == 2
+    assert found[f"hhh:expected_harm_passed_total{labels}"] == pytest.approx(
+        harm[2] + pair["hhh"]["outcomes"]["unsafe"]
+    )
+
+
+def test_uncalibrated_numbers_say_nothing_of_errors_or_drift(served: TestClient) -> None:
+    served.post("/v1/guard", json={"prompt": "bomb"})
+
+    assert not [name for name in scraped(served) if "expected" in name or "calibration_shift" in name]
+
+
+def test_drift_is_told_per_head_once_there_are_enough_readings(calibrated: TestClient) -> None:
+    place = '{head="needs.harmless",mode="prompt"}'
+    before = scraped(calibrated)
+    body = calibrated.post("/v1/guard", json={"items": [{"prompt": "bomb"}] * 150}).json()
+
+    found = scraped(calibrated)
+    p = body["data"][0]["hhh"]["needs"]["harmless"]
+    assert math.isnan(before[f"hhh:calibration_shift{place}"])
+    assert found[f"hhh:calibration_shift{place}"] == pytest.approx(p - found[f"hhh:calibration_base_rate{place}"])
+    assert found['hhh:in_distribution_share{mode="prompt"}'] in (0, 1)
+    assert math.isnan(found['hhh:in_distribution_share{mode="both"}'])

@@ -65,7 +65,7 @@ def create_app(pipeline: Pipeline) -> Starlette:
     settings = pipeline.settings
     is_proxy = pipeline.parts.answers_elsewhere
     started = int(time.time())
-    metrics = Metrics(lambda: pipeline.load)
+    metrics = Metrics(lambda: pipeline.load, pipeline.parts.calibrators.references())
     pipeline.add_sink(metrics)
 
     keys = KeyRing.open(settings)

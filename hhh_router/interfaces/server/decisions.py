@@ -108,7 +108,11 @@ def _question(given: object, where: str) -> tuple[Question, tuple[object, ...]]:
     """A question, and the values of its options as they are told back."""
     if not isinstance(given, Mapping):
         raise InvalidRequest(f"{where}: found {kind_of(given)}", hint='send an object, such as {"type": "predicate"}')
-    name, instructions, kind = given.get("name"), _text(given.get("instructions")), given.get("type")
+    name, instructions, kind = (
+        given.get("name"),
+        _text(given.get("instructions"), f"{where}.instructions"),
+        given.get("type"),
+    )
     if name is not None and not isinstance(name, str):
         raise InvalidRequest(f"{where}.name: found {kind_of(name)}", hint="send text")
     if kind not in ("predicate", "choice", "score"):
@@ -148,13 +152,15 @@ def _option(given: object, where: str) -> tuple[object, str]:
     raise InvalidRequest(f"{where}: found {kind_of(given)}", hint="send a text, or an object with 'value' or 'label'")
 
 
-def _text(given: object) -> str | None:
+def _text(given: object, where: str) -> str | None:
     """Instructions are text, or a list of parts of text."""
-    if isinstance(given, str):
+    if given is None or isinstance(given, str):
         return given
     if isinstance(given, list):
-        return "\n".join(str(p.get("text", "")) for p in given if isinstance(p, Mapping))
-    return None
+        texts = [part.get("text") if isinstance(part, Mapping) else None for part in given]
+        if all(isinstance(text, str) for text in texts):
+            return "\n".join(map(str, texts))
+    raise InvalidRequest(f"{where}: found {kind_of(given)}", hint="send text, or a list of parts with 'text'")
 
 
 def _from_systemone(given: object, name: str, where: str) -> tuple[Question, tuple[object, ...]]:

@@ -55,7 +55,7 @@ MODEL: Schema = {
     "description": "which mixture answers, and after a colon under which policy",
     "examples": [AUTO, "hhh-auto:honest-first", "hhh@2-6-5-3"],
 }
-PART: Schema = an_object({"type": {"type": "string"}, "text": {"type": "string"}}, ["type"])
+PART: Schema = an_object({"type": {"type": "string"}, "text": {"description": "where the part is a text"}}, ["type"])
 """Of a message; a part that is no text is accepted, not read, and listed as such."""
 MESSAGE: Schema = an_object(
     {
@@ -191,7 +191,7 @@ PROXIED_CHAT = an_object(
     description="what else is here is the upstream's business and passes through",
 )
 
-_JUDGED = {"prompt": maybe({"anyOf": [TEXT, MESSAGES]}), "response": maybe(TEXT), "policy": maybe(POLICY)}
+_JUDGED = {"prompt": maybe({"anyOf": [TEXT, listed(MESSAGE)]}), "response": maybe(TEXT), "policy": maybe(POLICY)}
 JUDGED: Schema = {
     "anyOf": [
         an_object(_JUDGED, additionalProperties=False),
@@ -220,7 +220,8 @@ _OPTION: Schema = {
         an_object({"label": {"type": ["string", "boolean"]}, "description": maybe({"type": "string"})}, ["label"]),
     ]
 }
-_NAMED = {"name": maybe({"type": "string"}), "instructions": {"anyOf": [TEXT, listed(PART), {"type": "null"}]}}
+_TEXTS = listed(an_object({"text": {"type": "string"}}, ["text"]))
+_NAMED = {"name": maybe({"type": "string"}), "instructions": {"anyOf": [{"type": "string"}, _TEXTS, {"type": "null"}]}}
 _QUESTION: Schema = {
     "anyOf": [
         an_object({**_NAMED, "type": {"const": "predicate"}}, ["type"]),

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from hhh_router.errors import InvalidRequest
-from hhh_router.interfaces.parse import kind_of, parse_messages
+from hhh_router.interfaces.parse import inner, kind_of, parse_messages
 from hhh_router.interfaces.server.http import JsonReply, read_json, until_client_leaves
 from hhh_router.interfaces.server.kept import Kept
 from hhh_router.interfaces.server.keys import check_policies, owner
@@ -70,10 +70,15 @@ async def guardrail(request: Request, pipeline: Pipeline, prompts: Prompts) -> R
     if phase not in ("request", "response"):
         raise InvalidRequest(f"input_type: found {str(phase)[:40]!r}", hint="use 'request' or 'response'")
     texts, wishes = _texts(body.get("texts")), _wishes(body)
+    rows = body.get("structured_messages")
+    if rows is not None and not isinstance(rows, list):
+        raise InvalidRequest(f"structured_messages: found {kind_of(rows)}", hint="send a list of messages")
+    if call is not None and not isinstance(call, str):
+        raise InvalidRequest(f"litellm_call_id: found {kind_of(call)}", hint="send the id of the call as text")
     limit = pipeline.settings.max_body_bytes
     unread = tuple(name for name in _UNREAD if body.get(name))
     if phase == "request":
-        messages, more = _prompt(body.get("structured_messages"), texts, limit)
+        messages, more = _prompt(rows or (), texts, limit)
         unread += more
         if call is not None and messages:
             prompts.keep(f"{owner(request)}/{call}", messages)
@@ -138,9 +143,8 @@ def _wishes(body: Mapping[str, Any]) -> Wishes:
     Raises:
         InvalidRequest: A wish is not built as it should be.
     """
-    where, given = "additional_provider_specific_params", body.get("additional_provider_specific_params") or {}
-    if not isinstance(given, Mapping):
-        raise InvalidRequest(f"{where}: found {kind_of(given)}", hint='send an object, such as {"policy": "balanced"}')
+    where = "additional_provider_specific_params"
+    given = inner(body, where, '{"policy": "balanced"}')
     policy, redact, hold = given.get("policy"), given.get("redact") or (), given.get("hold_chars") or 0
     if policy is not None and not isinstance(policy, str):
         raise InvalidRequest(f"{where}.policy: no string", hint="send a policy's name")
@@ -159,9 +163,9 @@ def _texts(given: object) -> list[str]:
     return list(given)
 
 
-def _prompt(rows: object, texts: Sequence[str], max_bytes: int) -> tuple[tuple[Message, ...], tuple[str, ...]]:
+def _prompt(rows: Sequence[Any], texts: Sequence[str], max_bytes: int) -> tuple[tuple[Message, ...], tuple[str, ...]]:
     """The conversation with its roles, or the texts where it comes without; one turn where its order is no model's."""
-    if isinstance(rows, Sequence) and not isinstance(rows, str | bytes) and rows:
+    if rows:
         messages, unread = parse_messages(rows, where="structured_messages", any_calls=True)
         messages = tuple(m for m in as_text(messages, ()) if m.content.strip())
     else:

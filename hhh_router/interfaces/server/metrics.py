@@ -2,31 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Final
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from hhh_router.calibration import HeadCalibration
+from hhh_router.calibration.drift import LEAST_READINGS, WINDOW, Drift
 from hhh_router.protocols import Load
 from hhh_router.trace.block import Metadata
 from hhh_router.trace.sinks import Request
-from hhh_router.types import ChatRequest
+from hhh_router.types import Action, ChatRequest, Mode
 
 _SECONDS: Final = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 _SHARES: Final = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1)
 _STATES: Final = ("ready", "starting", "draining")
+_REASONS: Final = ("harmless", "injection")
+"""Needs that a refusal answers. The larger of the two is a lower bound of the probability that one of them is there."""
 
 
 class Metrics:
     """A sink that counts. Names mirror vLLM's where they mean the same, under ``hhh:``."""
 
-    def __init__(self, load: Callable[[], Load]) -> None:
+    def __init__(
+        self,
+        load: Callable[[], Load],
+        references: Mapping[tuple[Mode, str], HeadCalibration] = MappingProxyType({}),
+    ) -> None:
         """Count from nothing.
 
         Args:
             load: How busy the engine is, asked at every scrape.
+            references: What the heads were calibrated on, see `Calibrators.references`.
         """
         self.registry = CollectorRegistry()
 
@@ -47,6 +59,12 @@ class Metrics:
         self._need = histogram("need_probability", "Calibrated need of a request", "need")
         self._outcome = histogram("outcome_probability", "Calibrated fault of a reply", "outcome")
         self._confidence = histogram("decision_confidence", "Calibrated confidence of a request's verdicts", "kind")
+        self._stopped = counter("stopped_prompts", "Calibrated prompts stopped before an answer", "kind", "policy")
+        self._over = counter("expected_over_refusals", "Of these, expected to need no refusal", "kind", "policy")
+        self._passed = counter("passed", "Calibrated requests that were not stopped", "kind", "policy")
+        self._harm = counter("expected_harm_passed", "Of these, expected to be harmful", "kind", "policy")
+        self._support = {mode: deque[bool](maxlen=WINDOW) for mode in dict.fromkeys(mode for mode, _ in references)}
+        self._drift = {place: Drift(reference) for place, reference in references.items()}
         self._responses = counter("http_responses", "HTTP replies", "path", "status")
         for name, told, of in (
             ("num_requests_running", "Replies being decoded", lambda: load().rows),
@@ -57,6 +75,7 @@ class Metrics:
             ("estimated_wait_seconds", "Wait of a chat that comes now", lambda: load().wait_s),
         ):
             Gauge(f"hhh:{name}", told, registry=self.registry).set_function(of)
+        self._show_drift()
         states = Gauge("hhh:engine_state", "1 for the state that the engine is in", ["state"], registry=self.registry)
         for state in _STATES:
             states.labels(state).set_function(lambda state=state: float(load().state == state))  # type: ignore[misc]
@@ -83,9 +102,46 @@ class Metrics:
                 self._weight.labels(expert).observe(weight)
         for need, p in metadata.needs.items():
             self._need.labels(need).observe(p)
+        if metadata.calibration.calibrated:
+            self._watch(kind, metadata)
         if metadata.mode != "prompt":  # of a prompt alone they say how it might be answered, not how it was
             for outcome, p in metadata.outcomes.items():
                 self._outcome.labels(outcome).observe(p)
+
+    def _show_drift(self) -> None:
+        def gauge(name: str, told: str, *labels: str) -> Gauge:
+            return Gauge(f"hhh:{name}", told, labels, registry=self.registry)
+
+        reference = gauge("calibration_base_rate", "Mean probability of the calibration rows", "head", "mode")
+        shift = gauge("calibration_shift", "Mean of the latest probabilities minus that", "head", "mode")
+        index = gauge("calibration_psi", "Stability index of the latest against those rows", "head", "mode")
+        inside = gauge("in_distribution_share", "Of the latest readings; 0.99 of the calibration rows", "mode")
+        for (mode, head), drift in self._drift.items():
+            reference.labels(head, mode).set(drift.reference.base_rate)
+            shift.labels(head, mode).set_function(lambda drift=drift: drift.shift)  # type: ignore[misc]
+            if drift.reference.bins is not None:
+                index.labels(head, mode).set_function(lambda drift=drift: drift.index)  # type: ignore[misc]
+        for mode, latest in self._support.items():
+            inside.labels(mode).set_function(lambda latest=latest: _share(latest))  # type: ignore[misc]
+
+    def _watch(self, kind: str, metadata: Metadata) -> None:
+        """What a calibrated reading says of both errors, and of drift."""
+        mode, policy = metadata.mode, metadata.policy.name
+        for place, p in _probabilities(metadata):
+            if (drift := self._drift.get((mode, place))) is not None:
+                drift.add(p)
+        if mode in self._support:
+            self._support[mode].append(metadata.calibration.in_distribution)
+        stops = [d.checkpoint for d in metadata.decisions if Action(d.action).stops]
+        harm = max((metadata.needs[need] for need in _REASONS if need in metadata.needs), default=None)
+        if "input" in stops and harm is not None:
+            self._stopped.labels(kind, policy).inc()
+            self._over.labels(kind, policy).inc(1 - harm)
+        elif not stops:
+            passed = harm if mode == "prompt" else metadata.outcomes.get("unsafe")
+            if passed is not None:
+                self._passed.labels(kind, policy).inc()
+                self._harm.labels(kind, policy).inc(passed)
 
     def answered(self, path: str, status: int) -> None:
         """Count an HTTP reply."""
@@ -94,6 +150,16 @@ class Metrics:
     def page(self) -> Response:
         """What Prometheus scrapes."""
         return Response(generate_latest(self.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+def _probabilities(metadata: Metadata) -> Iterator[tuple[str, float]]:
+    for kind, heads in (("needs", metadata.needs), ("outcomes", metadata.outcomes)):
+        for head, p in heads.items():
+            yield f"{kind}.{head}", p
+
+
+def _share(latest: Sequence[bool]) -> float:
+    return sum(latest) / len(latest) if len(latest) >= LEAST_READINGS else math.nan
 
 
 class CountReplies:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hhh_router.errors import InvalidRequest
-from hhh_router.interfaces.parse import check_supported, one, our_fields, parse_messages, parse_weights
+from hhh_router.interfaces.parse import check_supported, inner, one, our_fields, parse_messages, parse_weights
 from hhh_router.interfaces.sampling import parse_sampling
 from hhh_router.interfaces.server.choices import parse_count, strictest, total, variants
 from hhh_router.interfaces.server.dialect import event
@@ -145,9 +145,7 @@ def parse_chat(
     """
     ours = our_fields(body)
     stream = _boolean(body, "stream")
-    options = body.get("stream_options") or {}
-    if not isinstance(options, Mapping):
-        raise InvalidRequest("stream_options: no object", hint='send an object, such as {"include_usage": true}')
+    options = inner(body, "stream_options", '{"include_usage": true}')
     messages, unread = parse_messages(body.get("messages", ()), any_calls=upstream)
     call: dict[str, Any] = {}
     moderation, count = False, 1

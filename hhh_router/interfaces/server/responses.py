@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hhh_router.errors import InvalidRequest
-from hhh_router.interfaces.parse import check_supported, kind_of, one, our_fields, parse_messages, parse_weights
+from hhh_router.interfaces.parse import check_supported, inner, kind_of, one, our_fields, parse_messages, parse_weights
 from hhh_router.interfaces.sampling import parse_sampling
 from hhh_router.interfaces.server.dialect import event
 from hhh_router.interfaces.server.http import Failure, WireError, dump, failure
@@ -340,7 +340,7 @@ def parse_response(
     asked = {
         "instructions": instructions,
         "max_output_tokens": body.get("max_output_tokens"),
-        "metadata": body.get("metadata") or {},
+        "metadata": inner(body, "metadata", '{"project": "mine"}'),
         "parallel_tool_calls": body.get("parallel_tool_calls") is not False,
         "previous_response_id": earlier,
         "store": kept,
@@ -403,7 +403,7 @@ def _function_call(call: ToolCall) -> dict[str, Any]:
 
 
 def _sampling(body: Mapping[str, Any]) -> Sampling:
-    text = body.get("text") or {}
+    text = {} if body.get("text") is None else body["text"]
     if not isinstance(text, Mapping):
         raise InvalidRequest(
             f"text: found {kind_of(text)}", hint='send an object, such as {"format": {"type": "text"}}'
@@ -411,7 +411,7 @@ def _sampling(body: Mapping[str, Any]) -> Sampling:
     form = text.get("format")
     if isinstance(form, Mapping) and form.get("type") == "json_schema":  # flat here, nested on chat completions' wire
         form = {"type": "json_schema", "json_schema": {k: v for k, v in form.items() if k != "type"}}
-    include = body.get("include") or []
+    include = [] if body.get("include") is None else body["include"]
     if not isinstance(include, Sequence) or isinstance(include, str):
         raise InvalidRequest(f"include: found {kind_of(include)}", hint="send a list of names")
     wanted = True if _LOGPROBS in include else None
