@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .policy_fit import fit
+from .policy_tools import diff, graph, lint, run_examples
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,9 +18,11 @@ if TYPE_CHECKING:
     from hhh_router.settings import Settings
     from hhh_router.types import ReadRequest, Weights
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="List, show, check and explain policies.")
+app = typer.Typer(no_args_is_help=True, add_completion=False, help="Show, check, explain, test, fit, compare policies.")
 
-app.command()(fit)
+app.command("test")(run_examples)
+for command in (lint, diff, graph, fit):
+    app.command()(command)
 
 _JSON = typer.Option(False, "--json", help="Print JSON.")
 

@@ -36,6 +36,8 @@ class Settings(BaseSettings):
     """Default policy: the name of a shipped one, or a path to a YAML file."""
     allowed_policies: Annotated[tuple[str, ...] | None, NoDecode] = None
     """Policies a caller may pick besides the default, comma-separated; None allows every shipped one."""
+    policy_reload_s: float = Field(default=2.0, ge=0)
+    """Seconds between two looks at the policies' files; a changed one is taken over once it is valid. 0 never looks."""
     cache_dir: Path = Field(default_factory=default_cache_dir)
     """Where converted backbones are kept."""
     threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)

@@ -1,8 +1,12 @@
-"""The policies one deployment may apply, loaded once each."""
+"""The policies one deployment may apply, and the same again when their files change."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from hhh_router.errors import PolicyError, PolicyNotAllowed
@@ -11,36 +15,78 @@ from hhh_router.policy import Door, Policy, check_door, lacking, list_policies, 
 from hhh_router.policy.lock import Deployed, check_lock
 from hhh_router.settings import Settings
 
+_log = logging.getLogger(__name__)
+
+_Stamp = tuple[int, int, int]
+"""Time of change in nanoseconds, size and inode of a file."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """Every policy that is in force, as it was read at one moment. Replaced whole, never changed."""
+
+    default: Policy
+    named: dict[str, Policy]
+    files: dict[str, Policy] = field(default_factory=dict)  # added by the process itself; callers are not told of them
+    generation: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreStatus:
+    """What the store has in force, for whoever looks after it."""
+
+    generation: int
+    """1 at start; one more with each reload that was taken over."""
+    policies: dict[str, str]
+    """Name → version and hash of what was named or picked so far."""
+    error: str | None
+    """Why the last reload was not taken over; None where it was."""
+
 
 class PolicyStore:
     """Looks policies up by name. Callers choose among names; only whoever deploys names files.
+
+    Files are looked at again every ``reload_s`` seconds, on a thread of their own. All policies are read and checked
+    before any is taken over; where one is wrong, those before stay in force. A request keeps the policy it began with.
 
     Args:
         default: The policy of requests that name none: a shipped name, or a path.
         allowed: Further ones callers may pick, shipped names or paths; None allows every shipped one that the door can
             carry out.
         door: Where the policies are used.
+        reload_s: Seconds between two looks at the files; 0 never looks again.
+        clock: Monotonic time, in seconds.
 
     Raises:
         PolicyError: One of these policies is wrong or missing, or asks what the door does not have.
     """
 
-    def __init__(self, default: str | Path, *, allowed: Sequence[str] | None = None, door: Door = PIPELINE) -> None:
+    def __init__(
+        self,
+        default: str | Path,
+        *,
+        allowed: Sequence[str] | None = None,
+        door: Door = PIPELINE,
+        reload_s: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._door = door
         self._deployed: Deployed | None = None
-        self._default = self._load(default)
-        self._loaded: dict[str, Policy] = {self._default.name: self._default}
-        self._unfit: set[str] = set()  # shipped ones that ask what the door does not have
-        self._files: dict[str, Policy] = {}  # added by the process itself; not among the names callers are told
+        self._sources = (default, *(allowed or ()))
         self._shipped = frozenset(list_policies() if allowed is None else ())
-        for source in allowed or ():
-            policy = self._load(source)
-            self._loaded.setdefault(policy.name, policy)
+        self._unfit: set[str] = set()  # shipped ones that ask what the door does not have
+        self._reload_s, self._clock = reload_s, clock
+        self._lock = threading.Lock()
+        self._error: str | None = None
+        self._stamps: dict[str, _Stamp | None] = {}
+        self._loaded = self._read({}, 1)
+        self._stamps = self._look()
+        self._due = clock() + reload_s
 
     @classmethod
     def from_settings(cls, settings: Settings, *, door: Door = PIPELINE) -> PolicyStore:
         """The store a deployment's settings describe."""
-        return cls(settings.policy, allowed=settings.allowed_policies, door=door)
+        return cls(settings.policy, allowed=settings.allowed_policies, door=door, reload_s=settings.policy_reload_s)
 
     def bind(self, deployed: Deployed) -> None:
         """Say what is deployed, so that no limit is used on what it was not fitted on; from here on, too.
@@ -49,19 +95,27 @@ class PolicyStore:
             PolicyError: The default or an allowed policy has a budget that nothing keeps, or a stale lock.
         """
         self._deployed = deployed
-        for policy in (*self._loaded.values(), *self._files.values()):
+        for policy in (*self._loaded.named.values(), *self._loaded.files.values()):
             check_lock(policy, deployed)
 
     @property
     def default(self) -> Policy:
         """The policy of requests that name none."""
-        return self._default
+        return self._now().default
 
     @property
     def names(self) -> list[str]:
         """What a caller may pick, the default first."""
         fitting = {name for name in self._shipped if self._shipped_policy(name) is not None}
-        return [self._default.name, *sorted((set(self._loaded) | fitting) - {self._default.name})]
+        loaded = self._now()
+        return [loaded.default.name, *sorted((set(loaded.named) | fitting) - {loaded.default.name})]
+
+    @property
+    def status(self) -> StoreStatus:
+        """What is in force, and how the last reload went."""
+        loaded = self._loaded
+        policies = {p.name: f"{p.version} {p.hash}" for p in (*loaded.named.values(), *loaded.files.values())}
+        return StoreStatus(generation=loaded.generation, policies=policies, error=self._error)
 
     def get(self, name: str | None) -> Policy:
         """The policy of that name; None means the default.
@@ -69,18 +123,17 @@ class PolicyStore:
         Raises:
             PolicyNotAllowed: No policy of that name may be picked here; a path never may.
         """
+        loaded = self._now()
         if name is None:
-            return self._default
-        if name in self._files:
-            return self._files[name]
-        if name not in self._loaded:
-            policy = self._shipped_policy(name) if name in self._shipped else None
-            if policy is None:
-                raise PolicyNotAllowed(
-                    f"policy {name!r} cannot be picked here", hint=f"use one of {', '.join(self.names)}"
-                )
-            return policy
-        return self._loaded[name]
+            return loaded.default
+        if name in loaded.files:
+            return loaded.files[name]
+        if name in loaded.named:
+            return loaded.named[name]
+        policy = self._shipped_policy(name) if name in self._shipped else None
+        if policy is None:
+            raise PolicyNotAllowed(f"policy {name!r} cannot be picked here", hint=f"use one of {', '.join(self.names)}")
+        return policy
 
     def add_file(self, path: str | Path) -> str:
         """Load a policy file on behalf of the process's own code; returns the name that now stands for it.
@@ -89,21 +142,72 @@ class PolicyStore:
             PolicyError: The file is missing or has mistakes.
         """
         key = str(path)
-        if key not in self._files:
-            self._files[key] = self._load(path)
+        with self._lock:
+            if key not in self._loaded.files:
+                self._take(named=self._loaded.named, files={**self._loaded.files, key: self._checked(path)})
+                self._stamps = {**_look_at(self._loaded), **self._stamps}
         return key
+
+    def reload(self) -> bool:
+        """Read every file again and take all policies over, or none; whether they were.
+
+        What is wrong is logged and kept for `status`; nothing is raised, and what was in force stays.
+        """
+        with self._lock:
+            stamps = self._look()
+            try:
+                loaded = self._read(self._loaded.files, self._loaded.generation + 1)
+            except PolicyError as error:
+                self._error, self._stamps = error.message, stamps
+                _log.error("policies not reloaded, those before stay in force: %s", error.message)
+                return False
+            found = _look_at(loaded)
+            if any(stamps.get(file, stamp) != stamp for file, stamp in found.items()):
+                return False  # written to while they were read, so perhaps half old and half new: at the next look
+            before = {p.name: p.hash for p in self._loaded.named.values()}
+            self._loaded, self._error, self._stamps = loaded, None, found
+            for policy in loaded.named.values():
+                if before.get(policy.name) != policy.hash:
+                    _log.info("policy %s@%d (%s) is in force", policy.name, policy.version, policy.hash[:16])
+            return True
+
+    def _now(self) -> _Loaded:
+        """What is in force; begins a look at the files when it is time, and waits for none."""
+        if self._reload_s > 0 and self._clock() >= self._due:
+            self._due = self._clock() + self._reload_s
+            threading.Thread(target=self._reload_changed, name="policy-reload", daemon=True).start()
+        return self._loaded
+
+    def _reload_changed(self) -> None:
+        if self._look() != self._stamps:
+            self.reload()
+
+    def _read(self, files: dict[str, Policy], generation: int) -> _Loaded:
+        default, *others = [self._checked(source) for source in self._sources]
+        named = {default.name: default}
+        for policy in others:
+            named.setdefault(policy.name, policy)
+        return _Loaded(default, named, {path: self._checked(path) for path in files}, generation)
+
+    def _take(self, *, named: dict[str, Policy], files: dict[str, Policy]) -> None:
+        self._loaded = _Loaded(self._loaded.default, named, files, self._loaded.generation)
+
+    def _look(self) -> dict[str, _Stamp | None]:
+        return _look_at(self._loaded)
 
     def _shipped_policy(self, name: str) -> Policy | None:
         """A shipped policy; None where the door could not carry it out whole."""
-        if name not in self._loaded and name not in self._unfit:
-            policy = load_policy(name)
-            if lacking(policy, self._door) or not self._stands(policy):
-                self._unfit.add(name)
-            else:
-                self._loaded[name] = policy
-        return self._loaded.get(name)
+        with self._lock:
+            if name not in self._loaded.named and name not in self._unfit:
+                policy = load_policy(name)
+                if lacking(policy, self._door) or not self._stands(policy):
+                    self._unfit.add(name)
+                else:
+                    self._take(named={**self._loaded.named, name: policy}, files=self._loaded.files)
+                    self._stamps = {**_look_at(self._loaded), **self._stamps}
+            return self._loaded.named.get(name)
 
-    def _load(self, source: str | Path) -> Policy:
+    def _checked(self, source: str | Path) -> Policy:
         policy = load_policy(source)
         check_door(policy, self._door)
         if self._deployed is not None:
@@ -117,3 +221,16 @@ class PolicyStore:
         except PolicyError:
             return False
         return True
+
+
+def _look_at(loaded: _Loaded) -> dict[str, _Stamp | None]:
+    policies = (*loaded.named.values(), *loaded.files.values())
+    return {file: _stamp(file) for policy in policies for file in policy.files}
+
+
+def _stamp(file: str) -> _Stamp | None:
+    try:
+        found = Path(file).stat()
+    except OSError:
+        return None  # gone: a reload says so
+    return found.st_mtime_ns, found.st_size, found.st_ino

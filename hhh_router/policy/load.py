@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
@@ -63,9 +64,10 @@ def parse_policy(raw: bytes | str, *, source: str = "policy.yaml", folder: Path 
         PolicyError: One line for each mistake, as ``file:line  path: what was found; what was meant``.
     """
     mistakes: list[Mistake] = []
+    files = [source]
     root = read_tree(_as_bytes(raw), source, mistakes)
     if isinstance(root, Table) and "extends" in root.entries:
-        root = _extended(root, folder, mistakes)
+        root = _extended(root, folder, mistakes, files)
     policy = None if root is None else policy_from_tree(root, source=source, mistakes=mistakes)
     if policy is None:
         ordered = sorted(dict.fromkeys(mistakes), key=lambda m: (m.place.file != source, m.place.file, m.place.line))
@@ -73,11 +75,11 @@ def parse_policy(raw: bytes | str, *, source: str = "policy.yaml", folder: Path 
             "\n".join(map(str, ordered)),
             hint="correct the file; docs/policies.md explains each key, hhh-router policy validate FILE checks it",
         )
-    return policy
+    return replace(policy, files=tuple(files))
 
 
-def _extended(child: Table, folder: Path | None, mistakes: list[Mistake]) -> Node | None:
-    """The child laid over its parent; the child alone when there is no such parent (which is reported)."""
+def _extended(child: Table, folder: Path | None, mistakes: list[Mistake], files: list[str]) -> Node | None:
+    """The child laid over its parent, whose file is noted; None when there is no such parent, which is reported."""
     own = Table(child.place, {k: v for k, v in child.entries.items() if k != "extends"}, child.keys)
     node = child.entries["extends"]
     path = _parent_path(node, folder)
@@ -89,6 +91,7 @@ def _extended(child: Table, folder: Path | None, mistakes: list[Mistake]) -> Nod
     except PolicyError as error:
         _wrong(mistakes, node.place, f"{show(node)}: {error.message.split('file: ')[-1]}")
         return None
+    files.append(str(path))
     parent = read_tree(raw, str(path), mistakes)
     if isinstance(parent, Table) and "extends" in parent.entries:
         _wrong(mistakes, node.place, f"{show(node)} itself extends another; one level is meant")

@@ -175,6 +175,8 @@ class Policy:
     """Tokens of a reply between two readings of it."""
     source: str | None
     """The file it was loaded from."""
+    files: tuple[str, ...] = field(default=(), compare=False)
+    """The file, and that which it extends."""
     budget: Budget | None = None
     """The errors that are accepted; a policy with one is used only with the lock that keeps it."""
     lock: Lock | None = None

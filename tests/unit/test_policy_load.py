@@ -184,8 +184,8 @@ stream: {window_tokens: 0}
             "strength: 0.5",
             "strenght: 0.5",
             "p.yaml:4  file: 'strenght' is not a known key, did you mean strength?; use version, name, description, "
-            "extends, weights, strength, bounds, floors, checkpoints, on_error, mode, stream, overlays, budget, lock or "
-            "examples",
+            "extends, weights, strength, bounds, floors, checkpoints, on_error, mode, stream, overlays, budget, lock "
+            "or examples",
         ),
         ("strength: 0.5\n", "", "p.yaml:1  strength: is missing; it has no default"),
         (
