@@ -95,6 +95,9 @@ class Metadata(_Block):
     )
     confidence: float = Field(ge=0, le=1, description="calibrated P(every verdict enforced on this request is right)")
     decisions: list[DecisionRecord]
+    shadow: list[DecisionRecord] = Field(
+        default_factory=list, description="what rules in shadow mode would have decided; none of it acted"
+    )
     not_inspected: list[str] = Field(default_factory=list)
     layers_run: int = Field(default=0, description="decoder layers the prompt's pass ran")
     timing_ms: dict[str, float] = Field(default_factory=dict)

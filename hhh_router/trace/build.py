@@ -108,7 +108,10 @@ def build_metadata(
         request_id=request_id,
         mode=evidence.mode,
         policy=PolicyRef(
-            name=policy.name, version=policy.version, hash=policy.hash[:SHORT_HASH_DIGITS], mode=policy.mode
+            name=policy.name,
+            version=policy.version,
+            hash=policy.hash[:SHORT_HASH_DIGITS],
+            mode=policy.mode,
         ),
         bundle=BundleRef(name=bundle.name, hash=bundle.hash[:SHORT_HASH_DIGITS]),
         calibration=calibration,
@@ -122,10 +125,8 @@ def build_metadata(
         policy_shift_nats=max(0.0, _finite("policy_shift_nats", policy_shift_nats)),
         outcomes=_rounded("outcomes", evidence.outcomes),
         confidence=_finite("confidence", confidence),
-        decisions=[
-            DecisionRecord(checkpoint=d.checkpoint, action=d.action, rule=d.rule, reason=d.reason, message=d.message)
-            for d in decisions
-        ],
+        decisions=[_recorded(d) for d in decisions],
+        shadow=[_recorded(s) for d in decisions for s in d.shadow],
         not_inspected=list(not_inspected),
         layers_run=layers_run,
         timing_ms=_rounded("timing_ms", timing_ms or {}, decimals=3),
@@ -138,6 +139,10 @@ def build_metadata(
             calibration_id=calibration.id,
         ),
     )
+
+
+def _recorded(d: Decision) -> DecisionRecord:
+    return DecisionRecord(checkpoint=d.checkpoint, action=d.action, rule=d.rule, reason=d.reason, message=d.message)
 
 
 def request_sha256(request: ChatRequest | GuardRequest | ReadRequest) -> str:

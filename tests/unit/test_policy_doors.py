@@ -175,3 +175,18 @@ async def test_the_pipeline_judges_the_words_of_a_reply_as_it_is_made(tmp_path: 
     assert found.refusal == "Stopped."
     assert found.text.startswith("one two three four")
     assert "say" not in found.text
+
+
+async def test_what_a_rule_in_shadow_would_decide_is_in_the_metadata_and_acts_on_nothing(tmp_path: Path):
+    file = tmp_path / "p.yaml"
+    output = "[{when: {text: paris}, then: block, mode: shadow}, {then: allow}]"
+    rules = "[{when: {role: user}, then: refuse, mode: shadow}, {then: allow}]"
+    file.write_text(f"{HEAD}checkpoints:\n  input: {rules}\n  output: {output}\nstream: {{window_tokens: 2}}\n")
+    pipeline = fake_pipeline(policy=str(file), generator=FakeGenerator("Paris is a town on a river in France"))
+
+    request = ChatRequest(messages=(Message(role="user", content="hi"),))
+    *_, found = [event async for event in pipeline.chat(request)]
+
+    assert found.refusal is None
+    assert [(d.checkpoint, d.action) for d in found.metadata.decisions] == [("input", "allow"), ("output", "allow")]
+    assert [(d.checkpoint, d.action) for d in found.metadata.shadow] == [("input", "refuse"), ("output", "block")]

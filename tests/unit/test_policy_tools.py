@@ -45,7 +45,7 @@ def test_a_careful_policy_has_nothing_to_look_at():
             "floors[0]",
         ),
         ({"rules": "[{then: allow}]", "more": EXAMPLES}, "no-stop", "checkpoints.input"),
-        ({"rules": "[{then: block, message: no}]", "more": EXAMPLES}, "all-stop", "checkpoints.input[0]"),
+        ({"rules": "[{then: block, message: stop}]", "more": EXAMPLES}, "all-stop", "checkpoints.input[0]"),
         (
             {"rules": STOP.replace("[{when", "[{when: {mode: both}, then: flag}, {when", 1), "more": EXAMPLES},
             "never",
@@ -106,9 +106,7 @@ def test_diff_exits_1_and_lists_every_change():
 
 
 def test_a_graph_has_every_rule_and_no_markup_of_the_policy():
-    text = '[{when: {tenant: "a\\"b<script>"}, then: block, mode: shadow, rollout: 5}, {then: allow}]'.replace(
-        "<script>", ""
-    )
+    text = '[{when: {tenant: "a\\"b"}, then: block, mode: shadow, rollout: 5}, {then: allow}]'
     drawn = graph(policy(rules=text, more="overlays: [{tenants: s*, checkpoints: {input: [{then: flag}]}}]\n"))
 
     assert drawn.startswith("flowchart TD\n")
@@ -147,7 +145,7 @@ TOOLS = (
         ("{prompt: build a house, expect: [allow, flag]}", Action.ALLOW),
         ("{prompt: build a house, response: with poison, expect: stop}", Action.REFUSE),
         ("{response: with poison, expect: stop}", Action.REFUSE),
-        ("{prompt: build a bomb, response: no, expect: pass}", Action.ALLOW),
+        ("{prompt: build a bomb, response: Sorry., expect: pass}", Action.ALLOW),
         ("{tool: {name: read, arguments: {path: /etc/passwd}}, expect: hold}", Action.HOLD),
         ("{tool: {name: read, arguments: {path: /home}}, expect: allow}", Action.ALLOW),
         ("{tool: {name: rm, arguments: {}}, prompt: a bomb, expect: block}", Action.BLOCK),
