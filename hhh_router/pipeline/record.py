@@ -69,8 +69,10 @@ class Record:
             decision.action,
             decision.rule,
         )
-        if same:
-            self._decisions[-1] = decision
+        if before is not None and same:  # what only an earlier window would have led to is not forgotten
+            told = {(d.rule, d.action) for d in decision.shadow}
+            earlier = tuple(d for d in before.shadow if (d.rule, d.action) not in told)
+            self._decisions[-1] = replace(decision, shadow=earlier + decision.shadow)
         else:
             self._decisions.append(decision)
 

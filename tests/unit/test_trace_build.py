@@ -102,6 +102,7 @@ def test_the_block_has_every_field_the_design_names():
             "trajectory",
         ),
         *("policy_shift_nats", "outcomes", "confidence", "decisions", "not_inspected", "layers_run", "timing_ms"),
+        "shadow",
         "receipt",
     }
 
