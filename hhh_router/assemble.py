@@ -14,6 +14,7 @@ from hhh_router.calibration.evidence import UNCALIBRATED
 from hhh_router.calibration.kept import KEPT, read_kept
 from hhh_router.errors import BundleError, MissingExtra, SettingsError
 from hhh_router.pipeline import Pipeline, PolicyStore
+from hhh_router.pipeline.situation import PIPELINE, UPSTREAM
 from hhh_router.policy.lock import Deployed
 from hhh_router.protocols import Generator
 from hhh_router.settings import Settings
@@ -45,7 +46,7 @@ def build_pipeline(
         SettingsError: The upstream is no URL.
         MissingExtra: torch or aiohttp is not installed.
     """
-    policies = PolicyStore.from_settings(settings)  # the cheapest checks first
+    policies = PolicyStore.from_settings(settings, door=UPSTREAM if upstream else PIPELINE)  # the cheapest checks first
     if upstream is not None:
         check_upstream(upstream)
     bundle = Bundle.load(settings.bundle)

@@ -243,7 +243,7 @@ class Caller:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ToolUse:
+class ToolFacts:
     """One call of a tool, or what came back from it."""
 
     name: str
@@ -282,7 +282,7 @@ class Situation:
     at: datetime | None = None
     """When, with a time zone."""
     caller: Caller = field(default_factory=Caller)
-    tool: ToolUse | None = None
+    tool: ToolFacts | None = None
     conversation: Conversation = field(default_factory=Conversation)
 
 

@@ -13,7 +13,7 @@ from hhh_router.pipeline.plan import judge_output, make_plan
 from hhh_router.pipeline.situation import answered_situation, asked_situation
 from hhh_router.policy import Facts, Policy, asks, decide, for_tenant
 from hhh_router.policy.schema import Example
-from hhh_router.types import Caller, Decision, Message, Plan, ReadRequest, Scores, ToolUse, Weights
+from hhh_router.types import Caller, Decision, Message, Plan, ReadRequest, Scores, ToolFacts, Weights
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +114,7 @@ class _Asked:
             mode=evidence.mode if evidence else None,
             situation=replace(
                 self._situation,
-                tool=ToolUse(name=example.tool, arguments=example.arguments),
+                tool=ToolFacts(name=example.tool, arguments=example.arguments),
                 text=json.dumps(example.arguments),
                 role="assistant",
             ),

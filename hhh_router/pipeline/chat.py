@@ -11,13 +11,13 @@ from dataclasses import replace
 from hhh_router.errors import BackendTimeout, GeneratorError, ReaderError
 from hhh_router.pipeline.onerror import JUDGING_FAILURES, check_scores, failed_decision, unread_plan
 from hhh_router.pipeline.parts import Parts
-from hhh_router.pipeline.plan import judge_output, make_plan
+from hhh_router.pipeline.plan import judge_call, judge_output, make_plan
 from hhh_router.pipeline.record import Record
 from hhh_router.pipeline.release import Release
 from hhh_router.pipeline.results import ChatDelta, ChatEvent, ChatFinished, ChatStarted, Usage
 from hhh_router.pipeline.situation import answered_situation, asked_situation
 from hhh_router.pipeline.validate import check_chat
-from hhh_router.policy import Policy, for_tenant, steers
+from hhh_router.policy import Policy, asks, for_tenant, steers
 from hhh_router.protocols import Delta, Event, Finished, Planned, Steered, TokenLogprob, Unread, Window
 from hhh_router.tools import CallScanner, calls_as_text
 from hhh_router.types import Action, ChatRequest, Decision, Plan, Scores, Weights
@@ -119,8 +119,10 @@ class _Run:
             async with aclosing(generated):
                 while self._verdict is None and (event := await self._next(generated)) is not None:
                     for delta in self._take(event):
-                        if (piece := self._tell(delta)) is not None:
+                        if (piece := self._tell(delta)) is not None and self._may_call(piece):
                             yield piece
+                        if self._verdict is not None:
+                            break
             if self._verdict is None and self._finished is None:
                 raise GeneratorError("the reply broke off: the generator ended without saying so")
             if self._verdict is None and self._scanner is not None and (rest := self._scanner.end()):
@@ -141,6 +143,17 @@ class _Run:
             # a piece of a call is no text of the reply, so its tokens are not told
             piece = ChatDelta(text=text, logprobs=delta.told if text else (), tool_calls=calls)
         return piece if piece.text or piece.logprobs or piece.tool_calls or piece.raw is not None else None
+
+    def _may_call(self, piece: ChatDelta) -> bool:
+        """Whether the calls in a piece may reach the caller; asks the checkpoint tool_call about each."""
+        plan = self._record.plan
+        if not piece.tool_calls or plan is None or not asks(self._policy, "tool_call"):
+            return True
+        for call in piece.tool_calls:
+            self._decide(judge_call(call, plan=plan, policy=self._policy, situation=self._situation))
+            if self._verdict is not None:
+                return False
+        return True
 
     def _new_scanner(self) -> CallScanner | None:
         """For the calls in a reply; None where nothing may be called."""
@@ -212,7 +225,8 @@ class _Run:
 
     def _reply(self, covered_tokens: int) -> str:
         """The reply's text as far as a window has seen it."""
-        return "".join(d.text for d in self._cleared) + self._release.text(covered_tokens=covered_tokens)
+        told = "".join(d.text + calls_as_text(d.tool_calls) for d in self._cleared)
+        return told + self._release.text(covered_tokens=covered_tokens)
 
     def _take_unread(self, event: Unread) -> list[Delta]:
         self._fail(event.error, prompt_tokens=event.prompt_tokens)

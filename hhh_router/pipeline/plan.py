@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -12,7 +13,19 @@ from hhh_router.errors import ReaderError
 from hhh_router.policy import Bounds, Facts, Policy, attempts, bounds, decide, thresholds
 from hhh_router.protocols import Planner
 from hhh_router.routing import kl_nats, project, tilt
-from hhh_router.types import EXPERTS, NEEDS, OUTCOMES, Decision, Evidence, Plan, Scores, Situation, Weights
+from hhh_router.types import (
+    EXPERTS,
+    NEEDS,
+    OUTCOMES,
+    Decision,
+    Evidence,
+    Plan,
+    Scores,
+    Situation,
+    ToolCall,
+    ToolFacts,
+    Weights,
+)
 
 _FAULTS = (ArithmeticError, LookupError, TypeError, ValueError)
 """What arithmetic on a broken reading can raise."""
@@ -132,6 +145,32 @@ def judge_output(
     except _FAULTS as error:
         raise _unusable(error) from error
     return evidence, confidence, decide(policy, "output", _facts(evidence, plan.weights, confidence, situation))
+
+
+def judge_call(call: ToolCall, *, plan: Plan, policy: Policy, situation: Situation) -> Decision:
+    """What the checkpoint tool_call says about one call of a reply, before whoever runs it sees it.
+
+    Args:
+        call: As the model made it.
+        plan: Of the prompt; its needs and outcomes are those that rules may ask for.
+        policy: The same as the plan's.
+        situation: What surrounds the prompt.
+    """
+    about = replace(
+        situation,
+        text=call.arguments,
+        role="assistant",
+        tool=ToolFacts(name=call.name, arguments=_parsed(call.arguments)),
+    )
+    return decide(policy, "tool_call", _facts(plan.evidence, plan.weights, plan.confidence, about))
+
+
+def _parsed(arguments: str) -> Any:
+    """Arguments as JSON; None where they are none, so that no rule takes them for known."""
+    try:
+        return json.loads(arguments)
+    except (ValueError, RecursionError):
+        return None
 
 
 def explain(

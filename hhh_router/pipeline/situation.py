@@ -10,11 +10,18 @@ from datetime import datetime
 from hhh_router.policy.doors import Door
 from hhh_router.types import Caller, Conversation, Message, Situation
 
+_KNOWN = frozenset({"role", "length.characters", "length.tokens", "text", "time", "conversation.turns", "rollout"})
+
 PIPELINE = Door(
     name="this door",
-    supplies=frozenset({"role", "length.characters", "length.tokens", "text", "time", "conversation.turns", "rollout"}),
+    checkpoints=frozenset({"input", "output", "tool_call"}),
+    reads_at=frozenset({"input", "output", "tool_call"}),
+    supplies=_KNOWN | {"tool.name", "tool.arguments.PATH"},
 )
-"""What every door of the pipeline has: the SDK, the commands and the server."""
+"""What every door of the pipeline has where its own model answers: the SDK, the commands and the server."""
+
+UPSTREAM = Door(name="a server in front of an upstream", supplies=_KNOWN)
+"""The same where another model answers: its calls pass through as they come."""
 
 
 def asked_situation(messages: Sequence[Message], caller: Caller, at: datetime | None) -> Situation:

@@ -173,10 +173,11 @@ class PolicyStore:
 
     def _now(self) -> _Loaded:
         """What is in force; begins a look at the files when it is time, and waits for none."""
+        loaded = self._loaded
         if self._reload_s > 0 and self._clock() >= self._due:
             self._due = self._clock() + self._reload_s
             threading.Thread(target=self._reload_changed, name="policy-reload", daemon=True).start()
-        return self._loaded
+        return loaded
 
     def _reload_changed(self) -> None:
         if self._look() != self._stamps:

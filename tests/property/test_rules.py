@@ -14,7 +14,7 @@ from hhh_router.policy.patterns import BadPattern, compile_glob, compile_pattern
 from hhh_router.policy.reach import unreachable
 from hhh_router.policy.rules import Condition, Rule, all_hold
 from hhh_router.policy.schema import SEVERITY
-from hhh_router.types import DIMENSIONS, OUTCOMES, Action, Caller, Scores, Situation, ToolUse, Weights
+from hhh_router.types import DIMENSIONS, OUTCOMES, Action, Caller, Scores, Situation, ToolFacts, Weights
 
 STEADY = settings(deadline=None)
 HEAD = "version: 1\nname: t\nweights: {helpful: 1, harmless: 1, honest: 1}\nstrength: 0.5\n"
@@ -198,7 +198,7 @@ def test_whatever_the_arguments_are_there_is_a_verdict(arguments, path, value):
     )
     found = Facts(
         needs={}, outcomes={}, weights=Weights(1.0, 0.0, 0.0, 0.0), confidence=None, in_distribution=None, mode=None,
-        situation=Situation(tool=ToolUse(name="t", arguments=arguments)),
+        situation=Situation(tool=ToolFacts(name="t", arguments=arguments)),
     )  # fmt: skip
 
     decision = decide(policy, "tool_call", found)

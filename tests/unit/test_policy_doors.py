@@ -7,12 +7,23 @@ import pytest
 
 from hhh_router.errors import PolicyError, PolicyNotAllowed
 from hhh_router.pipeline import PolicyStore
-from hhh_router.pipeline.situation import PIPELINE, asked_situation
+from hhh_router.pipeline.situation import PIPELINE, UPSTREAM, asked_situation
 from hhh_router.policy import Door, check_door, headers_read, lacking, load_policy, parse_policy
 from hhh_router.policy.doors import CARRIED, SITUATIONS
 from hhh_router.policy.schema import CHECKPOINTS
 from hhh_router.testing import FakeGenerator, FakeReader, fake_pipeline
-from hhh_router.types import Action, Caller, ChatRequest, GuardRequest, Message, ReadRequest
+from hhh_router.tools import calls_as_text
+from hhh_router.types import (
+    Action,
+    Caller,
+    ChatRequest,
+    GuardRequest,
+    Message,
+    ReadRequest,
+    Tool,
+    ToolCall,
+    ToolUse,
+)
 
 HEAD = "version: 1\nname: t\nweights: {helpful: 1, harmless: 1, honest: 1}\nstrength: 0.5\n"
 FULL = Door(
@@ -41,7 +52,7 @@ LACKING = [
     (policy("[{then: allow, steering: be brief}]"), "steering: this door does not do this"),
     (policy("[{then: allow, redact: [emails]}]"), "redact: this door does not do this"),
     (policy("[{then: allow, webhook: 'http://a'}]"), "webhook: this door does not do this"),
-    (policy(tools=ALLOW), "this door does not ask at tool_call; it asks at input or output"),
+    (policy(tools="[{then: hold}]"), "this door cannot hold a call"),
     (policy(more="floors: [{when: {model: a}, raise: {harmless: 0.2}}]\n"), "model is not known to this door"),
     (policy(more="overlays: [{tenants: a}]\n"), "this door does not know whose traffic it is"),
     (
@@ -77,11 +88,15 @@ def test_a_reading_that_a_door_does_not_make_is_lacking():
 
 def test_a_store_refuses_a_default_policy_that_does_not_fit(tmp_path: Path):
     file = tmp_path / "p.yaml"
-    file.write_text(f"{HEAD}checkpoints:\n  input: {ALLOW}\n  output: {ALLOW}\n  tool_call: {ALLOW}\n")
+    file.write_text(f"{HEAD}checkpoints:\n  input: {ALLOW}\n  output: {ALLOW}\n  tool_result: {ALLOW}\n")
 
-    with pytest.raises(PolicyError, match="does not ask at tool_call"):
+    with pytest.raises(PolicyError, match="does not ask at tool_result; it asks at input, output or tool_call"):
         PolicyStore(file)
     assert PolicyStore(file, door=FULL).default.name == "t"
+    file.write_text(file.read_text().replace("tool_result", "tool_call"))
+    assert PolicyStore(file).default.name == "t"
+    with pytest.raises(PolicyError, match="a server in front of an upstream does not ask at tool_call"):
+        PolicyStore(file, door=UPSTREAM)
 
 
 def test_a_shipped_policy_that_does_not_fit_cannot_be_picked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
@@ -190,3 +205,51 @@ async def test_what_a_rule_in_shadow_would_decide_is_in_the_metadata_and_acts_on
     assert found.refusal is None
     assert [(d.checkpoint, d.action) for d in found.metadata.decisions] == [("input", "allow"), ("output", "allow")]
     assert [(d.checkpoint, d.action) for d in found.metadata.shadow] == [("input", "refuse"), ("output", "block")]
+
+
+CALLING = "Let me see. " + calls_as_text([ToolCall(id="x", name="delete_file", arguments='{"path": "/etc/passwd"}')])
+
+
+def chat_with_tools(tmp_path: Path, rules: str, *, mode: str = "enforce"):
+    file = tmp_path / "p.yaml"
+    file.write_text(
+        f"{HEAD}checkpoints:\n  input: {ALLOW}\n  output: {ALLOW}\n  tool_call: {rules}\nmode: {mode}\n"
+        "stream: {window_tokens: 3}\n"
+    )
+    tools = ToolUse(tools=(Tool(name="delete_file"), Tool(name="read_file")))
+    request = ChatRequest(messages=(Message(role="user", content="tidy up"),), tools=tools)
+    return fake_pipeline(policy=str(file), generator=FakeGenerator(CALLING)), request
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_call_that_a_rule_stops_never_reaches_whoever_would_run_it(tmp_path: Path, stream: bool):
+    rules = (
+        "[{when: {tool.name: delete_*, tool.arguments.path: /etc/*}, then: block, message: Not {tool}.}, {then: allow}]"
+    )
+    pipeline, request = chat_with_tools(tmp_path, rules.replace("Not {tool}.", "'Not {tool}.'"))
+
+    events = [event async for event in pipeline.chat(request, stream=stream)]
+
+    found = events[-1]
+    assert (found.refusal, found.tool_calls) == ("Not delete_file.", ())
+    assert not any(getattr(event, "tool_calls", ()) for event in events)
+    assert [(d.checkpoint, d.action) for d in found.metadata.decisions][-1] == ("tool_call", "block")
+
+
+async def test_a_call_that_no_rule_stops_is_handed_over(tmp_path: Path):
+    pipeline, request = chat_with_tools(tmp_path, "[{when: {tool.arguments.path: /tmp/*}, then: block}, {then: flag}]")
+
+    *_, found = [event async for event in pipeline.chat(request)]
+
+    assert [call.name for call in found.tool_calls] == ["delete_file"]
+    assert found.finish_reason == "tool_calls"
+    assert ("tool_call", "flag") in [(d.checkpoint, d.action) for d in found.metadata.decisions]
+
+
+async def test_in_shadow_mode_a_call_is_judged_and_handed_over(tmp_path: Path):
+    pipeline, request = chat_with_tools(tmp_path, "[{then: block}]", mode="shadow")
+
+    *_, found = [event async for event in pipeline.chat(request)]
+
+    assert [call.name for call in found.tool_calls] == ["delete_file"]
+    assert ("tool_call", "block") in [(d.checkpoint, d.action) for d in found.metadata.decisions]

@@ -29,7 +29,7 @@ from hhh_router.policy.arguments import MAX_FOUND, parse_path, select
 from hhh_router.policy.hours import parse_hours
 from hhh_router.policy.patterns import MAX_TEXT, BadPattern, compile_glob, compile_pattern
 from hhh_router.policy.schema import ACTIONS
-from hhh_router.types import Action, Caller, Conversation, Evidence, Posterior, Scores, Situation, ToolUse, Weights
+from hhh_router.types import Action, Caller, Conversation, Evidence, Posterior, Scores, Situation, ToolFacts, Weights
 
 HEAD = "version: 1\nname: t\nweights: {helpful: 1, harmless: 1, honest: 1}\nstrength: 0.5\n"
 NOON = datetime(2026, 11, 27, 12, 0, tzinfo=UTC)  # a Friday
@@ -47,7 +47,7 @@ SITUATION = Situation(
         headers={"x-team": "red"},
         sticky="user-7",
     ),
-    tool=ToolUse(
+    tool=ToolFacts(
         name="transfer_money",
         arguments={"amount": 5000, "to": [{"bank": "a", "vip": True}, {"bank": "b"}], "note": None, "text": "7000"},
     ),
@@ -161,7 +161,7 @@ def test_each_condition_asks_its_fact(condition, expected):
         ("time: 00:00-24:00", replace(SITUATION, at=datetime(2026, 11, 27, 12))),  # without a zone
         ('conversation.turns: ">= 0"', replace(SITUATION, conversation=Conversation())),
         ("tool.name: a", replace(SITUATION, tool=None)),
-        ("tool.arguments.amount: absent", replace(SITUATION, tool=ToolUse(name="t"))),  # the arguments are no JSON
+        ("tool.arguments.amount: absent", replace(SITUATION, tool=ToolFacts(name="t"))),  # the arguments are no JSON
     ],
 )
 def test_a_fact_nobody_knows_is_not_measured(condition, situation):
@@ -249,7 +249,7 @@ def test_what_a_client_wrote_is_in_no_reason():
     secret = replace(
         SITUATION,
         text="my word is hunter2",
-        tool=ToolUse(name="t", arguments={"key": "hunter2"}),
+        tool=ToolFacts(name="t", arguments={"key": "hunter2"}),
         caller=Caller(headers={"x-a": "hunter2"}),
     )
     rules = "[{when: {text: hunter, tool.arguments.key: hun*, headers.x-a: hun*}, then: block}, {then: allow}]"
@@ -359,7 +359,7 @@ def test_of_an_overlay_and_its_policy_the_stricter_decision_holds():
 
 def test_an_overlay_may_ask_where_its_policy_does_not():
     school = for_tenant(LAID, "school-north")
-    delete = replace(FACTS, situation=replace(SITUATION, tool=ToolUse(name="delete_all", arguments={})))
+    delete = replace(FACTS, situation=replace(SITUATION, tool=ToolFacts(name="delete_all", arguments={})))
 
     assert asks(school, "tool_call")
     assert not asks(LAID, "tool_call")
