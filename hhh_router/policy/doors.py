@@ -24,6 +24,9 @@ CARRIED: frozenset[str] = frozenset({"upstream", "webhook", "redact", "steering"
 """What a rule can ask to be done beyond stopping or passing on."""
 
 
+_LISTED = 20  # things that a door lacks; more would hide what matters
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Door:
     """What a way to reach the router knows, and can do."""
@@ -55,8 +58,9 @@ def check_door(policy: Policy, door: Door) -> None:
     """
     if lines := lacking(policy, door):
         source = policy.source or policy.name
+        more = [f"and {len(lines) - _LISTED} more"] if len(lines) > _LISTED else []
         raise PolicyError(
-            "\n".join(f"{source}: {line}" for line in lines),
+            "\n".join([f"{source}: {line}" for line in lines[:_LISTED]] + more),
             hint="use another policy here, or this one at a door that has it; docs/policies.md lists them under Doors",
         )
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from hhh_router.policy.rules import OPERATORS, QUANTITIES, Condition, Rule
 
-MAX_PIECES = 2000
+MAX_PIECES = 12
 """Boxes that are left of one rule; with more of them, nothing is claimed."""
 
 
@@ -74,18 +74,18 @@ def unreachable(rules: Sequence[Rule]) -> Iterator[tuple[int, list[int]]]:
 
     A rule in shadow mode or for a part of the traffic takes nothing away from those after it.
     """
+    boxes, others = [box_of(rule) for rule in rules], [_other(rule) for rule in rules]
+    taking: list[int] = []  # positions of the rules so far that take something away
     for j, rule in enumerate(rules):
-        if rule.is_default:
-            continue
-        before = [(i, r) for i, r in enumerate(rules[:j]) if not r.shadow and r.rollout is None]
-        if (covering := next((i for i, r in before if _implies(rule, r)), None)) is not None:
-            yield j, [covering]
-            continue
-        boxes = [(i, box_of(r)) for i, r in before if _other(r) <= _other(rule)]
-        whole = box_of(rule)
-        touching = [(i, box) for i, box in boxes if _touch(whole, box)]
-        if touching and not _left(whole, [box for _, box in touching]):
-            yield j, [i for i, _ in touching]
+        if not rule.is_default:
+            covering = [i for i in taking if _implies(rule, rules[i])][:1]
+            if not covering:
+                touching = [i for i in taking if others[i] <= others[j] and _touch(boxes[j], boxes[i])]
+                covering = touching if touching and not _left(boxes[j], [boxes[i] for i in touching]) else []
+            if covering:
+                yield j, covering
+        if not rule.shadow and rule.rollout is None:
+            taking.append(j)
 
 
 def interval(condition: Condition) -> Interval:
