@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 
-def run_server(*, host: str, port: int, policy: str | None, bundle: str | None, upstream: str | None = None) -> None:
+def run_server(*, host: str, port: int, policy: str | None, bundle: str | None) -> None:
     """Serve until interrupted; the cheap checks come before the model is loaded.
 
     Raises:
@@ -23,17 +23,15 @@ def run_server(*, host: str, port: int, policy: str | None, bundle: str | None, 
         from hhh_router.interfaces.server.run import listen, run
     except ImportError as error:
         raise MissingExtra("serve", needed_for="a server") from error
-    from hhh_router.assemble import build_pipeline, check_upstream
+    from hhh_router.assemble import build_pipeline
 
     from .session import ready_backbone
 
     settings = Settings.load(policy=policy, bundle=bundle)
-    if upstream is not None:
-        check_upstream(upstream)
     policies = PolicyStore.from_settings(settings)
     with listen(host, port, settings) as listening:
         ready_backbone(bundle)
-        pipeline = build_pipeline(settings, upstream=upstream, serving=True)
+        pipeline = build_pipeline(settings, serving=True)
         logging.basicConfig(format="%(asctime)s %(message)s")
         logging.getLogger("hhh_router").setLevel(logging.INFO)
         name = pipeline.parts.bundle_ref.name
@@ -42,8 +40,6 @@ def run_server(*, host: str, port: int, policy: str | None, bundle: str | None, 
             typer.echo(f"hhh-router listens on {url}/v1")
             typer.echo(f"  policy    {policies.default.name}@{policies.default.version} ({policies.default.mode})")
             typer.echo(f"  bundle    {name}")
-            if upstream is not None:
-                typer.echo(f"  upstream  {upstream}")
 
         run(pipeline, listening, on_ready=announce)
 

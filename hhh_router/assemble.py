@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
@@ -14,9 +14,8 @@ from hhh_router.calibration.evidence import UNCALIBRATED
 from hhh_router.calibration.kept import KEPT, read_kept
 from hhh_router.errors import BundleError, MissingExtra, SettingsError
 from hhh_router.pipeline import Pipeline, PolicyStore
-from hhh_router.pipeline.situation import PIPELINE, UPSTREAM
+from hhh_router.pipeline.situation import PIPELINE
 from hhh_router.policy.lock import Deployed
-from hhh_router.protocols import Generator
 from hhh_router.settings import Settings
 from hhh_router.trace import LogSink, Sink
 from hhh_router.trace.block import BundleRef
@@ -28,56 +27,36 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-def build_pipeline(
-    settings: Settings, *, upstream: str | None = None, sinks: Sequence[Sink] | None = None, serving: bool = False
-) -> Pipeline:
+def build_pipeline(settings: Settings, *, sinks: Sequence[Sink] | None = None, serving: bool = False) -> Pipeline:
     """Load policies, bundle and model, and put the path together. Blocks for seconds; may import torch.
 
     Args:
         settings: Where and how it runs.
-        upstream: Base URL of an OpenAI-compatible server that answers in place of the bundle's own mixture, such as
-            ``http://127.0.0.1:9000/v1``. The embedded model then only reads.
         sinks: Where traces go; one INFO line a request by default.
         serving: Run the model in a process of its own, where the settings leave it open.
 
     Raises:
         PolicyError: A policy is wrong.
         BundleError: The bundle is missing, corrupt, for another backbone, or not calibrated for these heads.
-        SettingsError: The upstream is no URL.
-        MissingExtra: torch or aiohttp is not installed.
+        MissingExtra: torch is not installed.
     """
-    policies = PolicyStore.from_settings(settings, door=UPSTREAM if upstream else PIPELINE)  # the cheapest checks first
-    if upstream is not None:
-        check_upstream(upstream)
+    policies = PolicyStore.from_settings(settings, door=PIPELINE)  # the cheapest checks first
     bundle = Bundle.load(settings.bundle)
     bundle.verify()
     policies.bind(deployed(bundle))
     own_process = settings.engine == "process" or (settings.engine == "auto" and serving and os.name == "posix")
     model, calibrators = (_supervised if own_process else _embedded)(bundle, settings)
-    generator: Generator = model.generator
-    closers: list[Callable[[], Awaitable[None]]] = [model.aclose]
-    if upstream is not None:
-        try:
-            from hhh_router.upstream.openai import UpstreamGenerator
-        except ImportError as error:
-            raise MissingExtra("serve", needed_for="an upstream") from error
-        key = settings.upstream_api_key
-        generator = other = UpstreamGenerator(
-            model.reader, upstream, api_key=key, timeout_s=settings.request_timeout_s, max_bytes=settings.max_body_bytes
-        )
-        closers.insert(0, other.aclose)
     return Pipeline(
         reader=model.reader,
-        generator=generator,
+        generator=model.generator,
         calibrators=calibrators,
         policies=policies,
         bundle_ref=BundleRef(name=bundle.manifest.name, hash=bundle.sha256),
         backbone_sha256=bundle.manifest.backbone.sha256,
         sinks=(LogSink(),) if sinks is None else sinks,
         settings=settings,
-        answers_elsewhere=upstream is not None,
-        closers=closers,
-        drain=None if upstream else model.drain,  # an upstream's replies are read to their end; uvicorn waits for them
+        closers=(model.aclose,),
+        drain=model.drain,
         load=lambda: model.engine.load,
     )
 

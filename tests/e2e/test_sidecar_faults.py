@@ -299,6 +299,7 @@ def test_a_hundred_megabytes_pass_unread_paths_and_are_refused_where_they_cannot
     stub: tuple[Stub, str],
 ) -> None:
     size = 100_000_000
+    stub[0].answer = Said(pieces=[b"{}"])
     with sidecar(route_to(stub[1], mode="enforce")) as (url, _):
         ask(url, "POST", "/v1/files", bytes(size), [("Content-Type", "application/octet-stream")])
         assert len(stub[0].asked[0].body) == size
@@ -345,7 +346,8 @@ def test_the_intent_is_stored_before_the_first_byte_and_the_outcome_after(
         json.loads(next(r.record for r in read_rows(path) if r.kind == k)) for k in ("intent", "outcome")
     )
     assert (intent["mode"], intent["path"], intent["wire"]) == (mode, "/v1/chat/completions", "chat")
-    assert (outcome["status"], outcome["whole"], outcome["upstreams"]) == (200, True, ["a: 200"])
+    assert (outcome["status"], outcome["upstreams"]) == (200, ["a: 200"])
+    assert outcome["whole"] or mode == "observe"  # a client may hang up after the last event
     told = next(json.loads(r.record)["hhh"] for r in read_rows(path) if "hhh" in r.record)
     assert [d["checkpoint"] for d in told["decisions"]] == ["input", "output"]
 

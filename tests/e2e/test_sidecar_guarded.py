@@ -559,3 +559,46 @@ def test_a_key_of_the_door_is_not_the_upstreams(watchful: Policies, stub: tuple[
 
     assert refused[0] == 401
     assert [a.header("authorization") for a in stub[0].asked] == [[]]
+
+
+def test_the_deployments_key_is_sent_where_the_client_has_none(watchful: Policies, stub: tuple[Stub, str]) -> None:
+    from dataclasses import replace
+
+    route = route_to(stub[1])
+    upstream = replace(route.to[0][0], otherwise={"authorization": "Bearer ours"})
+    with sidecar(replace(route, to=((upstream, 1.0),)), policy=watchful()) as (url, _):
+        ask(url, "GET", "/v1/models", None, [])
+        ask(url, "GET", "/v1/models", None, [("Authorization", "Bearer theirs")])
+        ask(url, "GET", "/v1/models", None, [("x-api-key", "theirs")])
+
+    assert [a.header("authorization") for a in stub[0].asked] == [["Bearer ours"], ["Bearer theirs"], []]
+
+
+@streams
+def test_a_policy_in_shadow_mode_stops_nothing_and_records_it(
+    watchful: Policies, stub: tuple[Stub, str], stream: bool
+) -> None:
+    with sidecar(route_to(stub[1]), policy=watchful(mode="shadow")) as (url, _):
+        heard = by_chat(url, "trouble", stream=stream)
+
+    assert heard.text.strip() == BAD
+    assert heard.last["policy"]["mode"] == "shadow"
+    assert heard.last["decisions"][-1]["action"] == "block"
+
+
+def test_conversations_only_an_upstream_understands_pass(watchful: Policies, stub: tuple[Stub, str]) -> None:
+    messages = [user("Look it up"), CALLING, {"role": "tool", "tool_call_id": "1", "content": "12 degrees"}]
+    messages += [{"role": "system", "content": "Be brief"}, user("So?"), {"role": "assistant", "content": "It is"}]
+    with guarded(watchful, stub[1]) as url:
+        status, _, said = ask(url, body={"model": "m", "messages": messages})
+
+    assert (status, json.loads(said)["choices"][0]["message"]["content"]) == (200, GOOD)
+    assert stub[0].asked[0].json["messages"] == messages
+
+
+def test_a_reply_that_is_no_better_the_second_time_is_withheld(watchful: Policies, stub: tuple[Stub, str]) -> None:
+    reader = FakeReader({"Paris": {"outcomes.untruthful": 6.0}})
+    with sidecar(route_to(stub[1]), policy=watchful(), reader=reader) as (url, _):
+        heard = by_chat(url, "Capital?", stream=False)
+
+    assert (heard.text, len(stub[0].asked)) == ("No true answer.", 2)

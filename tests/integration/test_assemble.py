@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hhh_router import AsyncHHHRouter, HHHRouter
-from hhh_router.assemble import build_pipeline
+from hhh_router.assemble import build_pipeline, check_upstream
 from hhh_router.bundle import Bundle
 from hhh_router.errors import BundleError, ContextTooLong, PolicyError, SettingsError
 from hhh_router.settings import Settings
@@ -108,17 +108,4 @@ def test_cheap_mistakes_are_found_before_the_model_is_loaded(tiny: Bundle) -> No
     with pytest.raises(PolicyError):
         build_pipeline(settings_for(tiny.root, policy="nope"))
     with pytest.raises(SettingsError, match="no http"):
-        build_pipeline(settings_for(tiny.root), upstream="localhost:9000")
-
-
-async def test_an_upstream_takes_the_place_of_the_mixture(tiny: Bundle) -> None:
-    from hhh_router.errors import UpstreamError
-    from hhh_router.types import ChatRequest, Message
-
-    pipeline = build_pipeline(settings_for(tiny.root), upstream="http://127.0.0.1:9/v1", sinks=())
-    request = ChatRequest(messages=(Message(role="user", content="hello"),), passthrough={"messages": []})
-
-    with pytest.raises(UpstreamError, match=r"127\.0\.0\.1:9"):
-        async for _ in pipeline.chat(request):
-            pass
-    await pipeline.aclose()
+        check_upstream("localhost:9000")

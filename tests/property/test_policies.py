@@ -20,7 +20,6 @@ SHIPPED = {name: load_policy(name) for name in list_policies()}
 TEXTS = {name: policy_path(name).read_text(encoding="utf-8") for name in list_policies()}
 LINE = re.compile(r"p\.yaml:[1-9][0-9]*  \S.*: .+")
 CALIBRATORS = Calibrators.none()
-STEADY = settings(deadline=None)  # a busy machine is no failure
 
 logit = st.floats(-30, 30)
 probability = st.floats(0, 1)
@@ -60,7 +59,6 @@ def reported(text: str | bytes) -> list[str]:
     return []
 
 
-@STEADY
 @given(shipped, readings(), readings(mode="both"))
 def test_every_shipped_policy_answers_every_evidence(name, asked, answered):
     policy = SHIPPED[name]
@@ -77,7 +75,6 @@ def test_every_shipped_policy_answers_every_evidence(name, asked, answered):
         assert policy.lower[e] - 1e-9 <= plan.weights[e] <= policy.upper[e] + 1e-9
 
 
-@STEADY
 @given(shipped, readings())
 def test_the_same_evidence_gives_the_same_decision(name, asked):
     first = make_plan(asked, policy=SHIPPED[name], calibrators=CALIBRATORS)
@@ -86,7 +83,6 @@ def test_the_same_evidence_gives_the_same_decision(name, asked):
     assert first == again
 
 
-@STEADY
 @given(facts(), probability, probability)
 def test_a_lower_refuse_threshold_never_allows_more(found, one, other):
     strict, lax = sorted((one, other))
@@ -103,7 +99,6 @@ def test_a_lower_refuse_threshold_never_allows_more(found, one, other):
         assert at(lax) is Action.ALLOW
 
 
-@STEADY
 @given(facts(), probability)
 def test_a_higher_need_is_never_let_through_where_a_lower_one_was_stopped(found, need):
     low, high = sorted((found.needs["harmless"], need))
@@ -131,7 +126,7 @@ def test_losing_any_measured_number_never_turns_a_stop_into_an_allow(name):
             assert broken.action not in (Action.ALLOW, Action.FLAG)
 
 
-@settings(STEADY, max_examples=300)
+@settings(max_examples=300)
 @given(shipped, st.randoms(use_true_random=False), st.integers(1, 8))
 def test_a_mangled_policy_is_a_policy_or_a_list_of_places(name, rng, edits):
     text = TEXTS[name]
@@ -141,7 +136,7 @@ def test_a_mangled_policy_is_a_policy_or_a_list_of_places(name, rng, edits):
     assert all(LINE.fullmatch(line) for line in reported(text))
 
 
-@settings(STEADY, max_examples=200)
+@settings(max_examples=200)
 @given(st.one_of(st.text(max_size=300), st.binary(max_size=300)))
 @example("\ud800")
 @example("a: \ud800")
@@ -174,7 +169,7 @@ _values = st.recursive(
 )
 
 
-@settings(STEADY, max_examples=200)
+@settings(max_examples=200)
 @given(
     shipped,
     st.sampled_from(["version", "name", "weights", "strength", "bounds", "floors", "checkpoints", "mode", "stream"]),

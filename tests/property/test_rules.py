@@ -16,7 +16,6 @@ from hhh_router.policy.rules import Condition, Rule, all_hold
 from hhh_router.policy.schema import SEVERITY
 from hhh_router.types import DIMENSIONS, OUTCOMES, Action, Caller, Scores, Situation, ToolFacts, Weights
 
-STEADY = settings(deadline=None)
 HEAD = "version: 1\nname: t\nweights: {helpful: 1, harmless: 1, honest: 1}\nstrength: 0.5\n"
 CALIBRATORS = Calibrators.none()
 GRID = [0.0, 0.25, 0.5, 0.75, 1.0]
@@ -70,7 +69,7 @@ def parsed(rules: list[str], more: str = ""):
         return None
 
 
-@settings(STEADY, max_examples=300)
+@settings(max_examples=300)
 @given(st.lists(rule_texts(), max_size=3), st.lists(rule_texts(), min_size=1, max_size=3), facts())
 def test_an_overlay_never_lets_through_what_its_policy_stops(rules, overlay, found):
     policy = parsed(rules, f"overlays: [{{tenants: '*', checkpoints: {{input: [{', '.join(overlay)}]}}}}]\n")
@@ -82,7 +81,6 @@ def test_an_overlay_never_lets_through_what_its_policy_stops(rules, overlay, fou
     assert SEVERITY[laid.action] >= SEVERITY[alone.action]
 
 
-@STEADY
 @given(
     st.fixed_dictionaries(dict.fromkeys(DIMENSIONS, logit)),
     st.floats(0, 0.3), st.floats(0, 0.3), st.floats(0.4, 1), st.floats(0, 0.3), st.floats(0.3, 1),
@@ -104,7 +102,6 @@ def test_an_overlay_never_takes_weight_from_harmless_and_honest(needs, low, hone
     assert laid.harmless + laid.honest >= alone.harmless + alone.honest - 1e-9
 
 
-@STEADY
 @given(st.lists(rule_texts(), max_size=3), st.lists(rule_texts(shadow=True), max_size=3), facts(), st.randoms())
 def test_rules_in_shadow_never_change_a_decision(rules, shadows, found, rng):
     mixed = rules.copy()
@@ -119,7 +116,7 @@ def test_rules_in_shadow_never_change_a_decision(rules, shadows, found, rng):
     assert (alone.action, alone.message) == (beside.action, beside.message)
 
 
-@settings(STEADY, max_examples=300)
+@settings(max_examples=300)
 @given(st.lists(rule_texts(), min_size=2, max_size=5), st.data())
 def test_no_evidence_reaches_a_rule_that_is_called_unreachable(texts, data):
     rules = [rule_of(text, i) for i, text in enumerate(texts)]
@@ -137,7 +134,6 @@ def rule_of(text: str, i: int) -> Rule:
     return replace(policy.checkpoints["input"][0], place=f"rule {i}")
 
 
-@STEADY
 @given(st.sampled_from(["needs.harmless", "conversation.turns"]), st.data())
 def test_what_one_comparison_implies_holds_wherever_it_does(quantity, data):
     op, limit = st.sampled_from([">=", ">", "<=", "<"]), st.sampled_from(GRID)
@@ -148,14 +144,14 @@ def test_what_one_comparison_implies_holds_wherever_it_does(quantity, data):
         assert all(b for a, b in held if a)
 
 
-@settings(STEADY, max_examples=300)
+@settings(max_examples=300)
 @given(st.text("ab*?", min_size=1, max_size=5), st.text("ab*?", min_size=1, max_size=5), st.text("ab", max_size=6))
 def test_a_glob_that_covers_another_fits_whatever_it_fits(wide, narrow, name):
     if covers(wide, narrow) and compile_glob(narrow).fullmatch(name):
         assert compile_glob(wide).fullmatch(name)
 
 
-@settings(STEADY, max_examples=300)
+@settings(max_examples=300)
 @given(st.text("ab*?", min_size=1, max_size=6), st.text("ab", max_size=8))
 def test_a_glob_fits_what_a_plain_search_finds(glob, name):
     def fits(pattern: str, text: str) -> bool:
@@ -168,7 +164,7 @@ def test_a_glob_fits_what_a_plain_search_finds(glob, name):
     assert bool(compile_glob(glob).fullmatch(name)) is fits(glob, name)
 
 
-@settings(STEADY, max_examples=200)
+@settings(max_examples=200)
 @given(st.text("ab()|{}[]0,9^$.?*+\\dsw", max_size=20), st.text("ab01 ", max_size=30))
 def test_any_text_is_a_pattern_or_is_refused_with_a_reason(pattern, text):
     try:
@@ -185,7 +181,7 @@ _json = st.recursive(
 )
 
 
-@settings(STEADY, max_examples=200)
+@settings(max_examples=200)
 @given(
     _json,
     st.sampled_from([f"tool.arguments{path}" for path in (".a", "..b", "[0].c", "[*]", ".*.a")]),

@@ -13,7 +13,6 @@ from hhh_router.routing import kl_nats, posterior, project, weigh
 from hhh_router.types import DIMENSIONS, EXPERTS, Posterior
 
 EXACT = 1e-9
-STEADY = settings(deadline=None)  # a busy machine is no failure
 
 probability = st.floats(0, 1)
 positive = st.floats(1e-3, 1.0)
@@ -44,7 +43,6 @@ def raw_shares(draw):
     return {e: draw(st.one_of(st.just(0.0), st.floats(1e-9, 1e3))) for e in EXPERTS}
 
 
-@STEADY
 @given(raw_shares(), feasible_bounds())
 def test_weights_sum_to_one_and_keep_their_bounds(shares, limits):
     lower, upper = limits
@@ -56,7 +54,6 @@ def test_weights_sum_to_one_and_keep_their_bounds(shares, limits):
         assert lower[e] - EXACT <= found[e] <= upper[e] + EXACT
 
 
-@STEADY
 @given(needs(), simplex(), feasible_bounds(), st.floats(0, 1), raw_shares())
 def test_every_evidence_gets_weights_under_every_prior(found_needs, train_prior, limits, strength, prior):
     assume(sum(prior.values()) > 0)
@@ -71,13 +68,11 @@ def test_every_evidence_gets_weights_under_every_prior(found_needs, train_prior,
     assert 0 <= kl_nats(found, posterior(found_needs)) < math.inf
 
 
-@STEADY
 @given(raw_shares(), feasible_bounds())
 def test_the_same_evidence_gives_the_same_weights(shares, limits):
     assert project(shares, *limits) == project(dict(reversed(shares.items())), *limits)
 
 
-@STEADY
 @given(raw_shares(), feasible_bounds(), st.sampled_from(EXPERTS), probability, probability)
 def test_raising_a_floor_never_lowers_that_experts_weight(shares, limits, expert, one, other):
     lower, upper = limits
@@ -89,7 +84,6 @@ def test_raising_a_floor_never_lowers_that_experts_weight(shares, limits, expert
     assert after[expert] >= before[expert] - EXACT
 
 
-@STEADY
 @given(
     raw_shares(), feasible_bounds(), st.dictionaries(st.sampled_from(EXPERTS), probability), st.sampled_from(EXPERTS)
 )
@@ -103,7 +97,6 @@ def test_a_floor_beside_others_never_lowers_that_experts_weight(shares, limits, 
     assert after[expert] >= before[expert] - EXACT
 
 
-@STEADY
 @given(feasible_bounds(), st.dictionaries(st.sampled_from(EXPERTS), probability))
 def test_raised_bounds_stay_feasible_and_never_below_the_policys(limits, wanted):
     lower, upper = limits
@@ -115,7 +108,6 @@ def test_raised_bounds_stay_feasible_and_never_below_the_policys(limits, wanted)
         assert lower[e] <= raised[e] <= max(upper[e], lower[e]) + EXACT
 
 
-@STEADY
 @given(needs(), st.sampled_from(DIMENSIONS), probability)
 def test_a_higher_need_never_lowers_its_experts_share(found_needs, dimension, need):
     low, high = sorted((found_needs[dimension], need))
@@ -126,7 +118,7 @@ def test_a_higher_need_never_lowers_its_experts_share(found_needs, dimension, ne
     assert after[dimension] >= before[dimension] - 1e-15
 
 
-@settings(STEADY, max_examples=60)
+@settings(max_examples=60)
 @given(simplex(), feasible_bounds())
 def test_the_projection_is_the_nearest_point_in_kl(shares, limits):
     """Compared with a general solver that knows nothing of clipping."""
@@ -163,7 +155,6 @@ def _inside(lower, upper):
     return low + (high - low) * (1 - low.sum()) / (high - low).sum()
 
 
-@STEADY
 @given(simplex(), feasible_bounds(), st.randoms(use_true_random=False))
 def test_no_other_point_within_the_bounds_is_nearer(shares, limits, random):
     """The same claim without a solver: mass moved between any two experts only takes the weights further away."""

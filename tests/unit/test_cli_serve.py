@@ -24,6 +24,9 @@ def hhh_router(*args: str) -> subprocess.CompletedProcess[str]:
         (("proxy", "--upstream", "ftp://x", "--policy", "balanced"), "no http(s) URL"),
         (("proxy", "--upstream", "http://me:secret@host/v1", "--policy", "balanced"), "HHH_ROUTER_UPSTREAM_API_KEY"),
         (("proxy",), "--upstream"),
+        (("proxy", "--upstream", "http://x", "--config", "p.yaml"), "exclude each other"),
+        (("proxy", "--upstream", "http://x", "--mode", "watch"), "use observe, annotate, enforce"),
+        (("proxy", "--config", "/nowhere/p.yaml"), "/nowhere/p.yaml:1  file: cannot be read"),
     ],
 )
 def test_what_is_wrong_is_named_before_anything_is_loaded(args: tuple[str, ...], found: str) -> None:

@@ -82,7 +82,7 @@ OUTSIDE: dict[str, set[str]] = {
     "starlette": {"interfaces/server", "interfaces/proxy"},
     "prometheus_client": {"interfaces/server"},
     "uvicorn": {"interfaces/server", "interfaces/proxy", "cli/serve", "cli/proxy"},
-    "aiohttp": {"upstream/raw", "upstream/openai"},
+    "aiohttp": {"upstream/raw"},
     "httpx": {"interfaces/remote", "upstream"},
     "litellm": {"interfaces/litellm", "upstream/litellm"},
     "typer": {"cli"},

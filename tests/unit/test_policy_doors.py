@@ -22,7 +22,7 @@ from hhh_router.types import (
     ReadRequest,
     Tool,
     ToolCall,
-    ToolUse,
+    Toolset,
 )
 
 HEAD = "version: 1\nname: t\nweights: {helpful: 1, harmless: 1, honest: 1}\nstrength: 0.5\n"
@@ -216,7 +216,7 @@ def chat_with_tools(tmp_path: Path, rules: str, *, mode: str = "enforce"):
         f"{HEAD}checkpoints:\n  input: {ALLOW}\n  output: {ALLOW}\n  tool_call: {rules}\nmode: {mode}\n"
         "stream: {window_tokens: 3}\n"
     )
-    tools = ToolUse(tools=(Tool(name="delete_file"), Tool(name="read_file")))
+    tools = Toolset(tools=(Tool(name="delete_file"), Tool(name="read_file")))
     request = ChatRequest(messages=(Message(role="user", content="tidy up"),), tools=tools)
     return fake_pipeline(policy=str(file), generator=FakeGenerator(CALLING)), request
 

@@ -83,6 +83,7 @@ class Sidecar:
         if self._under_way:
             await asyncio.wait(self._under_way, timeout=5)
         await self.observer.drain(max(1.0, deadline - loop.time()))
+        await self.pipeline.drain(max(1.0, deadline - loop.time()))  # last: until here answers are still read
 
     def track(self, task: asyncio.Task[None]) -> None:
         """Count a request as under way until its task ends."""

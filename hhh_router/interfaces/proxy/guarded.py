@@ -132,8 +132,7 @@ class Guarded:
         if stopped and self._out.begun and self._exchange.kind == "stream":
             await self._let_go()
             assert done.refusal is not None
-            for frame in self._has.ending(done.refusal, done):
-                await self._out.part(frame)
+            await self._out.part(b"".join(self._has.ending(done.refusal, done)), more=False)
         elif stopped:
             await self._refuse(done)
         elif self._exchange.kind == "stream":
@@ -151,9 +150,11 @@ class Guarded:
         carrier = max((i for i, piece in enumerate(held) if piece.carries), default=None)
         if not self._out.begun:
             await self._begin_passing(changed=True)
-        for i, piece in enumerate(held):
-            is_last = i == carrier and self._block == "body"
-            await self._out.part(self._blocked(piece, done.metadata) if is_last else self._with_first(piece))
+        frames = [
+            self._blocked(piece, done.metadata) if i == carrier and self._block == "body" else self._with_first(piece)
+            for i, piece in enumerate(held)
+        ]
+        await self._out.part(b"".join(frames), more=False)  # at once: clients hang up after the last frame
 
     async def _end_whole(self, piece: Piece, done: ChatFinished) -> None:
         assert self._exchange.answer is not None
@@ -173,10 +174,8 @@ class Guarded:
             return
         writer = self._call.begin(self._first or done.metadata)
         await self._out.begin(200, self._headers(done.metadata, encoded(STREAM_HEADERS)))
-        for frame in writer.delta(ChatDelta(text=done.refusal, is_refusal=True)):
-            await self._out.part(frame)
-        for frame in writer.end(done):
-            await self._out.part(frame)
+        told = [*writer.delta(ChatDelta(text=done.refusal, is_refusal=True)), *writer.end(done)]
+        await self._out.part(b"".join(told), more=False)
 
     async def _begin_passing(self, *, changed: bool) -> None:
         if self._out.begun:

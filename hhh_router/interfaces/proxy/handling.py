@@ -35,7 +35,12 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_OWN_PATHS = {"chat": "/v1/chat/completions", "responses": "/v1/responses", "messages": "/v1/messages"}
+_OWN_PATHS = {
+    "chat": "/v1/chat/completions",
+    "completions": "/v1/completions",
+    "responses": "/v1/responses",
+    "messages": "/v1/messages",
+}
 """Where the deployment's own mixture answers on a wire."""
 _OWN_MODEL = "hhh-auto"
 _NEVER_SENT = frozenset({b"host", b"expect"})

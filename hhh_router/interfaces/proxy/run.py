@@ -9,6 +9,7 @@ from collections.abc import Callable
 import uvicorn
 
 from hhh_router.interfaces.proxy.app import Sidecar
+from hhh_router.interfaces.server.connection import MAX_HEAD_BYTES, Connection
 
 CUT_S = 10
 """After answers under way were told to end, their connections are cut."""
@@ -31,6 +32,9 @@ def make_server(sidecar: Sidecar, *, on_ready: Callable[[], None] = lambda: None
     """A server that is not running yet; give its ``run`` or ``serve`` a socket."""
     config = uvicorn.Config(
         sidecar,
+        http=Connection,
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+        ws="none",
         log_level="warning",
         access_log=False,
         server_header=False,

@@ -23,7 +23,7 @@ from hhh_router.interfaces.proxy.wires.reading import (
 )
 from hhh_router.interfaces.server.dialect import event
 from hhh_router.interfaces.server.http import dump
-from hhh_router.interfaces.server.openai import Call
+from hhh_router.interfaces.server.openai import DONE, Call
 from hhh_router.pipeline import ChatFinished
 from hhh_router.protocols import FinishReason
 from hhh_router.types import ChatRequest, Message
@@ -121,7 +121,7 @@ class ChatReply(Reply):
         chunks = [self._chunk(i, {"content": f"\n\n{message}", "refusal": message}, None) for i in still]
         chunks += [self._chunk(i, {}, "content_filter") for i in still]
         chunks[-1] = {**chunks[-1], "hhh": done.metadata.as_json()}
-        return [*(event(None, dump(chunk)) for chunk in chunks), event(None, b"[DONE]")]
+        return [*(event(None, dump(chunk)) for chunk in chunks), *DONE]
 
     def _chunk(self, index: int, delta: Mapping[str, Any], reason: str | None) -> dict[str, Any]:
         choice = {"index": index, "delta": dict(delta), "logprobs": None, "finish_reason": reason}

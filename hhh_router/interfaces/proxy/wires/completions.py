@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +10,10 @@ from hhh_router.errors import InvalidRequest, UpstreamError
 from hhh_router.interfaces.parse import kind_of
 from hhh_router.interfaces.proxy.wires.chat import FINISH_REASONS, told
 from hhh_router.interfaces.proxy.wires.reading import Asked, Reply, count, flag, readable, rows
+from hhh_router.interfaces.server.completions import Call, Writer
 from hhh_router.interfaces.server.dialect import event
-from hhh_router.interfaces.server.http import Failure, dump, failure
+from hhh_router.interfaces.server.http import dump
+from hhh_router.interfaces.server.openai import DONE
 from hhh_router.pipeline import ChatDelta, ChatFinished
 from hhh_router.trace.block import Metadata
 from hhh_router.types import ChatRequest, Message
@@ -54,7 +55,15 @@ class CompletionsWire:
 
     def call(self, request: ChatRequest, asked: Asked) -> Call:
         """See `reading.Wire`."""
-        return Call(request=request, model=asked.model, stream=asked.stream)
+        return _Call(
+            request=request,
+            prompts=("",),
+            count=1,
+            model=asked.model,
+            stream=asked.stream,
+            echo=False,
+            include_usage=asked.include_usage,
+        )
 
 
 @dataclass(slots=True)
@@ -87,9 +96,17 @@ class CompletionsReply(Reply):
     def ending(self, message: str, done: ChatFinished) -> list[bytes]:
         """See `reading.Reply`."""
         still = [index for index, is_open in sorted(self.open.items()) if is_open] or [0]
-        chunks = [_body(self.head, i, f"\n\n{message}", "content_filter") for i in still]
+        chunks: list[dict[str, Any]] = [
+            {
+                **self.head,
+                "choices": [
+                    {"index": i, "text": f"\n\n{message}", "logprobs": None, "finish_reason": "content_filter"}
+                ],
+            }
+            for i in still
+        ]
         chunks[-1] = {**chunks[-1], "hhh": done.metadata.as_json()}
-        return [*(event(None, dump(chunk)) for chunk in chunks), event(None, b"[DONE]")]
+        return [*(event(None, dump(chunk)) for chunk in chunks), *DONE]
 
     def _take(self, body: Mapping[str, Any]) -> str:
         if isinstance(usage := body.get("usage"), dict):
@@ -108,67 +125,22 @@ class CompletionsReply(Reply):
         return new
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
-    """Our own answers on this wire. See `dialect.Dialect`."""
+class _Call(Call):
+    """Our own answer on this wire, of which there is always one."""
 
-    request: ChatRequest
-    model: str
-    stream: bool
-    created: int = field(default_factory=lambda: int(time.time()))
-
-    @property
-    def head(self) -> dict[str, Any]:
-        """What every body of this answer begins with."""
-        return {
-            "id": f"cmpl-{self.request.request_id}",
-            "object": "text_completion",
-            "created": self.created,
-            "model": self.model,
-        }
-
-    def whole(self, done: ChatFinished, raw: Mapping[str, Any] | None) -> dict[str, Any]:
+    def begin(self, first: Metadata) -> _Writer:  # type: ignore[override]
         """See `dialect.Dialect`."""
-        usage = {"prompt_tokens": done.usage.prompt_tokens, "completion_tokens": done.usage.completion_tokens}
-        usage["total_tokens"] = sum(usage.values())
-        return {
-            **_body(self.head, 0, done.text, done.finish_reason),
-            "usage": usage,
-            "hhh": done.metadata.as_json(),
-        }
-
-    def begin(self, first: Metadata) -> _Writer:
-        """See `dialect.Dialect`."""
-        return _Writer(self, first)
-
-    def failure(self, error: Exception) -> Failure:
-        """See `dialect.Dialect`."""
-        return failure(error)
-
-    @property
-    def ping(self) -> bytes:
-        """See `dialect.Dialect`."""
-        return b": ping\n\n"
-
-    def broken(self, body: Mapping[str, Any]) -> bytes:
-        """See `dialect.Dialect`."""
-        return event(None, dump(body))
+        return _Writer(self, Call.begin(self, first))
 
 
 class _Writer:
-    def __init__(self, call: Call, first: Metadata) -> None:
-        self._call, self._first = call, first
+    def __init__(self, call: Call, writer: Writer) -> None:
+        self._call, self._writer = call, writer
 
     def delta(self, piece: ChatDelta) -> Sequence[bytes]:
         """See `dialect.StreamWriter`."""
-        chunk = {**_body(self._call.head, 0, piece.text, None), "hhh": self._first.as_json()}
-        return [event(None, dump(chunk))]
+        return self._writer.delta(piece)
 
     def end(self, done: ChatFinished) -> Sequence[bytes]:
         """See `dialect.StreamWriter`."""
-        chunk = {**_body(self._call.head, 0, "", done.finish_reason), "hhh": done.metadata.as_json()}
-        return [event(None, dump(chunk)), event(None, b"[DONE]")]
-
-
-def _body(head: Mapping[str, Any], index: int, text: str, reason: str | None) -> dict[str, Any]:
-    return {**head, "choices": [{"index": index, "text": text, "logprobs": None, "finish_reason": reason}]}
+        return [*self._writer.end(done), *self._call.end_of([done])]

@@ -1,0 +1,167 @@
+"""What a sidecar does beside letting pass and blocking, and its routes from a proxy.yaml."""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import openai
+import pytest
+
+from hhh_router.interfaces.proxy.config import make_config, parse_proxy_file
+from hhh_router.testing import FakeGenerator, FakeReader, fake_pipeline
+from hhh_router.trace.audit import SqliteAudit, read_rows
+
+from .loopback import served, served_app
+from .sidecars import RULES, Said, Stub, ask, closed_port, route_to, sidecar
+from .test_sidecar_guarded import GOOD, WIRES, Model, user
+
+pytestmark = pytest.mark.e2e
+
+Policies = Callable[..., Path]
+UNSURE = {**RULES, "premise": {"needs.honest": 6.0}}
+
+
+@pytest.fixture
+def stub() -> Iterator[tuple[Stub, str]]:
+    upstream = Stub(Model())
+    with served_app(upstream) as url:
+        yield upstream, url.removesuffix("/v1")
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_escalate_asks_the_stronger_upstream_and_flags(
+    watchful: Policies, stub: tuple[Stub, str], wire: str, stream: bool, tmp_path: Path
+) -> None:
+    strong = Stub(Model())
+    with served_app(strong) as url_of_strong:
+        route = route_to(stub[1])
+        stronger = replace(route_to(url_of_strong).to[0][0], name="strong", model="huge")
+        route = replace(route, escalate_to=stronger)
+        audit = SqliteAudit(tmp_path / "a.sqlite3")
+        with sidecar(route, policy=watchful(), reader=FakeReader(UNSURE), audit=audit) as (url, _):
+            heard = WIRES[wire](url, "a false premise", stream=stream)
+
+    assert heard.text.strip() == GOOD
+    assert [d["action"] for d in heard.last["decisions"]] == ["flag", "allow"]
+    assert (len(stub[0].asked), [a.json["model"] for a in strong.asked]) == (0, ["huge"])
+    outcome = next(json.loads(r.record) for r in read_rows(tmp_path / "a.sqlite3") if r.kind == "outcome")
+    assert outcome["escalated_to"] == "strong"
+
+
+def test_without_anyone_to_escalate_to_it_stops(watchful: Policies, stub: tuple[Stub, str]) -> None:
+    with sidecar(route_to(stub[1]), policy=watchful(), reader=FakeReader(UNSURE)) as (url, _):
+        heard = WIRES["chat"](url, "a false premise", stream=False)
+
+    assert heard.end == "content_filter"
+    assert stub[0].asked == []
+
+
+def test_what_the_stronger_one_says_is_judged_too(watchful: Policies, stub: tuple[Stub, str]) -> None:
+    route = route_to(stub[1])
+    route = replace(route, escalate_to=route.to[0][0])
+    with sidecar(route, policy=watchful(), reader=FakeReader(UNSURE)) as (url, _):
+        heard = WIRES["chat"](url, "a false premise and trouble", stream=True)
+
+    assert "poison" not in heard.everything
+    assert heard.end == "content_filter"
+
+
+@pytest.mark.parametrize("wire", WIRES)
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+@pytest.mark.parametrize("fault", ["refused", "503"])
+@pytest.mark.parametrize("mode", ["observe", "enforce"])
+def test_the_own_mixture_answers_when_every_upstream_has_failed(
+    stub: tuple[Stub, str], wire: str, stream: bool, fault: str, mode: str
+) -> None:
+    stub[0].answer = Said(status=503, pieces=[b"{}"])
+    route = route_to(closed_port() if fault == "refused" else stub[1], answer_here=True, mode=mode)
+    pipeline = fake_pipeline("balanced", generator=FakeGenerator("I answer from here."))
+    with sidecar(route, pipeline=pipeline) as (url, _):
+        heard = WIRES[wire](url, "Capital?", stream=stream)
+
+    assert heard.text.strip() == "I answer from here."
+    assert heard.last["mixture"].startswith("hhh@")
+
+
+def test_weights_are_told_in_words_where_a_route_says_so(watchful: Policies, stub: tuple[Stub, str]) -> None:
+    route = route_to(stub[1], instruct=True, mode="annotate")
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/chat/completions": {"messages": [{"role": "system", "content": "Be brief."}, user("Is it true?")]},
+        "/v1/messages": {"system": "Be brief.", "messages": [user("Is it true?")]},
+        "/v1/responses": {"instructions": "Be brief.", "input": "Is it true?"},
+    }
+    reader = FakeReader({"true": {"needs.honest": 5.0}})
+    with sidecar(route, policy=watchful(), reader=reader) as (url, _):
+        for path, body in bodies.items():
+            ask(url, path=path, body=body)
+
+    chat, messages, responses = (a.json for a in stub[0].asked)
+    assert [m["role"] for m in chat["messages"]] == ["system", "system", "user"]
+    for told in (chat["messages"][1]["content"], messages["system"], responses["instructions"]):
+        assert "Say what you do not know" in told
+    assert messages["system"].startswith("Be brief.")
+
+
+ROUTES = """\
+version: 1
+mode: annotate
+upstreams:
+  main: {url: "MAIN/v1", api_key_env: MAIN_KEY}
+  claude: {url: "OTHER", api_key_env: CLAUDE_KEY, api_key_header: x-api-key, model: their-name}
+routes:
+  - {name: ours, models: ["ours-*"], mode: observe, to: main}
+  - {name: theirs, paths: ["/v1/messages", "/v1/messages/*"], to: claude}
+  - {name: rest, paths: ["/v1/chat/*"], to: [{upstream: claude, weight: 0}, {upstream: main, weight: 1}]}
+"""
+
+
+def test_routes_take_requests_by_path_and_model_with_keys_of_their_own(stub: tuple[Stub, str]) -> None:
+    other = Stub(Model())
+    with served_app(other) as url_of_other:
+        text = ROUTES.replace("MAIN", stub[1]).replace("OTHER", url_of_other.removesuffix("/v1"))
+        text = text.replace(f"{stub[1]}_KEY", "MAIN_KEY")
+        config = make_config(parse_proxy_file(text.encode()), environ={"MAIN_KEY": "k1", "CLAUDE_KEY": "k2"})
+        with sidecar(list(config.routes)) as (url, _):
+            mine = [("Authorization", "Bearer sk-app"), ("Content-Type", "application/json")]
+            chat = {"model": "ours-1", "messages": [user("Hi")]}
+            ask(url, body=chat, headers=mine)
+            _, headers, _ = ask(url, body={**chat, "model": "m"}, headers=mine)
+            ask(url, path="/v1/messages", body={**chat, "model": "m"}, headers=mine)
+            nowhere = ask(url, "GET", "/v1/models", None, [])
+
+    assert [a.header("authorization") for a in stub[0].asked] == [["Bearer k1"], ["Bearer k1"]]
+    assert [(a.header("x-api-key"), a.header("authorization")) for a in other.asked] == [(["k2"], [])]
+    assert other.asked[0].json["model"] == "their-name"
+    assert dict(headers)["x-hhh-upstream"] == "main"
+    assert nowhere[0] == 404
+    assert "no route" in json.loads(nowhere[2])["error"]["message"]
+
+
+def test_official_clients_reach_our_own_server_through_a_sidecar(watchful: Policies) -> None:
+    """Both doors guard: the sidecar reads what our own server, mixture and all, answers."""
+    behind = fake_pipeline("balanced", generator=FakeGenerator("Paris it is."))
+    with served(behind) as own, sidecar(route_to(own), policy=watchful()) as (url, _):
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="k", max_retries=0) as client:
+            chat = client.chat.completions.create(model="hhh-auto", messages=[user("Capital?")])
+            chunks = list(client.chat.completions.create(model="hhh-auto", messages=[user("Capital?")], stream=True))
+            response = client.responses.create(model="hhh-auto", input="Capital?")
+            with client.responses.stream(model="hhh-auto", input="Capital?") as events:
+                streamed = list(events)[-1]
+            models = [m.id for m in client.models.list()]
+            verdict = client.moderations.create(input="Capital?", model="hhh-auto")
+        with anthropic.Anthropic(base_url=url, api_key="k", max_retries=0) as client_a:
+            message = client_a.messages.create(model="hhh-auto", max_tokens=9, messages=[user("Capital?")])
+            tokens = client_a.messages.count_tokens(model="hhh-auto", messages=[user("Capital?")])
+
+    blocks = [chat.model_extra, chunks[-1].model_extra, response.model_extra, message.model_extra]
+    assert {b["hhh"]["policy"]["name"] for b in blocks if b} == {"watchful"}  # the sidecar's, not the server's
+    assert chat.choices[0].message.content == "Paris it is."
+    assert response.output_text == message.content[0].text == "Paris it is."
+    assert streamed.type == "response.completed"
+    assert "hhh-auto" in models
+    assert verdict.results[0].flagged is False
+    assert tokens.input_tokens > 0

@@ -1,0 +1,101 @@
+"""proxy.yaml: every mistake with its line, and what a right one means."""
+
+from pathlib import Path
+
+import pytest
+
+from hhh_router.errors import SettingsError
+from hhh_router.interfaces.proxy.config import make_config, parse_proxy_file, read_proxy_file, simple_config
+from hhh_router.settings import Settings
+
+GOOD = """\
+version: 1
+mode: observe
+upstreams:
+  main: {url: "https://api.example/v1", api_key_env: KEY, retries: 2, timeouts: {first_byte_s: 60}}
+  backup: {url: "http://backup:9000", breaker: {after: 2, pause_s: 3}}
+routes:
+  - name: chat
+    paths: ["/v1/chat/*"]
+    to: [{upstream: main, weight: 9}, {upstream: backup}]
+    fallback: [backup, hhh]
+  - {to: main, mode: enforce, policy: strict, escalate_to: backup}
+audit: {path: audit.sqlite3, on_failure: open, redact: ['CASE-\\d+']}
+"""
+
+
+def test_a_right_file_means_what_it_says() -> None:
+    config = make_config(parse_proxy_file(GOOD.encode()), environ={"KEY": "k"})
+
+    first, second = config.routes
+    assert (first.name, first.mode, [(u.name, w) for u, w in first.to]) == (
+        "chat", "observe", [("main", 9.0), ("backup", 1.0)]
+    )  # fmt: skip
+    assert ([u.name for u in first.fallback], first.answer_here) == (["backup"], True)
+    assert (second.name, second.mode, second.policy) == ("routes[1]", "enforce", "strict")
+    assert second.escalate_to is not None
+    main = first.to[0][0]
+    assert (main.headers, main.retries, main.timeouts.first_byte_s) == ({"authorization": "Bearer k"}, 2, 60)
+    assert config.audit_failure == "open"
+    assert "Bearer" not in repr(main)
+
+
+def test_the_command_lines_mode_holds_for_every_route() -> None:
+    config = make_config(parse_proxy_file(GOOD.encode()), environ={"KEY": "k"}, mode="annotate")
+
+    assert {r.mode for r in config.routes} == {"annotate"}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("mode: observe", "mode: obsreve", "2  mode: found 'obsreve'; input should be 'observe', 'annotate' or"),
+        ("version: 1", "version: 2", "1  version: found 2; input should be 1"),
+        ("https://api.example/v1", "api.example", "4  upstreams.main.url: found 'api.example'; an http(s) URL"),
+        ("https://api", "https://me:pw@api", "4  upstreams.main.url: found"),
+        ("retries: 2", "retires: 2", "4  upstreams.main.retires: not a key here, did you mean retries?"),
+        ("retries: 2", "retries: many", "4  upstreams.main.retries: found 'many'; input should be a valid integer"),
+        ("first_byte_s: 60", "first_byte_s: 0", "4  upstreams.main.timeouts.first_byte_s: found 0; input should be"),
+        ("upstream: main, weight: 9", "upstream: mian", "9  routes[0].to[0].upstream: 'mian' is no upstream, did you"),
+        ("fallback: [backup, hhh]", "fallback: [hh]", "10  routes[0].fallback[0]: 'hh' is no upstream"),
+        ("to: main, mode", "to: nobody, mode", "11  routes[1].to: 'nobody' is no upstream"),
+        ("escalate_to: backup", "escalate_to: hhh", "11  routes[1].escalate_to: 'hhh' is no upstream"),
+        ("'CASE-\\d+'", "'CASE-['", "12  audit.redact[0]: no regular expression"),
+        ("  backup:", "  hhh:", "5  upstreams.hhh: 'hhh' is the own mixture's name"),
+        ("routes:", "routes: &x", "6  file: anchor"),
+        ("weight: 9}, {upstream: backup}", "weight: 0}", "9  routes[0].to: no target has a weight"),
+        ("mode: observe", "mode: observe\nmode: enforce", "3  file: 'mode' is here twice"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_told_with_its_line(old: str, new: str, told: str) -> None:
+    with pytest.raises(SettingsError) as raised:
+        parse_proxy_file(GOOD.replace(old, new).encode(), source="p.yaml")
+
+    assert f"p.yaml:{told}" in raised.value.message
+    assert raised.value.hint is not None
+    assert "docs/proxy.md" in raised.value.hint
+
+
+def test_all_mistakes_are_told_at_once() -> None:
+    text = GOOD.replace("mode: observe", "mode: x").replace("retries: 2", "retires: 2")
+
+    with pytest.raises(SettingsError) as raised:
+        parse_proxy_file(text.encode())
+
+    assert [line.split("  ")[0] for line in raised.value.message.splitlines()] == ["proxy.yaml:2", "proxy.yaml:4"]
+
+
+def test_a_key_that_is_not_there_is_named_and_a_file_too(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="KEY: not set"):
+        make_config(parse_proxy_file(GOOD.encode()), environ={})
+    with pytest.raises(SettingsError, match=r"nope\.yaml:1  file: cannot be read"):
+        read_proxy_file(tmp_path / "nope.yaml")
+
+
+def test_one_upstream_needs_no_file() -> None:
+    settings = Settings.load(upstream_api_key="sk-1")
+    config = simple_config("http://host/v1", settings, mode="annotate")
+
+    [route] = config.routes
+    assert (route.mode, route.to[0][0].url) == ("annotate", "http://host/v1")
+    assert "sk-1" not in repr(route)
