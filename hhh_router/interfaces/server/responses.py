@@ -19,11 +19,11 @@ from hhh_router.interfaces.server.dialect import event
 from hhh_router.interfaces.server.http import Failure, WireError, dump, failure
 from hhh_router.interfaces.server.kept import Kept
 from hhh_router.interfaces.server.models import parse_model
-from hhh_router.interfaces.server.openai import wire_token
+from hhh_router.interfaces.server.responses_events import Writer, function_call, parts_of
 from hhh_router.interfaces.tools import parse_tools
-from hhh_router.pipeline import ChatDelta, ChatFinished, TokenLogprob
+from hhh_router.pipeline import ChatFinished
 from hhh_router.trace.block import Metadata
-from hhh_router.types import ChatRequest, Message, Sampling, ToolCall
+from hhh_router.types import ChatRequest, Message, Sampling
 
 MOST_KEPT = 1024
 """Responses that ``previous_response_id`` may name."""
@@ -167,8 +167,8 @@ class Call:
             "total_tokens": done.usage.prompt_tokens + done.usage.completion_tokens,
         }
         status = "completed" if reason is None else "incomplete"
-        calls = [_function_call(call) for call in done.tool_calls]
-        said = [self.message(0, _parts(done), status)] if done.text or not calls else []
+        calls = [function_call(call) for call in done.tool_calls]
+        said = [self.message(0, parts_of(done), status)] if done.text or not calls else []
         return self.body(
             status,
             output=[*said, *calls],
@@ -186,111 +186,6 @@ class Call:
             "status": status,
             "content": list(parts),
         }
-
-
-class Writer:
-    """The events of one streamed response. ``hhh`` is in ``response.created`` and in the last event's response."""
-
-    def __init__(self, call: Call, first: Metadata) -> None:
-        self._call, self._first = call, first
-        self._begun = False
-        self._parts: list[dict[str, Any]] = []
-        """Of the message under way; the last may grow."""
-        self._item: dict[str, Any] | None = None
-        """The message under way."""
-        self._at = -1
-        """Its place in the output, or that of the last item."""
-
-    def delta(self, piece: ChatDelta) -> list[bytes]:
-        """See `dialect.StreamWriter`."""
-        frames = self._open()
-        if piece.text or not piece.tool_calls:
-            frames += self._say(piece)
-        for call in piece.tool_calls:
-            frames += [*self._end_message(), *self._called(call)]
-        return frames
-
-    def end(self, done: ChatFinished) -> list[bytes]:
-        """See `dialect.StreamWriter`."""
-        frames = self._open()
-        if self._at < 0:
-            frames += self._say(ChatDelta(text=""))  # a reply without a word still has its message
-        response = self._call.finished(done)
-        frames += self._end_message(response["status"])
-        kind = "response.completed" if response["status"] == "completed" else "response.incomplete"
-        return [*frames, self._call.event(kind, response=response)]
-
-    def _open(self) -> list[bytes]:
-        if self._begun:
-            return []
-        self._begun = True
-        started = self._call.body("in_progress", hhh=self._first.as_json())
-        return [
-            self._call.event("response.created", response=started),
-            self._call.event("response.in_progress", response=started),
-        ]
-
-    def _say(self, piece: ChatDelta) -> list[bytes]:
-        kind = "refusal" if piece.is_refusal else "output_text"
-        key = "refusal" if piece.is_refusal else "text"
-        frames = self._begin_message()
-        if not self._parts or self._parts[-1]["type"] != kind:
-            frames += self._close_part()
-            self._parts.append(_part(kind))
-            frames.append(self._event("response.content_part.added", part=dict(self._parts[-1])))
-        part = self._parts[-1]
-        text = piece.text.strip() if piece.is_refusal else piece.text
-        told: dict[str, Any] = {}
-        if kind == "output_text":
-            tokens = [wire_token(t) for t in piece.logprobs]
-            part["logprobs"] += tokens
-            told = {"logprobs": tokens}
-        part[key] += text
-        return [*frames, self._event(f"response.{kind}.delta", delta=text, **told)] if text or told else frames
-
-    def _begin_message(self) -> list[bytes]:
-        if self._item is not None:
-            return []
-        self._at += 1
-        self._parts = []
-        self._item = self._call.message(self._at, [], "in_progress")
-        return [self._call.event("response.output_item.added", output_index=self._at, item=self._item)]
-
-    def _end_message(self, status: str = "completed") -> list[bytes]:
-        if self._item is None:
-            return []
-        frames = self._close_part()
-        item = self._call.message(self._at, self._parts, status)
-        self._item = None
-        return [*frames, self._call.event("response.output_item.done", output_index=self._at, item=item)]
-
-    def _close_part(self) -> list[bytes]:
-        if not self._parts:
-            return []
-        part = self._parts[-1]
-        if part["type"] == "refusal":
-            done = self._event("response.refusal.done", refusal=part["refusal"])
-        else:
-            done = self._event("response.output_text.done", text=part["text"], logprobs=part["logprobs"])
-        return [done, self._event("response.content_part.done", part=part)]
-
-    def _called(self, call: ToolCall) -> list[bytes]:
-        self._at += 1
-        whole = _function_call(call)
-        here = {"item_id": whole["id"], "output_index": self._at}
-        begun = {**whole, "arguments": "", "status": "in_progress"}
-        kind = "response.function_call_arguments"
-        return [
-            self._call.event("response.output_item.added", output_index=self._at, item=begun),
-            self._call.event(f"{kind}.delta", delta=call.arguments, **here),
-            self._call.event(f"{kind}.done", arguments=call.arguments, name=call.name, **here),
-            self._call.event("response.output_item.done", output_index=self._at, item=whole),
-        ]
-
-    def _event(self, kind: str, **fields: Any) -> bytes:
-        assert self._item is not None
-        place = {"item_id": self._item["id"], "output_index": self._at, "content_index": len(self._parts) - 1}
-        return self._call.event(kind, **place, **fields)
 
 
 def parse_response(
@@ -391,17 +286,6 @@ def _turns(given: object) -> tuple[tuple[Message, ...], tuple[str, ...]]:
     return parse_messages(rows, where="input", names=names)
 
 
-def _function_call(call: ToolCall) -> dict[str, Any]:
-    return {
-        "id": f"fc_{call.id}",
-        "type": "function_call",
-        "status": "completed",
-        "call_id": call.id,
-        "name": call.name,
-        "arguments": call.arguments,
-    }
-
-
 def _sampling(body: Mapping[str, Any]) -> Sampling:
     text = {} if body.get("text") is None else body["text"]
     if not isinstance(text, Mapping):
@@ -419,20 +303,3 @@ def _sampling(body: Mapping[str, Any]) -> Sampling:
         max_tokens=body.get("max_output_tokens"), temperature=body.get("temperature"), top_p=body.get("top_p"),
         logprobs=wanted, top_logprobs=body.get("top_logprobs") if wanted else None, response_format=form,
     )  # fmt: skip
-
-
-def _parts(done: ChatFinished) -> list[dict[str, Any]]:
-    """What was let through, and the policy's message, which ends the text, as a part of its own."""
-    text = done.text.removesuffix(done.refusal).rstrip() if done.refusal else done.text
-    parts = []
-    if text or not done.refusal:
-        parts.append(_part("output_text", text, done.logprobs or ()))
-    if done.refusal:
-        parts.append(_part("refusal", done.refusal))
-    return parts
-
-
-def _part(kind: str, text: str = "", logprobs: Sequence[TokenLogprob] = ()) -> dict[str, Any]:
-    if kind == "refusal":
-        return {"type": "refusal", "refusal": text}
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": [wire_token(t) for t in logprobs]}
