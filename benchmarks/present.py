@@ -55,12 +55,14 @@ def table(records: Sequence[Record]) -> str:
 def shown(value: float, unit: str) -> str:
     """A value with its unit.
 
-    >>> shown(0.0123, "share"), shown(2.5, "x"), shown(1234.5, "tokens/s")
-    ('1.2 %', '2.50 x', '1234 tokens/s')
+    >>> shown(0.0123, "share"), shown(2.5, "x"), shown(1234.5, "tokens/s"), shown(1.234, "ms")
+    ('1.2 %', '2.50 x', '1234 tokens/s', '1.23 ms')
     """
     if unit == "share":
         return f"{100 * value:.1f} %"
-    return f"{value:.2f} x" if unit == "x" else f"{value:.0f} {unit}"
+    if unit == "x" or value < 100:
+        return f"{value:.2f} {unit}"
+    return f"{value:.0f} {unit}"
 
 
 def _plain(value: float) -> str:

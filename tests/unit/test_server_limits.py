@@ -4,6 +4,7 @@ import asyncio
 import hashlib
 import json
 import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
@@ -16,9 +17,11 @@ from starlette.testclient import TestClient
 from hhh_router.interfaces.server import connection, http
 from hhh_router.interfaces.server.app import create_app
 from hhh_router.interfaces.server.guardrail import PATH
+from hhh_router.interfaces.server.run import make_server
 from hhh_router.pipeline.validate import MAX_MESSAGES
 from hhh_router.testing import FakeGenerator, FakeReader, fake_pipeline
 from hhh_router.types import ReadRequest, Scores
+from tests.e2e import loopback
 from tests.e2e.loopback import served
 
 Policies = Callable[..., Path]
@@ -304,6 +307,17 @@ def test_a_body_that_says_it_is_too_large_is_not_waited_for() -> None:
 
     assert (status, headers["connection"]) == (413, "close")
     assert "2,048 bytes" in told("/v1/guard", json.loads(body))
+
+
+def test_a_reply_does_not_wait_for_an_acknowledgement() -> None:
+    ready = threading.Event()
+    server = make_server(fake_pipeline(), on_ready=ready.set)
+    with loopback._running(server, ready) as url, closing(connect(url)) as sock:
+        sock.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert b" 200 " in sock.recv(65_536)
+        [one] = server.server_state.connections
+        theirs = one.transport.get_extra_info("socket")  # type: ignore[union-attr]
+        assert theirs.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 # -- clients that leave -----------------------------------------------------------------------------------------------
