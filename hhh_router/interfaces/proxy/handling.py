@@ -78,10 +78,9 @@ class Handling:
         """Answer. The work ends when the client leaves, or when the process has to."""
         work = asyncio.ensure_future(self._work())
         left = asyncio.ensure_future(self._client_leaves())
-        cut = asyncio.ensure_future(self._app.cut())
         self._app.track(asyncio.current_task())  # type: ignore[arg-type]  # ASGI runs in a task
         try:
-            await asyncio.wait({work, left, cut}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({work, left, self._app.cut}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
                 work.cancel()
                 await asyncio.gather(work, return_exceptions=True)
@@ -95,9 +94,9 @@ class Handling:
         except (OSError, ClientDisconnect):
             self._outcome["ended"] = "the client left"
         finally:
-            for task in (work, left, cut):
+            for task in (work, left):
                 task.cancel()
-            await asyncio.gather(work, left, cut, return_exceptions=True)
+            await asyncio.gather(work, left, return_exceptions=True)
             await self._finish()
 
     async def _client_leaves(self) -> None:
