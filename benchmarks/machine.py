@@ -30,10 +30,10 @@ _PROBE_TURNS = 5
 _ROOT = Path(__file__).resolve().parent.parent
 
 
-def versions() -> dict[str, str]:
-    """Versions of what the figures depend on; a package that is not here is left out."""
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of what the figures depend on, the engine's by default; a package that is not here is left out."""
     found = {}
-    for name in _PACKAGES:
+    for name in packages or _PACKAGES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:

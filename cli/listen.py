@@ -79,7 +79,7 @@ def run_proxy(
         logging.getLogger("hhh_router").setLevel(logging.INFO)
 
         def announce(url: str) -> None:
-            typer.echo(f"hhh-router listens on {url}")
+            typer.echo(f"hhh-router listens on {url}/v1")
             for line in plan.told(sidecar.pipeline):
                 typer.echo(f"  {line}")
 

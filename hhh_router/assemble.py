@@ -15,6 +15,7 @@ from hhh_router.calibration.kept import KEPT, read_kept
 from hhh_router.errors import BundleError, MissingExtra, SettingsError
 from hhh_router.pipeline import Pipeline, PolicyStore
 from hhh_router.pipeline.situation import PIPELINE
+from hhh_router.policy import Door
 from hhh_router.policy.lock import Deployed
 from hhh_router.settings import Settings
 from hhh_router.trace import LogSink, Sink
@@ -27,20 +28,23 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-def build_pipeline(settings: Settings, *, sinks: Sequence[Sink] | None = None, serving: bool = False) -> Pipeline:
+def build_pipeline(
+    settings: Settings, *, sinks: Sequence[Sink] | None = None, serving: bool = False, door: Door = PIPELINE
+) -> Pipeline:
     """Load policies, bundle and model, and put the path together. Blocks for seconds; may import torch.
 
     Args:
         settings: Where and how it runs.
         sinks: Where traces go; one INFO line a request by default.
         serving: Run the model in a process of its own, where the settings leave it open.
+        door: What the policies may ask for.
 
     Raises:
         PolicyError: A policy is wrong.
         BundleError: The bundle is missing, corrupt, for another backbone, or not calibrated for these heads.
         MissingExtra: torch is not installed.
     """
-    policies = PolicyStore.from_settings(settings, door=PIPELINE)  # the cheapest checks first
+    policies = PolicyStore.from_settings(settings, door=door)  # the cheapest checks first
     bundle = Bundle.load(settings.bundle)
     bundle.verify()
     policies.bind(deployed(bundle))

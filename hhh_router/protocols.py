@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 from hhh_router.errors import ReaderError
-from hhh_router.types import ChatRequest, Plan, ReadRequest, Scores, Weights
+from hhh_router.types import ChatRequest, Plan, ReadRequest, Scores, ToolCall, Weights
 
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 
@@ -75,6 +75,8 @@ class Delta:
     """Where the request asks for log-probabilities: every token whose text has come out with this delta."""
     raw: Mapping[str, Any] | None = None
     """The upstream's own chunk, to be passed on unchanged."""
+    calls: tuple[ToolCall, ...] = ()
+    """Calls of tools that the upstream's chunk holds, or completes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

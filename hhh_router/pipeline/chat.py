@@ -137,7 +137,7 @@ class _Run:
     def _tell(self, delta: Delta) -> ChatDelta | None:
         """A cleared delta as the caller sees it; None for a token that shows its text only with the next one."""
         if self._scanner is None or delta.raw is not None:
-            piece = ChatDelta(text=delta.text, raw=delta.raw, logprobs=delta.told)
+            piece = ChatDelta(text=delta.text, raw=delta.raw, logprobs=delta.told, tool_calls=delta.calls)
         else:
             text, calls = self._scanner.push(delta.text)
             # a piece of a call is no text of the reply, so its tokens are not told

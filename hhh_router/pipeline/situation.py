@@ -20,8 +20,14 @@ PIPELINE = Door(
 )
 """What every door of the pipeline has where its own model answers: the SDK, the commands and the server."""
 
-UPSTREAM = Door(name="a server in front of an upstream", supplies=_KNOWN)
-"""The same where another model answers: its calls pass through as they come."""
+SIDECAR = Door(
+    name="the sidecar",
+    checkpoints=PIPELINE.checkpoints,
+    reads_at=PIPELINE.reads_at,
+    supplies=PIPELINE.supplies | {"model", "route", "headers.NAME"},
+    carries=frozenset({"upstream"}),
+)
+"""Where another model answers, behind a proxy that knows several."""
 
 
 def asked_situation(messages: Sequence[Message], caller: Caller, at: datetime | None) -> Situation:

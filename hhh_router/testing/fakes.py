@@ -23,6 +23,8 @@ from pathlib import Path
 
 from hhh_router.calibration import Calibrators
 from hhh_router.pipeline import Pipeline, PolicyStore
+from hhh_router.pipeline.situation import PIPELINE
+from hhh_router.policy import Door
 from hhh_router.protocols import (
     Delta,
     Event,
@@ -251,6 +253,7 @@ def fake_pipeline(
     sinks: Sequence[Sink] = (),
     answers_elsewhere: bool = False,
     closers: Sequence[Callable[[], Awaitable[None]]] = (),
+    door: Door = PIPELINE,
     **settings: object,
 ) -> Pipeline:
     """A real pipeline around stand-ins for the model.
@@ -263,6 +266,7 @@ def fake_pipeline(
         sinks: Where traces go; nowhere by default.
         answers_elsewhere: As for a proxy: the generator asks another model, no mixture is applied.
         closers: Awaited when the pipeline is closed.
+        door: What the policy may ask for.
         settings: Further fields of `Settings`.
     """
     reader = reader or FakeReader()
@@ -271,7 +275,7 @@ def fake_pipeline(
         reader=reader,
         generator=generator or FakeGenerator(reader=reader),
         calibrators=calibrators or Calibrators.none(),
-        policies=PolicyStore.from_settings(chosen),
+        policies=PolicyStore.from_settings(chosen, door=door),
         bundle_ref=BundleRef(name="fake", hash="0" * 16),
         backbone_sha256=None,
         sinks=sinks or (NullSink(),),

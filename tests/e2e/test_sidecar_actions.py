@@ -10,12 +10,15 @@ import anthropic
 import openai
 import pytest
 
+from hhh_router.errors import PolicyError
 from hhh_router.interfaces.proxy.config import make_config, parse_proxy_file
+from hhh_router.interfaces.proxy.open import plan_sidecar
+from hhh_router.pipeline.situation import SIDECAR
 from hhh_router.testing import FakeGenerator, FakeReader, fake_pipeline
 from hhh_router.trace.audit import SqliteAudit, read_rows
 
 from .loopback import served, served_app
-from .sidecars import RULES, Said, Stub, ask, closed_port, route_to, sidecar
+from .sidecars import RULES, Said, Stub, ask, closed_port, route_to, sidecar, sse
 from .test_sidecar_guarded import GOOD, WIRES, Model, user
 
 pytestmark = pytest.mark.e2e
@@ -165,3 +168,114 @@ def test_official_clients_reach_our_own_server_through_a_sidecar(watchful: Polic
     assert "hhh-auto" in models
     assert verdict.results[0].flagged is False
     assert tokens.input_tokens > 0
+
+
+TOOLS = """\
+version: 1
+name: tools
+weights: {helpful: 1, harmless: 1, honest: 1}
+strength: 0.5
+checkpoints:
+  input:
+    - {when: {model: [claude-*]}, then: escalate, upstream: strong}
+    - {then: allow}
+  output: [{then: allow}]
+  tool_call:
+    - {when: {tool.name: [delete_*, "send"]}, then: block, message: "Not that tool."}
+    - {then: allow}
+mode: enforce
+on_error: closed
+stream: {window_tokens: 3}
+"""
+
+
+@pytest.fixture
+def tools_policy(tmp_path: Path) -> Path:
+    path = tmp_path / "tools.yaml"
+    path.write_text(TOOLS)
+    return path
+
+
+@pytest.mark.parametrize("wire", ["chat", "responses", "messages"])
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_a_call_that_the_policy_forbids_never_reaches_the_app(
+    tools_policy: Path, stub: tuple[Stub, str], wire: str, stream: bool
+) -> None:
+    pipeline = fake_pipeline(tools_policy, door=SIDECAR)
+    with sidecar(route_to(stub[1]), pipeline=pipeline) as (url, _):
+        stopped = WIRES[wire](url, "use a tool", stream=stream)
+        passed = WIRES[wire](url, "Capital?", stream=stream)
+
+    assert "Not that tool." in stopped.text
+    assert "'send'" not in stopped.everything
+    assert stopped.last["decisions"][-1]["checkpoint"] == "tool_call"
+    assert passed.text.strip() == GOOD
+
+
+@pytest.mark.parametrize("wire", ["chat", "responses", "messages"])
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_a_call_that_the_policy_allows_passes_as_it_came(
+    tools_policy: Path, stub: tuple[Stub, str], wire: str, stream: bool
+) -> None:
+    tools_policy.write_text(TOOLS.replace(', "send"', ""))
+    path, body = {
+        "chat": ("/v1/chat/completions", {"messages": [user("use a tool")]}),
+        "responses": ("/v1/responses", {"input": "use a tool"}),
+        "messages": ("/v1/messages", {"messages": [user("use a tool")]}),
+    }[wire]
+    body = {**body, "model": "m", "stream": stream}
+    _, _, direct = ask(stub[1], path=path, body=body)
+    with sidecar(route_to(stub[1]), pipeline=fake_pipeline(tools_policy, door=SIDECAR), block="none") as (url, _):
+        _, _, through = ask(url, path=path, body=body)
+
+    assert through == direct
+    assert b"send" in through
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
+def test_arguments_are_judged_by_their_values(tools_policy: Path, stub: tuple[Stub, str], stream: bool) -> None:
+    for value, stops in (("poison", True), ("other", False)):
+        rule = f'{{when: {{tool.arguments.x: [{value}]}}, then: block, message: "Not that value."}}'
+        old = '{when: {tool.name: [delete_*, "send"]}, then: block, message: "Not that tool."}'
+        tools_policy.write_text(TOOLS.replace(old, rule))
+        with sidecar(route_to(stub[1]), pipeline=fake_pipeline(tools_policy, door=SIDECAR)) as (url, _):
+            heard = WIRES["chat"](url, "use a tool", stream=stream)
+
+        assert ("Not that value." in heard.text) is stops
+        assert ("send" in heard.everything) is not stops
+
+
+def test_of_two_calls_none_leaves_when_the_second_is_forbidden(tools_policy: Path, stub: tuple[Stub, str]) -> None:
+    def call(index: int, name: str | None, arguments: str) -> dict[str, Any]:
+        function = {"arguments": arguments, **({"name": name} if name else {})}
+        piece = {"index": index, "function": function, **({"id": f"c{index}"} if name else {})}
+        return {"id": "x", "choices": [{"index": 0, "delta": {"tool_calls": [piece]}, "finish_reason": None}]}
+
+    events = [call(0, "look", ""), call(0, None, '{"a":'), call(0, None, " 1}"), call(1, "delete_all", "{}")]
+    last = {"id": "x", "choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]}
+    kind = [(b"content-type", b"text/event-stream")]
+    stub[0].answer = Said(headers=kind, pieces=sse(*events, last, "[DONE]"))
+    with sidecar(route_to(stub[1]), pipeline=fake_pipeline(tools_policy, door=SIDECAR)) as (url, _):
+        heard = WIRES["chat"](url, "Hi", stream=True)
+
+    assert "name='delete_all'" not in heard.everything
+    assert "name='look'" not in heard.everything
+    assert "Not that tool." in heard.text
+
+
+def test_a_rule_names_the_upstream_that_it_escalates_to(tools_policy: Path, stub: tuple[Stub, str]) -> None:
+    strong = Stub(Model())
+    with served_app(strong) as url_of_strong:
+        other = replace(route_to(url_of_strong).to[0][0], name="strong")
+        pipeline = fake_pipeline(tools_policy, door=SIDECAR)
+        with sidecar(route_to(stub[1]), pipeline=pipeline, others=(other,)) as (url, _):
+            body = {"model": "claude-9", "messages": [user("Hi")]}
+            _, headers, _ = ask(url, body=body)
+
+    assert dict(headers)["x-hhh-upstream"] == "strong"
+    assert (len(stub[0].asked), len(strong.asked)) == (0, 1)
+
+
+def test_a_rule_that_escalates_to_nobody_is_found_at_the_start(tools_policy: Path) -> None:
+    with pytest.raises(PolicyError, match="'strong' is no upstream here"):
+        plan_sidecar(policy=str(tools_policy), bundle=None, upstream="http://x", config=None, mode=None, audit="none")

@@ -7,7 +7,7 @@ import pytest
 
 from hhh_router.errors import PolicyError, PolicyNotAllowed
 from hhh_router.pipeline import PolicyStore
-from hhh_router.pipeline.situation import PIPELINE, UPSTREAM, asked_situation
+from hhh_router.pipeline.situation import PIPELINE, asked_situation
 from hhh_router.policy import Door, check_door, headers_read, lacking, load_policy, parse_policy
 from hhh_router.policy.doors import CARRIED, SITUATIONS
 from hhh_router.policy.schema import CHECKPOINTS
@@ -96,7 +96,7 @@ def test_a_store_refuses_a_default_policy_that_does_not_fit(tmp_path: Path):
     file.write_text(file.read_text().replace("tool_result", "tool_call"))
     assert PolicyStore(file).default.name == "t"
     with pytest.raises(PolicyError, match="a server in front of an upstream does not ask at tool_call"):
-        PolicyStore(file, door=UPSTREAM)
+        PolicyStore(file, door=Door(name="a server in front of an upstream"))
 
 
 def test_a_shipped_policy_that_does_not_fit_cannot_be_picked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

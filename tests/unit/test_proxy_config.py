@@ -1,5 +1,6 @@
 """proxy.yaml: every mistake with its line, and what a right one means."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -99,3 +100,13 @@ def test_one_upstream_needs_no_file() -> None:
     [route] = config.routes
     assert (route.mode, route.to[0][0].url) == ("annotate", "http://host/v1")
     assert "sk-1" not in repr(route)
+
+
+def test_the_example_of_the_page_is_right() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "proxy.md").read_text(encoding="utf-8")
+    [example] = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+
+    config = make_config(parse_proxy_file(example.encode()), environ={"OPENAI_API_KEY": "a", "ANTHROPIC_API_KEY": "b"})
+
+    assert [r.name for r in config.routes] == ["messages", "cheap", "rest"]
+    assert config.routes[2].answer_here

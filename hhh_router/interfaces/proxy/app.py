@@ -58,7 +58,7 @@ class Sidecar:
         )
         self.draining = False
         self._under_way: set[asyncio.Task[None]] = set()
-        self._cut = asyncio.Event()
+        self._cut: asyncio.Future[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, as ASGI has it."""
@@ -79,7 +79,8 @@ class Sidecar:
         deadline = loop.time() + timeout_s
         if self._under_way:
             await asyncio.wait(self._under_way, timeout=timeout_s)
-        self._cut.set()
+        if not self.cut.done():
+            self.cut.set_result(None)
         if self._under_way:
             await asyncio.wait(self._under_way, timeout=5)
         await self.observer.drain(max(1.0, deadline - loop.time()))
@@ -90,9 +91,12 @@ class Sidecar:
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
 
-    async def cut(self) -> None:
-        """Returns when answers under way have to end."""
-        await self._cut.wait()
+    @property
+    def cut(self) -> asyncio.Future[None]:
+        """Done when answers under way have to end; one for all of them."""
+        if self._cut is None:
+            self._cut = asyncio.get_running_loop().create_future()
+        return self._cut
 
     async def answer_here(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The deployment's own server, under its prefix."""

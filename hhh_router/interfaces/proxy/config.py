@@ -203,6 +203,7 @@ def make_config(file: ProxyFile, *, environ: Mapping[str, str] | None = None, mo
         )
     return ProxyConfig(
         routes=routes,
+        others=tuple(upstreams.values()),
         block=file.block,
         unread_paths=file.unread_paths,
         guard_timeout_s=file.guard_timeout_s,

@@ -18,7 +18,7 @@ from hhh_router.interfaces.proxy.upstreams import Answer
 from hhh_router.interfaces.proxy.wires import Asked, Wire
 from hhh_router.interfaces.proxy.wires.reading import Reply
 from hhh_router.protocols import Delta, Event, Finished, Planned, Planner, Reader, Steerer, Unread, Window
-from hhh_router.types import ChatRequest, ReadRequest, Scores
+from hhh_router.types import ChatRequest, ReadRequest, Scores, ToolCall
 
 CHARS_PER_TOKEN = 4  # English text under common tokenizers; an upstream does not say how it splits
 
@@ -47,6 +47,7 @@ class Exchange:
         asked: What the request says.
         ask: Sends the request on; called once, or once more where a policy regenerates.
         enforce: The answer is read at every window; otherwise once, at its end.
+        hold_calls: Calls of tools are told whole, so that they can be judged before any of them leaves.
         plan_first: Nothing is asked before the prompt was read; otherwise it is read while the upstream works.
         guard_timeout_s: Longest wait for one reading.
         max_bytes: Largest answer that is read.
@@ -61,6 +62,7 @@ class Exchange:
         *,
         enforce: bool,
         plan_first: bool,
+        hold_calls: bool,
         guard_timeout_s: float,
         max_bytes: int,
     ) -> None:
@@ -70,11 +72,14 @@ class Exchange:
         self._ask = ask
         self._enforce = enforce
         self._plan_first = plan_first
+        self._hold_calls = hold_calls
         self._guard_timeout_s = guard_timeout_s
         self._max_bytes = max_bytes
         self._read_tokens = 0
         self._tokens = 0
         self._scores: Scores | None = None
+        self._calling: list[Piece] = []  # taken and not told yet
+        self._text = ""  # theirs
         self.answer: Answer | None = None
         """The upstream's answer, once its head is there."""
         self.kind: Kind | None = None
@@ -87,7 +92,7 @@ class Exchange:
     async def generate(
         self, request: ChatRequest, planner: Planner, *, window_tokens: int, steer: Steerer | None = None
     ) -> AsyncGenerator[Event, None]:
-        """See `Generator`. Each delta's ``raw`` is ``{"piece": Piece}``.
+        """See `Generator`. Each delta's ``raw`` is ``{"pieces": …}``, a sequence of `Piece`.
 
         Raises:
             UpstreamError: It failed, or answered with an error, which is then in ``error_body``.
@@ -117,6 +122,7 @@ class Exchange:
     def _begin_again(self) -> None:
         self._read_tokens = self._tokens = 0
         self._scores = None
+        self._calling, self._text = [], ""
         self.answer, self.kind, self.reply = None, None, self._wire.reply()
 
     async def _plan(self, planner: Planner) -> Planned | Unread:
@@ -162,28 +168,43 @@ class Exchange:
         async with aclosing(answer.pieces()) as pieces:
             async for raw in pieces:
                 for frame in frames.feed(raw):
-                    yield self._take(frame)
+                    if (delta := self._take(frame)) is None:
+                        continue
+                    yield delta
                     if self._enforce and self._tokens - self._read_tokens >= window_tokens:
                         yield await self._window(is_final=False)
         if not self.reply.is_over:
             raise UpstreamError("the upstream closed the stream before its end", hint="try again")
         if rest := frames.rest():
-            yield Delta(text="", tokens=0, raw={"piece": Piece(rest)})
+            self._calling.append(Piece(rest))
+        if self._calling:
+            yield self._told(self.reply.take_calls())
         if (last := await self._last_window()) is not None:
             yield last
 
-    def _take(self, frame: Frame) -> Delta:
+    def _take(self, frame: Frame) -> Delta | None:
+        """A piece of a stream; None while a call is held until it is whole."""
         body = frame.body()
         if body is None:
             self.reply.over = self.reply.over or frame.data is not None
-            return Delta(text="", tokens=0, raw={"piece": Piece(frame.raw)})
+            self._calling.append(Piece(frame.raw))
+            return None if self._hold_calls and self.reply.is_calling else self._told(())
         if "type" not in body and frame.name is not None:
             body = {"type": frame.name, **body}
         text = self.reply.event(body)
+        self._text += text
+        self._calling.append(Piece(frame.raw, body, self.reply.ends(body), self.reply.carries(body)))
+        if self._hold_calls and self.reply.is_calling:
+            return None
+        return self._told(self.reply.take_calls())
+
+    def _told(self, calls: tuple[ToolCall, ...]) -> Delta:
+        """What was taken and not told yet."""
+        pieces, self._calling = tuple(self._calling), []
+        text, self._text = self._text, ""
         tokens = math.ceil(len(text) / CHARS_PER_TOKEN)
         self._tokens += tokens
-        piece = Piece(frame.raw, body, self.reply.ends(body), self.reply.carries(body))
-        return Delta(text=text, tokens=tokens, raw={"piece": piece})
+        return Delta(text=text, tokens=tokens, raw={"pieces": pieces}, calls=calls if self._hold_calls else ())
 
     async def _whole(self, answer: Answer, encoding: bytes | None) -> AsyncGenerator[Event, None]:
         raw = bytearray()
@@ -206,8 +227,9 @@ class Exchange:
         if body is None:
             raise UpstreamError("the upstream sent a body that is no JSON")
         text = self.reply.whole(body)
-        self._tokens = math.ceil(len(text) / CHARS_PER_TOKEN)
-        yield Delta(text=text, tokens=self._tokens, raw={"piece": Piece(plain, body)})
+        self._text = text
+        self._calling = [Piece(plain, body)]
+        yield self._told(self.reply.take_calls())
         if (last := await self._last_window()) is not None:
             yield last
 
@@ -218,10 +240,10 @@ class Exchange:
         if self._enforce:
             yield Unread(error=ReaderError(f"the upstream sent {found}"))
         if begun:
-            yield Delta(text="", tokens=0, raw={"piece": Piece(begun)})
+            yield Delta(text="", tokens=0, raw={"pieces": (Piece(begun),)})
         async with aclosing(answer.pieces()) as pieces:
             async for raw in pieces:
-                yield Delta(text="", tokens=0, raw={"piece": Piece(raw)})
+                yield Delta(text="", tokens=0, raw={"pieces": (Piece(raw),)})
 
     async def _collected(self, answer: Answer) -> bytes:
         raw = bytearray()

@@ -33,8 +33,7 @@ class Guarded:
         out: Where it goes.
         block: Where the caller is told.
         enforce: Whether pieces may be held back by the pipeline; otherwise all leave as they come.
-        escalate: Called in place of an answer that ``escalate`` stopped before any of it left; None where nobody is
-            there to take it. Returns what it answered with.
+        escalate: Answers in place of what ``escalate`` stopped before any of it left; None where nobody is there to.
         extra: Further headers, read when the first byte leaves.
     """
 
@@ -47,7 +46,7 @@ class Guarded:
         *,
         block: Literal["body", "headers", "none"],
         enforce: bool,
-        escalate: Callable[[], Awaitable[Metadata | None]] | None = None,
+        escalate: Callable[[Metadata], Awaitable[Metadata | None] | None],
         extra: Mapping[str, str],
     ) -> None:
         self._parts = parts
@@ -84,15 +83,15 @@ class Guarded:
     async def _take(self, delta: ChatDelta) -> None:
         if delta.raw is None:
             return  # the policy's message: it is put in its shape when the final record is there
-        piece: Piece = delta.raw["piece"]
-        match self._exchange.kind:
-            case "stream":
-                await self._pass(piece)
-            case "unread":
-                await self._begin_passing(changed=False)
-                await self._out.part(piece.raw)
-            case _:
-                self._whole = piece
+        for piece in delta.raw["pieces"]:
+            match self._exchange.kind:
+                case "stream":
+                    await self._pass(piece)
+                case "unread":
+                    await self._begin_passing(changed=False)
+                    await self._out.part(piece.raw)
+                case _:
+                    self._whole = piece
 
     async def _pass(self, piece: Piece) -> None:
         """A piece of a stream. What belongs to its end waits for the final record."""
@@ -127,8 +126,10 @@ class Guarded:
 
     async def _end(self, done: ChatFinished) -> Metadata | None:
         stopped = done.refusal is not None
-        if stopped and not self._out.begun and self._escalate is not None and _escalates(done.metadata):
-            return await self._escalate()
+        if stopped and not self._out.begun and done.metadata.action == Action.ESCALATE:
+            again = self._escalate(done.metadata)
+            if again is not None:
+                return await again
         if stopped and self._out.begun and self._exchange.kind == "stream":
             await self._let_go()
             assert done.refusal is not None
@@ -191,10 +192,6 @@ class Guarded:
             return headers
         ours = encoded({**metadata.headers(), **self._extra})
         return replaced([(n, v) for n, v in headers if not n.startswith(_OURS)], ours)
-
-
-def _escalates(metadata: Metadata) -> bool:
-    return metadata.action == Action.ESCALATE
 
 
 def _spliced(data: bytes, block: bytes) -> bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,15 +20,16 @@ from hhh_router.interfaces.proxy.headers import encoded, find, passing, replaced
 from hhh_router.interfaces.proxy.incoming import Incoming, Out
 from hhh_router.interfaces.proxy.instruct import instructed
 from hhh_router.interfaces.proxy.observe import Seen, Tee, parsed
-from hhh_router.interfaces.proxy.policies import escalated, shadowed
+from hhh_router.interfaces.proxy.policies import escalated, rules_of, shadowed
 from hhh_router.interfaces.proxy.routes import Route, find_route
 from hhh_router.interfaces.proxy.upstreams import BREAKS, KEYS, RETRIED, Answer, Asking, Outgoing, Upstream
 from hhh_router.interfaces.proxy.wires import Asked, Wire, find_wire
 from hhh_router.interfaces.server.anthropic import anthropic_failure
 from hhh_router.interfaces.server.http import Failure, WireError, dump, failure
 from hhh_router.interfaces.server.keys import Key, check_policy
+from hhh_router.policy import Policy, asks, headers_read
 from hhh_router.trace.block import Metadata
-from hhh_router.types import ChatRequest, Message
+from hhh_router.types import Action, Caller, ChatRequest, Message
 
 if TYPE_CHECKING:
     from hhh_router.interfaces.proxy.app import Sidecar
@@ -78,10 +79,9 @@ class Handling:
         """Answer. The work ends when the client leaves, or when the process has to."""
         work = asyncio.ensure_future(self._work())
         left = asyncio.ensure_future(self._client_leaves())
-        cut = asyncio.ensure_future(self._app.cut())
         self._app.track(asyncio.current_task())  # type: ignore[arg-type]  # ASGI runs in a task
         try:
-            await asyncio.wait({work, left, cut}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({work, left, self._app.cut}, return_when=asyncio.FIRST_COMPLETED)
             if not work.done():
                 work.cancel()
                 await asyncio.gather(work, return_exceptions=True)
@@ -95,9 +95,9 @@ class Handling:
         except (OSError, ClientDisconnect):
             self._outcome["ended"] = "the client left"
         finally:
-            for task in (work, left, cut):
+            for task in (work, left):
                 task.cancel()
-            await asyncio.gather(work, left, cut, return_exceptions=True)
+            await asyncio.gather(work, left, return_exceptions=True)
             await self._finish()
 
     async def _client_leaves(self) -> None:
@@ -330,15 +330,16 @@ class Handling:
                 self._outcome["hhh"] = metadata.as_json()
 
     async def _guarded(
-        self, policy: str | None, route: Route, *, enforce: bool, escalating: bool = False
+        self, policy: str | None, route: Route, *, enforce: bool, escalating: Upstream | None = None
     ) -> Metadata | None:
         assert self._wire is not None
         parts = self._app.pipeline.parts
         settings = parts.settings
+        applied = parts.policies.get(policy)
         extra = {"x-hhh-upstream": "-"}
 
         async def ask() -> Answer:
-            order = [route.escalate_to] if escalating and route.escalate_to else route.order(self._app.draw)
+            order = [escalating] if escalating is not None else route.order(self._app.draw)
             told = exchange.instruction if route.instruct else None
             answer = await self._ask_one_of(order, lambda u: self._outgoing(u, self._body_for(u, told)))
             extra["x-hhh-upstream"] = self._asking.answered_by or "-"
@@ -351,6 +352,7 @@ class Handling:
             ask,
             enforce=enforce,
             plan_first=enforce or route.instruct,
+            hold_calls=enforce and asks(applied, "tool_call"),
             guard_timeout_s=self._app.config.guard_timeout_s,
             max_bytes=settings.max_body_bytes,
         )
@@ -363,15 +365,23 @@ class Handling:
         )
         parts = escalated(parts) if escalating else parts if enforce else shadowed(parts)
 
-        async def escalate() -> Metadata | None:
-            self._outcome["escalated_to"] = route.escalate_to.name if route.escalate_to else None
-            return await self._guarded(policy, route, enforce=enforce, escalating=True)
+        def escalate(done: Metadata) -> Coroutine[Any, Any, Metadata | None] | None:
+            """To whom the rule says, or else the route; nobody is asked twice."""
+            places = {d.rule for d in done.decisions if d.action == Action.ESCALATE}
+            named = next((r.upstream for r in rules_of(applied) if r.place in places and r.upstream), None)
+            known = {u.name: u for u in self._app.config.upstreams()}
+            to = known.get(named) if named is not None else route.escalate_to
+            if to is None or escalating is not None:
+                return None
+            self._outcome["escalated_to"] = to.name
+            return self._guarded(policy, route, enforce=enforce, escalating=to)
 
         request = ChatRequest(
             messages=self._asked.messages or (Message(role="user", content=""),),
             policy=policy,
             request_id=self._request_id,
             not_inspected=self._asked.not_inspected,
+            caller=self._caller(applied),
             passthrough={"wire": self._wire.name, "body_sha256": hashlib.sha256(self._body or b"").hexdigest()},
         )
         guarded = Guarded(
@@ -381,7 +391,7 @@ class Handling:
             self._out,
             block=self._app.config.block,
             enforce=enforce,
-            escalate=escalate if route.escalate_to is not None and not escalating else None,
+            escalate=escalate,
             extra=extra,
         )
         try:
@@ -394,6 +404,12 @@ class Handling:
                 await self._out.whole(exchange.answer.status, headers, exchange.error_body)
                 return None
             raise
+
+    def _caller(self, policy: Policy) -> Caller:
+        """What policies may ask of whoever sent this; of headers only those that this one reads."""
+        wanted = {name.encode() for name in headers_read(policy)}
+        headers = {n.decode("latin-1"): v.decode("latin-1") for n, v in self._in.headers if n in wanted}
+        return Caller(model=self._asked.model, route=self._scope["path"], headers=headers)
 
     # -- ends ---------------------------------------------------------------------------------------------------------
 

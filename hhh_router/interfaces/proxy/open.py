@@ -11,10 +11,12 @@ from hhh_router.assemble import build_pipeline, check_upstream, open_raw_client
 from hhh_router.errors import SettingsError
 from hhh_router.interfaces.proxy.app import Sidecar
 from hhh_router.interfaces.proxy.config import make_config, patterns, read_proxy_file, simple_config
+from hhh_router.interfaces.proxy.policies import check_upstreams
 from hhh_router.interfaces.proxy.routes import Mode, ProxyConfig
 from hhh_router.interfaces.proxy.upstreams import Upstreams
 from hhh_router.pipeline import Pipeline, PolicyStore
-from hhh_router.policy import load_policy
+from hhh_router.pipeline.situation import SIDECAR
+from hhh_router.policy import check_door, load_policy
 from hhh_router.settings import Settings
 from hhh_router.trace.audit import Audit, NoAudit, SqliteAudit, default_audit
 
@@ -78,10 +80,12 @@ def plan_sidecar(
         settings = Settings.load(policy=policy or file.policy, bundle=bundle)
         made, where = make_config(file, mode=chosen), audit or file.audit.path
         own = patterns(file)
-    PolicyStore.from_settings(settings)
-    for route in made.routes:
-        if route.policy is not None:
-            load_policy(route.policy)
+    names = {u.name for u in made.upstreams()}
+    for policy_ in [PolicyStore.from_settings(settings, door=SIDECAR).default] + [
+        load_policy(route.policy) for route in made.routes if route.policy is not None
+    ]:
+        check_door(policy_, SIDECAR)
+        check_upstreams(policy_, names)
     path = None if where == "none" else Path(where) if where else default_audit()
     return SidecarPlan(settings=settings, config=made, audit=path, patterns=own)
 
@@ -95,7 +99,7 @@ def open_sidecar(plan: SidecarPlan) -> Sidecar:
     """
     client = open_raw_client()
     audit: Audit = NoAudit() if plan.audit is None else SqliteAudit(plan.audit, patterns=plan.patterns)
-    pipeline = build_pipeline(plan.settings, serving=True)
+    pipeline = build_pipeline(plan.settings, serving=True, door=SIDECAR)
     for route in plan.config.routes:
         if route.policy is not None:
             pipeline.policies.add_file(route.policy)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 
+from hhh_router.errors import PolicyError
 from hhh_router.pipeline import PolicyStore
 from hhh_router.pipeline.parts import Parts
 from hhh_router.policy import Policy
+from hhh_router.policy.rules import Rule
 from hhh_router.types import Action
 
 
@@ -43,10 +45,36 @@ def escalated(parts: Parts) -> Parts:
 
 
 def _flagging(policy: Policy) -> Policy:
-    rules = {
-        checkpoint: tuple(
-            replace(rule, then=Action.FLAG, message=None) if rule.then is Action.ESCALATE else rule for rule in its
-        )
-        for checkpoint, its in policy.checkpoints.items()
-    }
-    return replace(policy, checkpoints=rules)
+    def flagging(checkpoints: Mapping[str, tuple[Rule, ...]]) -> dict[str, tuple[Rule, ...]]:
+        return {
+            checkpoint: tuple(
+                replace(rule, then=Action.FLAG, message=None, upstream=None) if rule.then is Action.ESCALATE else rule
+                for rule in its
+            )
+            for checkpoint, its in checkpoints.items()
+        }
+
+    overlays = tuple(replace(overlay, checkpoints=flagging(overlay.checkpoints)) for overlay in policy.overlays)
+    return replace(policy, checkpoints=flagging(policy.checkpoints), overlays=overlays)
+
+
+def rules_of(policy: Policy) -> Iterator[Rule]:
+    """Every rule, those of overlays too."""
+    for checkpoints in (policy.checkpoints, *(overlay.checkpoints for overlay in policy.overlays)):
+        for its in checkpoints.values():
+            yield from its
+
+
+def check_upstreams(policy: Policy, names: Collection[str]) -> None:
+    """Refuse a policy that escalates to somebody who is not there.
+
+    Raises:
+        PolicyError: One line for each such rule.
+    """
+    wrong = [
+        f"{policy.source or policy.name}:{rule.line or 1}  {rule.place}.upstream: {rule.upstream!r} is no upstream here"
+        for rule in rules_of(policy)
+        if rule.upstream is not None and rule.upstream not in names
+    ]
+    if wrong:
+        raise PolicyError("\n".join(wrong), hint=f"use {', '.join(sorted(names)) or 'none'}, or name it in proxy.yaml")

@@ -71,6 +71,8 @@ class ProxyConfig:
 
     routes: Sequence[Route]
     """The first that takes a request has it."""
+    others: Sequence[Upstream] = ()
+    """Upstreams that no route names, and that policies may escalate to."""
     block: Literal["body", "headers", "none"] = "body"
     """Where callers are told in ``annotate`` and ``enforce``: headers and the ``hhh`` block, headers alone, or not."""
     unread_paths: Literal["pass", "refuse"] = "pass"
@@ -88,7 +90,7 @@ class ProxyConfig:
 
     def upstreams(self) -> list[Upstream]:
         """All of them, each once."""
-        found: dict[str, Upstream] = {}
+        found: dict[str, Upstream] = {u.name: u for u in self.others}
         for route in self.routes:
             for upstream in (*(u for u, _ in route.to), *route.fallback, route.escalate_to):
                 if upstream is not None:

@@ -93,6 +93,8 @@ class ChatReply(Reply):
     head: dict[str, Any] = field(default_factory=lambda: {"object": "chat.completion.chunk"})
     open: dict[int, bool] = field(default_factory=dict)
     """Choices that came up → whether they have not ended yet."""
+    calling: dict[int, tuple[object, object, str]] = field(default_factory=dict)
+    """Choice → place, id and name of the call under way in it."""
 
     def whole(self, body: Mapping[str, Any]) -> str:
         """See `reading.Reply`."""
@@ -141,21 +143,44 @@ class ChatReply(Reply):
             self.open[index] = reason is None
             self.note(f"choices[{index}].", choice, _KNOWN_CHOICE | {part})
             [fields] = rows([choice.get(part) or {}])
+            if fields.get("content"):
+                self._called(index)
             for name in _SPOKEN:
                 new += self.add((index, name), fields.get(name))
             for j, call in enumerate(rows(fields.get("tool_calls"))):
                 function = call.get("function") or call.get("custom") or {}
-                new += self._call((index, "tool", call.get("index", j)), function)
+                at = call.get("index", j)
+                if self.calling.get(index, (at,))[0] != at:
+                    self._called(index)
+                _, given, named = self.calling.get(index, (at, None, ""))
+                said = str(function.get("name") or "") if isinstance(function, dict) else ""
+                self.calling[index] = at, given or call.get("id"), named + said
+                new += self._call((index, "tool", at), function)
             if isinstance(function := fields.get("function_call"), dict):
+                named = self.calling.get(index, (None, None, ""))[2] + str(function.get("name") or "")
+                self.calling[index] = None, None, named
                 new += self._call((index, "function"), function)
+            if reason is not None:
+                self._called(index)
             self.note(f"choices[{index}].{part}.", fields, _KNOWN_FIELDS)
         return new
 
+    @property
+    def is_calling(self) -> bool:
+        """See `reading.Reply`."""
+        return bool(self.calling)
+
     def _call(self, where: tuple[object, ...], function: object) -> str:
         [told] = rows([function])
-        name = told.get("name")
-        arguments = told.get("arguments", told.get("input"))
-        return self.add(where, f"{name} " if isinstance(name, str) and name else "") + self.add(where, arguments)
+        new = self.add((*where, "name"), told.get("name"))
+        return new + self.add((*where, "arguments"), told.get("arguments", told.get("input")))
+
+    def _called(self, index: int) -> None:
+        """The call under way in a choice is whole."""
+        if (begun := self.calling.pop(index, None)) is not None:
+            at, given, name = begun
+            where = (index, "function") if at is None else (index, "tool", at)
+            self.call(given, name, "".join(self.texts.get((*where, "arguments"), ())))
 
 
 def told(body: Mapping[str, Any]) -> str:

@@ -89,6 +89,11 @@ class CompletionsReply(Reply):
         return all(choice.get("finish_reason") is not None for choice in rows(body.get("choices")))
 
     @property
+    def is_calling(self) -> bool:
+        """See `reading.Reply`: there are no calls on this wire."""
+        return False
+
+    @property
     def is_over(self) -> bool:
         """See `reading.Reply`. Some servers leave the mark out."""
         return self.over or (bool(self.open) and not any(self.open.values()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -115,6 +116,8 @@ class MessagesReply(Reply):
     opened: int | None = None
     """The one that has not ended."""
     output_tokens: int = 0
+    calling: tuple[object, object, object] | None = None
+    """Place, id and name of the call under way."""
 
     def whole(self, body: Mapping[str, Any]) -> str:
         """See `reading.Reply`."""
@@ -123,6 +126,7 @@ class MessagesReply(Reply):
         new = ""
         for i, block in enumerate(rows(body.get("content"))):
             new += self._block(i, block)
+            self._called(block.get("input"))
         return new
 
     def event(self, body: Mapping[str, Any]) -> str:
@@ -147,12 +151,18 @@ class MessagesReply(Reply):
                 self.unread[f"content[{short(index)}]: {short(delta.get('type'))}"] = None
         elif kind == "content_block_stop":
             self.opened = None
+            self._called(None)
         elif kind == "message_delta":
             [delta] = rows([body.get("delta") or {}])
             self._stopped(delta.get("stop_reason"), body.get("usage"))
         elif kind == "message_stop":
             self.over = True
         return ""
+
+    @property
+    def is_calling(self) -> bool:
+        """See `reading.Reply`."""
+        return self.calling is not None
 
     def ends(self, body: Mapping[str, Any]) -> bool:
         """See `reading.Reply`."""
@@ -194,11 +204,19 @@ class MessagesReply(Reply):
                 return self.add((index, "thinking"), block.get("thinking"))
             case "tool_use" | "server_tool_use" | "mcp_tool_use":
                 given = block.get("input")
+                self.calling = index, block.get("id"), block.get("name")
                 new = self.add((index, "name"), block.get("name"))
                 return new + (self.add((index, "partial_json"), given) if given else "")
             case kind:
                 self.unread[f"content[{short(index)}]: {short(kind)}"] = None
                 return ""
+
+    def _called(self, given: object) -> None:
+        """The call under way is whole; its arguments came in pieces, or are given."""
+        if self.calling is not None:
+            (index, name_of_call, name), self.calling = self.calling, None
+            said = "".join(self.texts.get((index, "partial_json"), ()))
+            self.call(name_of_call, name, said or json.dumps(given or {}, ensure_ascii=False))
 
     def _stopped(self, reason: object, usage: object) -> None:
         if reason is not None:

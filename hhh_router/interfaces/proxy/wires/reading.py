@@ -12,7 +12,7 @@ from hhh_router.interfaces.parse import kind_of
 from hhh_router.interfaces.server.dialect import Dialect
 from hhh_router.pipeline import ChatFinished
 from hhh_router.protocols import FinishReason
-from hhh_router.types import ChatRequest, Message
+from hhh_router.types import ChatRequest, Message, ToolCall
 
 TOOLS_HEADING = "Tools:"
 """Begins the system turn in which definitions of tools are read."""
@@ -44,6 +44,8 @@ class Reply:
     """What passed and was not read, each once."""
     over: bool = False
     """Whether the stream said that it has come to its end."""
+    called: list[ToolCall] = field(default_factory=list)
+    """Calls of tools that are whole and that nobody has taken yet."""
 
     @property
     def text(self) -> str:
@@ -73,6 +75,21 @@ class Reply:
     def carries(self, body: Mapping[str, Any]) -> bool:
         """Whether clients look for metadata in an event of the end."""
         return self.ends(body)
+
+    @property
+    def is_calling(self) -> bool:
+        """Whether a call has begun and is not whole yet."""
+        raise NotImplementedError
+
+    def take_calls(self) -> tuple[ToolCall, ...]:
+        """Calls that have become whole since this was asked last."""
+        calls, self.called = tuple(self.called), []
+        return calls
+
+    def call(self, given: object, name: object, arguments: object) -> None:
+        """A call is whole. Arguments that come as an object are told as its JSON."""
+        told = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+        self.called.append(ToolCall(id=str(given or ""), name=str(name or ""), arguments=clean(told)))
 
     @property
     def is_over(self) -> bool:

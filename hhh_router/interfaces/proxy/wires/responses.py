@@ -141,11 +141,15 @@ class ResponsesReply(Reply):
     """Item and part that are open."""
     number: int = -1
     """Of the last event."""
+    calling: set[object] = field(default_factory=set)
+    """Places of calls under way."""
+    told: set[object] = field(default_factory=set)
+    """Places of calls that are whole."""
 
     def whole(self, body: Mapping[str, Any]) -> str:
         """See `reading.Reply`."""
         self._finished(body)
-        return "".join(self._item(i, item) for i, item in enumerate(rows(body.get("output"))))
+        return "".join(self._item(i, item, is_whole=True) for i, item in enumerate(rows(body.get("output"))))
 
     def event(self, body: Mapping[str, Any]) -> str:
         """See `reading.Reply`."""
@@ -168,13 +172,13 @@ class ResponsesReply(Reply):
             self.over = True
             [response] = rows([body.get("response") or {}])
             self._finished(response)
-            return "".join(self._item(i, item) for i, item in enumerate(rows(response.get("output"))))
+            return "".join(self._item(i, item, is_whole=True) for i, item in enumerate(rows(response.get("output"))))
         if kind in ("response.output_item.added", "response.output_item.done"):
             [item] = rows([body.get("item") or {}])
             if isinstance(at, int):
                 self.items[at] = dict(item)
                 self.part = None
-            return self._item(at, item)
+            return self._item(at, item, is_whole=kind == "response.output_item.done")
         index = body.get("content_index", body.get("summary_index", 0))
         if kind in _WHOLES:
             part, name = _WHOLES[kind]
@@ -242,7 +246,12 @@ class ResponsesReply(Reply):
         self.number += 1
         return event(kind, dump({"type": kind, "sequence_number": self.number, **fields}))
 
-    def _item(self, at: object, item: Mapping[str, Any]) -> str:
+    @property
+    def is_calling(self) -> bool:
+        """See `reading.Reply`."""
+        return bool(self.calling)
+
+    def _item(self, at: object, item: Mapping[str, Any], *, is_whole: bool) -> str:
         """An item as a whole; what its deltas have said already is not new."""
         new = ""
         match item.get("type"):
@@ -258,6 +267,13 @@ class ResponsesReply(Reply):
             case str() as kind if kind in _CALLS:
                 new += self.put((at, "name"), item.get("name"))
                 new += self.put((at, 0, "arguments"), item.get("arguments", item.get("input")))
+                self.calling.add(at)
+                if is_whole:
+                    self.calling.discard(at)
+                    if at not in self.told:
+                        self.told.add(at)
+                        said = "".join(self.texts.get((at, 0, "arguments"), ()))
+                        self.call(item.get("call_id") or item.get("id"), item.get("name"), said)
                 if item.get("output"):
                     new += self.put((at, "output"), item.get("output"))
             case kind:

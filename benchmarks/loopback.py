@@ -1,0 +1,193 @@
+"""Servers on loopback for the sidecar's benchmark, each in a process of its own, and a client that costs little.
+
+``python -m benchmarks.loopback upstream`` answers chats at once; ``sidecar URL MODE [BUNDLE]`` stands before it. Each
+prints its port.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from hhh_router.settings import Settings
+
+PATH = "/v1/chat/completions"
+WORDS_PER_CHUNK = "one two three four five "  # 24 characters: a window of 24 tokens is four chunks
+_HEAD = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "stub"}
+_WHOLE = json.dumps(
+    {
+        **_HEAD,
+        "object": "chat.completion",
+        "choices": [
+            {"index": 0, "message": {"role": "assistant", "content": "The capital is Paris."}, "finish_reason": "stop"}
+        ],
+        "usage": {"prompt_tokens": 9, "completion_tokens": 6, "total_tokens": 15},
+    }
+).encode()
+
+
+def _chunk(delta: dict[str, str], reason: str | None = None) -> bytes:
+    body = {**_HEAD, "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
+    return b"data: " + json.dumps(body).encode() + b"\n\n"
+
+
+async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """One connection of the upstream. What a body asks for is in its ``user``: ``chunks:pause_ms``."""
+    try:
+        while True:
+            head = await reader.readuntil(b"\r\n\r\n")
+            length = next(
+                int(line.split(b":")[1]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length")
+            )
+            body = json.loads(await reader.readexactly(length))
+            if not body.get("stream"):
+                fields = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+                writer.write(fields % len(_WHOLE) + _WHOLE)
+                await writer.drain()
+                continue
+            chunks, pause_ms = map(int, body["user"].split(":"))
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
+            pieces = [_chunk({"role": "assistant", "content": ""}), *[_chunk({"content": WORDS_PER_CHUNK})] * chunks]
+            for piece in [*pieces, _chunk({}, "stop"), b"data: [DONE]\n\n"]:
+                writer.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+                await writer.drain()
+                if pause_ms:
+                    await asyncio.sleep(pause_ms / 1000)
+            writer.write(b"0\r\n\r\n")
+            await writer.drain()
+    except (asyncio.IncompleteReadError, ConnectionError):
+        writer.close()
+
+
+async def _upstream() -> None:
+    server = await asyncio.start_server(_answer, "127.0.0.1", 0, backlog=1024)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+
+
+def _sidecar(upstream: str, mode: str, bundle: str | None) -> None:
+    """With a bundle its model reads; without one nothing of it is loaded."""
+    from hhh_router.assemble import build_pipeline, open_raw_client
+    from hhh_router.interfaces.proxy.app import Sidecar
+    from hhh_router.interfaces.proxy.config import simple_config
+    from hhh_router.interfaces.proxy.run import run
+    from hhh_router.interfaces.proxy.upstreams import Upstreams
+    from hhh_router.interfaces.server.run import listen
+    from hhh_router.testing.fakes import fake_pipeline
+    from hhh_router.trace.audit import NoAudit
+
+    settings = Settings.load(bundle=bundle)
+    pipeline = fake_pipeline("balanced") if bundle is None else build_pipeline(settings, sinks=(), serving=True)
+    config = simple_config(upstream, settings, mode="enforce" if mode == "enforce" else "observe")
+    sidecar = Sidecar(pipeline, config, Upstreams(open_raw_client()), NoAudit())
+    listening = listen("127.0.0.1", 0, settings)
+    run(sidecar, listening, on_ready=lambda url: print(url.rpartition(":")[2], flush=True))
+
+
+@contextmanager
+def process(*args: str) -> Iterator[tuple[int, int]]:
+    """Port and process id of one of these servers."""
+    command = [sys.executable, "-m", "benchmarks.loopback", *args]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        try:
+            line = server.stdout.readline()
+            if not line.strip():
+                raise RuntimeError(f"{' '.join(args)} did not start")
+            yield int(line), server.pid
+        finally:
+            server.terminate()
+            server.wait(30)
+
+
+def wait_for(port: int, seconds: float) -> None:
+    """Return when somebody listens.
+
+    Raises:
+        TimeoutError: Nobody does after so long.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"nobody listens on {port} after {seconds:g} s") from error
+            time.sleep(0.2)
+        else:
+            return
+
+
+@dataclass(frozen=True, slots=True)
+class Heard:
+    """One answer's times, in seconds from the request."""
+
+    first_s: float
+    """Until the first word."""
+    whole_s: float
+
+
+class Connection:
+    """One connection that is kept open."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader, self._writer = reader, writer
+
+    async def ask(self, body: dict[str, Any]) -> Heard:
+        """Ask, and read the answer to its end.
+
+        Raises:
+            RuntimeError: It is no 200.
+        """
+        data = json.dumps(body).encode()
+        fields = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
+        started = time.perf_counter()
+        self._writer.write(fields.encode() + b"\r\nAuthorization: Bearer sk-bench\r\n\r\n" + data)
+        head = (await self._reader.readuntil(b"\r\n\r\n")).lower()
+        if not head.startswith(b"http/1.1 200"):
+            raise RuntimeError(head.decode("latin-1").splitlines()[0])
+        if b"transfer-encoding: chunked" not in head:
+            length = next(int(x.split(b":")[1]) for x in head.split(b"\r\n") if x.startswith(b"content-length"))
+            await self._reader.readexactly(length)
+            whole = time.perf_counter() - started
+            return Heard(whole, whole)
+        first: float | None = None
+        while size := int(await self._reader.readline(), 16):
+            piece = await self._reader.readexactly(size + 2)
+            if first is None and b'"content": "one' in piece:
+                first = time.perf_counter() - started
+        await self._reader.readline()
+        whole = time.perf_counter() - started
+        return Heard(whole if first is None else first, whole)
+
+
+@asynccontextmanager
+async def connections(port: int, number: int) -> AsyncIterator[list[Connection]]:
+    """So many connections, closed at the end."""
+    made = [await asyncio.open_connection("127.0.0.1", port) for _ in range(number)]
+    try:
+        yield [Connection(*pair) for pair in made]
+    finally:
+        for _, writer in made:
+            writer.close()
+        await asyncio.gather(*(writer.wait_closed() for _, writer in made), return_exceptions=True)
+
+
+def main(args: Sequence[str]) -> None:
+    """Be one of the servers."""
+    if args[0] == "upstream":
+        asyncio.run(_upstream())
+    else:
+        _sidecar(args[1], args[2], args[3] if len(args) > 3 else None)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

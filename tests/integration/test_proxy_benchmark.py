@@ -1,0 +1,36 @@
+"""The sidecar's benchmark says what it measures, and measures. Timings are never judged."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import proxy
+
+pytestmark = pytest.mark.integration
+PAGE = (Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+
+
+def test_the_documentation_names_every_figure_and_its_target() -> None:
+    for figure in proxy.FIGURES:
+        (row,) = [line for line in PAGE.splitlines() if line.startswith(f"| `{figure.name}` |")]
+        assert figure.target is not None
+        assert row.endswith(f"{'≥' if figure.at == 'least' else '≤'} {f'{figure.target:g}'.lstrip('0')} |")
+
+
+def test_it_runs_without_a_model_and_says_what_it_could_not_measure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(proxy.LITELLM, raising=False)
+    names = ["proxy-p50", "proxy-streams", "proxy-over-litellm", "proxy-memory"]
+
+    status = proxy.main(["--quick", "--out", str(tmp_path / "proxy.json"), "--only", *names])
+
+    found = {r["name"]: r for r in json.loads((tmp_path / "proxy.json").read_text())}
+    assert status == 0
+    assert set(found) == set(names)
+    assert found["proxy-p50"]["sides"].keys() == {"direct (ms)", "sidecar (ms)"}
+    assert 0 < found["proxy-streams"]["value"] < 1.5
+    assert found["proxy-over-litellm"]["value"] is None
+    assert proxy.LITELLM in found["proxy-over-litellm"]["note"]
+    assert 20 < found["proxy-memory"]["value"] < 500
