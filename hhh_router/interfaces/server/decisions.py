@@ -180,8 +180,8 @@ def _from_systemone(given: object, name: str, where: str) -> tuple[Question, tup
             rows = criteria.items() if isinstance(criteria, Mapping) else ()
             question["choices"] = [{"value": k, "description": v and _content(v)} for k, v in rows]
         case "score":
-            rows = criteria if isinstance(criteria, Sequence) and not isinstance(criteria, str) else ()
-            question["levels"] = [_content(level) for level in rows]
+            levels = criteria if isinstance(criteria, Sequence) and not isinstance(criteria, str) else ()
+            question["levels"] = [_content(level) for level in levels]
         case _:
             raise InvalidRequest(f"{where}.type: found {str(kind)[:40]!r}", hint="use noul, choice or score")
     if asked or kind != "noul":

@@ -251,7 +251,7 @@ DECIDED: Schema = an_object(
     },
     ["input", "questions"],
 )
-_NOUL = {"instructions": {}, "criteria": {}}
+_NOUL: dict[str, Schema] = {"instructions": {}, "criteria": {}}
 SYSTEMONE: Schema = an_object(
     {
         "model": maybe(MODEL),
