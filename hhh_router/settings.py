@@ -28,7 +28,12 @@ def default_cache_dir() -> Path:
 class Settings(BaseSettings):
     """Settings of one deployment; every field can be set as ``HHH_ROUTER_<FIELD>``."""
 
-    model_config = SettingsConfigDict(env_prefix="HHH_ROUTER_", frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix="HHH_ROUTER_",
+        env_ignore_empty=True,  # how compose files and shells leave a variable out
+        frozen=True,
+        extra="forbid",
+    )
 
     bundle: str = DEFAULT_BUNDLE
     """Name of a bundle found under ``adapters/``, or a path to one."""

@@ -417,5 +417,12 @@ def test_a_batch_beyond_the_limit_is_refused(watchful: Policies) -> None:
         router.guard(["a", "b", "c"])
 
 
+def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("API_KEYS_FILE", "THREADS", "ALLOWED_POLICIES", "POLICY"):
+        monkeypatch.setenv(f"HHH_ROUTER_{name}", "")
+
+    assert Settings.load() == Settings()
+
+
 def test_settings_are_public_for_those_who_assemble() -> None:
     assert Settings.load(threads=os.cpu_count() or 1).threads >= 1
