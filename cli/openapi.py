@@ -2,16 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 
 
-def openapi(
-    proxy: Annotated[
-        bool, typer.Option("--proxy", help="Of `hhh-router proxy`, behind which fewer are served.")
-    ] = False,
-) -> None:
+def openapi() -> None:
     """Print the OpenAPI document of every endpoint that a server has, as /openapi.json tells it too."""
     import json
 
@@ -22,4 +16,4 @@ def openapi(
     except ImportError as error:
         raise MissingExtra("serve", needed_for="the description of a server") from error
 
-    typer.echo(json.dumps(document(proxy=proxy, keys=True), indent=2))
+    typer.echo(json.dumps(document(keys=True), indent=2))

@@ -144,9 +144,7 @@ def _by_heads(name: str, evidence: Evidence) -> Answer | None:
 
 
 async def _by_model(parts: Parts, messages: Sequence[Message], question: Question) -> Answer | None:
-    """What the bare model would say first. None where another model answers, or none of the options is likely."""
-    if parts.answers_elsewhere:
-        return None
+    """What the bare model would say first. None where none of the options is likely."""
     labels, told = _offered(question)
     text = "\n".join(f"{m.role}: {m.content}" for m in messages)
     asked = Message(role="user", content=f"{text}\n\n{question.instructions}\n{told}")

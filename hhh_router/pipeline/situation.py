@@ -25,7 +25,7 @@ SIDECAR = Door(
     checkpoints=PIPELINE.checkpoints,
     reads_at=PIPELINE.reads_at,
     supplies=PIPELINE.supplies | {"model", "route", "headers.NAME"},
-    carries=frozenset({"upstream"}),
+    carries=frozenset({"upstream", "steering"}),
 )
 """Where another model answers, behind a proxy that knows several."""
 

@@ -279,3 +279,25 @@ def test_a_rule_names_the_upstream_that_it_escalates_to(tools_policy: Path, stub
 def test_a_rule_that_escalates_to_nobody_is_found_at_the_start(tools_policy: Path) -> None:
     with pytest.raises(PolicyError, match="'strong' is no upstream here"):
         plan_sidecar(policy=str(tools_policy), bundle=None, upstream="http://x", config=None, mode=None, audit="none")
+
+
+@pytest.mark.parametrize("mode", ["enforce", "annotate"])
+def test_a_rules_steering_goes_to_the_upstream_where_it_is_enforced(
+    tools_policy: Path, stub: tuple[Stub, str], mode: str
+) -> None:
+    rule = '{when: {text: tax}, then: flag, steering: "Recommend an adviser."}'
+    tools_policy.write_text(TOOLS.replace("{when: {model: [claude-*]}, then: escalate, upstream: strong}", rule))
+    bodies: dict[str, dict[str, Any]] = {
+        "/v1/chat/completions": {"messages": [user("a tax question")]},
+        "/v1/completions": {"prompt": "a tax question"},
+        "/v1/messages": {"messages": [user("a tax question")]},
+        "/v1/responses": {"input": "a tax question"},
+    }
+    pipeline = fake_pipeline(tools_policy, door=SIDECAR)
+    with sidecar(route_to(stub[1], mode=mode), pipeline=pipeline) as (url, _):
+        for path, body in bodies.items():
+            ask(url, path=path, body=body)
+        ask(url, body={"messages": [user("another question")]})
+
+    told = ["Recommend an adviser." in a.body.decode() for a in stub[0].asked]
+    assert told == [mode == "enforce"] * 4 + [False]

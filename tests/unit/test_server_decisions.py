@@ -221,11 +221,3 @@ def test_what_is_wrong_on_that_wire_is_named(served: TestClient, body: dict[str,
 
     assert reply.status_code == 400, reply.json()
     assert said in reply.json()["error"]["message"]
-
-
-def test_behind_a_proxy_only_the_heads_answer(watchful: Policies) -> None:
-    pipeline = fake_pipeline(watchful(), reader=FakeReader(RULES), answers_elsewhere=True)
-    with TestClient(create_app(pipeline)) as served:
-        found = decide(served, "bomb", preset("harmful"), {"type": "predicate", "instructions": "Is it late?"}).json()
-
-    assert [a["type"] for a in found["answers"]] == ["predicate", "refusal"]

@@ -312,7 +312,7 @@ def test_a_body_that_says_it_is_too_large_is_not_waited_for() -> None:
 def test_a_reply_does_not_wait_for_an_acknowledgement() -> None:
     ready = threading.Event()
     server = make_server(fake_pipeline(), on_ready=ready.set)
-    with loopback._running(server, ready) as url, closing(connect(url)) as sock:
+    with loopback.running(server, ready) as url, closing(connect(url)) as sock:
         sock.sendall(b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n")
         assert b" 200 " in sock.recv(65_536)
         [one] = server.server_state.connections

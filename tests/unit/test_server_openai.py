@@ -229,7 +229,7 @@ def ended(**fields: Any) -> ChatFinished:
     ("logprobs", "sent"), [((TOLD,), TOLD_JSON), (None, None), ((), {"content": [], "refusal": None})]
 )
 def test_a_whole_reply_tells_log_probabilities_in_openais_shape(logprobs: Any, sent: object) -> None:
-    reply = completion(parse_chat(body()), ended(logprobs=logprobs), None)
+    reply = completion(parse_chat(body()), ended(logprobs=logprobs))
 
     assert json.loads(dump(reply))["choices"][0]["logprobs"] == sent
 
@@ -260,25 +260,6 @@ def test_an_unknown_model_is_404_and_never_another_mixture(name: str) -> None:
 
     assert (raised.value.status, raised.value.code) == (404, "model_not_found")
     assert raised.value.body["error"]["param"] == "model"
-
-
-def test_behind_a_proxy_the_body_passes_and_only_our_field_is_taken_out() -> None:
-    sent = body(model="gpt-9", tools=[{"type": "function"}], temperature=9, hhh={"policy": "balanced"}, n=1)
-    sent |= {"logprobs": "as it came", "top_logprobs": 50, "logit_bias": {"x": 1}, "top_k": -1}
-
-    call = parse_chat(sent, upstream=True, authorization="Bearer sk-secret")
-
-    assert dict(call.request.passthrough) == {k: v for k, v in sent.items() if k != "hhh"}
-    assert call.request.policy == "balanced"
-    assert call.request.authorization == "Bearer sk-secret"
-    assert "sk-secret" not in repr(call)
-    assert "tools" in call.request.not_inspected
-
-
-@pytest.mark.parametrize("fields", [{"n": 2}, {"hhh": {"weights": "hhh@16-0-0-0"}}])
-def test_behind_a_proxy_what_cannot_be_done_is_refused(fields: dict[str, Any]) -> None:
-    with pytest.raises(InvalidRequest):
-        parse_chat(body(**fields), upstream=True)
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,8 @@ class Exchange:
         self.reply: Reply = wire.reply()
         self.instruction: str | None = None
         """What the weights say in words, once the prompt was read."""
+        self.rule: str | None = None
+        """Which rule decided about the prompt."""
         self.error_body = b""
         """Of an answer that is an error, which passes as it came."""
 
@@ -135,6 +137,7 @@ class Exchange:
             return Unread(error=error)
         plan = planner(scores)
         self.instruction = instruction(plan.weights)
+        self.rule = plan.decision.rule
         return Planned(
             plan=plan,
             prompt_tokens=scores.tokens,

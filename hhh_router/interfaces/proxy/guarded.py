@@ -169,7 +169,7 @@ class Guarded:
         """An answer of ours, from its start."""
         assert done.refusal is not None
         if not self._call.stream:
-            data = dump(self._call.whole(done, None))
+            data = dump(self._call.whole(done))
             headers = self._headers(done.metadata, [(b"content-type", b"application/json")])
             await self._out.whole(200, headers, data)
             return

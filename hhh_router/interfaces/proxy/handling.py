@@ -340,7 +340,9 @@ class Handling:
 
         async def ask() -> Answer:
             order = [escalating] if escalating is not None else route.order(self._app.draw)
-            told = exchange.instruction if route.instruct else None
+            words = [exchange.instruction] if route.instruct else []
+            words += [r.steering for r in rules_of(applied) if enforce and r.place == exchange.rule]
+            told = "\n\n".join(w for w in words if w) or None
             answer = await self._ask_one_of(order, lambda u: self._outgoing(u, self._body_for(u, told)))
             extra["x-hhh-upstream"] = self._asking.answered_by or "-"
             return answer

@@ -48,4 +48,7 @@ def instructed(wire: str, body: Mapping[str, Any], text: str) -> dict[str, Any]:
     if wire == "responses":
         own_words = body.get("instructions")
         return {**body, "instructions": f"{own_words}\n\n{text}" if own_words else text}
-    return dict(body)
+    prompt = body.get("prompt")  # completions have no place for instructions but before the text itself
+    if isinstance(prompt, list):
+        return {**body, "prompt": [f"{text}\n\n{p}" if isinstance(p, str) else p for p in prompt]}
+    return {**body, "prompt": f"{text}\n\n{prompt}"} if isinstance(prompt, str) else dict(body)

@@ -57,7 +57,7 @@ class Call:
     model: str
     stream: bool
 
-    def whole(self, done: ChatFinished, raw: Mapping[str, Any] | None) -> dict[str, Any]:
+    def whole(self, done: ChatFinished) -> dict[str, Any]:
         """See `dialect.Dialect`."""
         return {
             **_head(self.model, done.metadata),

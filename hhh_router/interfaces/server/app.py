@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -19,7 +19,7 @@ from starlette.routing import Route
 from hhh_router.interfaces.server import anthropic, completions, decisions, guardrail, native, openai, responses
 from hhh_router.interfaces.server.chat import ChatResponse
 from hhh_router.interfaces.server.choices import ChoicesResponse
-from hhh_router.interfaces.server.endpoints import Wire, served
+from hhh_router.interfaces.server.endpoints import ENDPOINTS, Wire
 from hhh_router.interfaces.server.http import (
     Failure,
     JsonReply,
@@ -47,32 +47,15 @@ WORDS: Mapping[Wire, Callable[[Exception], Failure]] = {"openai": failure, "anth
 """How each wire tells an error."""
 
 
-@runtime_checkable
-class ListsModels(Protocol):
-    """A generator that knows the models of an upstream."""
-
-    async def list_models(self, authorization: str | None) -> Mapping[str, Any]:
-        """The upstream's own answer to ``GET /models``."""
-        ...
-
-
 def create_app(pipeline: Pipeline) -> Starlette:
-    """The HTTP door of a pipeline, as an ASGI application. It closes the pipeline when it shuts down.
-
-    With an upstream behind the pipeline it is a proxy: model names and unknown fields pass through, and so does the
-    client's ``Authorization`` (unless keys are set, one of which the header then has to hold).
-    """
+    """The HTTP door of a pipeline, as an ASGI application. It closes the pipeline when it shuts down."""
     settings = pipeline.settings
-    is_proxy = pipeline.parts.answers_elsewhere
     started = int(time.time())
     metrics = Metrics(lambda: pipeline.load, pipeline.parts.calibrators.references())
     pipeline.add_sink(metrics)
 
     keys = KeyRing.open(settings)
     replies = Replies()
-
-    def forwarded(request: Request) -> str | None:
-        return None if keys.required else request.headers.get("authorization")
 
     def answered(call: C, request: Request, body: Mapping[str, Any]) -> Response:
         key: Key | None = request.state.key
@@ -89,13 +72,7 @@ def create_app(pipeline: Pipeline) -> Starlette:
 
     async def chat(request: Request) -> Response:
         body = await read_json(request, max_bytes=settings.max_body_bytes)
-        call = parse_chat(
-            body,
-            upstream=is_proxy,
-            authorization=forwarded(request) if is_proxy else None,
-            request_id=pipeline.parts.new_id(),
-        )
-        return answered(call, request, body)
+        return answered(parse_chat(body, request_id=pipeline.parts.new_id()), request, body)
 
     async def complete(request: Request) -> Response:
         body = await read_json(request, max_bytes=settings.max_body_bytes)
@@ -132,9 +109,6 @@ def create_app(pipeline: Pipeline) -> Starlette:
         return await decisions.systemone(request, pipeline)
 
     async def models(request: Request) -> Response:
-        generator = pipeline.parts.generator
-        if is_proxy and isinstance(generator, ListsModels):
-            return JsonReply(await generator.list_models(forwarded(request)))
         return JsonReply(list_models(started))
 
     async def guard(request: Request) -> Response:
@@ -146,7 +120,7 @@ def create_app(pipeline: Pipeline) -> Starlette:
     async def policies(request: Request) -> Response:
         return JsonReply({"object": "list", "data": native.listed(pipeline)})
 
-    described = document(proxy=is_proxy, keys=keys.required)
+    described = document(keys=keys.required)
 
     async def openapi_json(request: Request) -> Response:
         return JsonReply(described)
@@ -167,7 +141,6 @@ def create_app(pipeline: Pipeline) -> Starlette:
                 "status": "ok" if is_ready else load.state,
                 "policy": pipeline.policies.default.name,
                 "bundle": parts.bundle_ref.name,
-                "proxy": is_proxy,
                 "engine": {"rows": load.rows, "waiting": load.waiting, "waiting_texts": load.waiting_texts},
             },
         )
@@ -203,7 +176,7 @@ def create_app(pipeline: Pipeline) -> Starlette:
             endpoint(work[e.path], keys=keys, door=e.door, needs_key=e.needs_key, told=WORDS[e.wire]),
             methods=[e.method],
         )
-        for e in served(proxy=is_proxy)
+        for e in ENDPOINTS
     ]
     paths = frozenset(r.path for r in routes)
     return Starlette(

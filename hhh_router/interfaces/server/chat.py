@@ -64,14 +64,11 @@ class ChatResponse(Response):
             await self._fail(sender, error)
 
     async def _whole(self, sender: Sender) -> None:
-        raw = None
         async with aclosing(self._pipeline.chat(self._call.request, stream=False)) as events:
             async for event in events:
-                if isinstance(event, ChatDelta):
-                    raw = event.raw if raw is None else raw
-                elif isinstance(event, ChatFinished):
+                if isinstance(event, ChatFinished):
                     self._spent(event)
-                    await sender.json(self._call.whole(event, raw), event.metadata.headers())
+                    await sender.json(self._call.whole(event), event.metadata.headers())
 
     async def _stream(self, sender: Sender) -> None:
         writer: StreamWriter | None = None

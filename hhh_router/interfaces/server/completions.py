@@ -88,7 +88,7 @@ class Call:
         last = {**self._head, "choices": [], **self._end(done)}
         return [*([event(None, dump(last))] if self.include_usage else []), *DONE]
 
-    def whole(self, done: ChatFinished, raw: Mapping[str, Any] | None) -> dict[str, Any]:
+    def whole(self, done: ChatFinished) -> dict[str, Any]:
         """See `dialect.Dialect`."""
         return self.whole_of([done])
 

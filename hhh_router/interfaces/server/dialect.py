@@ -36,8 +36,8 @@ class Dialect(Protocol):
         """Whether the reply is wanted piece by piece."""
         ...
 
-    def whole(self, done: ChatFinished, raw: Mapping[str, Any] | None) -> Mapping[str, Any]:
-        """The body of a reply that is not streamed; ``raw`` is the upstream's own."""
+    def whole(self, done: ChatFinished) -> Mapping[str, Any]:
+        """The body of a reply that is not streamed."""
         ...
 
     def begin(self, first: Metadata) -> StreamWriter:

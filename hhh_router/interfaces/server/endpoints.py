@@ -106,7 +106,7 @@ _POLICY = _whole(
         "default": FLAG,
     }
 )
-_READY = _whole({"status": _TEXT, "policy": _TEXT, "bundle": _TEXT, "proxy": FLAG, "engine": {"type": "object"}})
+_READY = _whole({"status": _TEXT, "policy": _TEXT, "bundle": _TEXT, "engine": {"type": "object"}})
 
 
 def _list(of: Schema) -> Schema:
@@ -125,10 +125,6 @@ class Endpoint:
     """The body of a reply that is no error."""
     takes: Schema | None = None
     """The body of a request."""
-    proxied: Schema | None = None
-    """The same where an upstream answers, if it differs."""
-    behind_proxy: bool = True
-    """False where there is no such endpoint when an upstream answers."""
     streams: bool = False
     """With ``stream: true`` the reply comes as server-sent events."""
     media: str = "application/json"
@@ -148,7 +144,6 @@ ENDPOINTS: Final = (
         path="/v1/chat/completions",
         does="answer, streamed or whole",
         takes=fields.CHAT,
-        proxied=fields.PROXIED_CHAT,
         gives=_CHAT,
         streams=True,
         door="chat",
@@ -162,7 +157,6 @@ ENDPOINTS: Final = (
         does="go on with a text as it stands, and score it",
         takes=fields.COMPLETION,
         gives=_COMPLETION,
-        behind_proxy=False,
         streams=True,
         door="chat",
     ),
@@ -172,7 +166,6 @@ ENDPOINTS: Final = (
         does="the same in OpenAI's newer wire",
         takes=fields.RESPONSE,
         gives=_RESPONSE,
-        behind_proxy=False,
         streams=True,
         door="chat",
     ),
@@ -182,7 +175,6 @@ ENDPOINTS: Final = (
         does="the same in Anthropic's wire",
         takes=fields.MESSAGES_BODY,
         gives=_MESSAGE,
-        behind_proxy=False,
         streams=True,
         door="chat",
         wire="anthropic",
@@ -193,7 +185,6 @@ ENDPOINTS: Final = (
         does="tokens of a prompt, template included",
         takes=fields.COUNT_TOKENS,
         gives=_whole({"input_tokens": _COUNT}),
-        behind_proxy=False,
         door="chat",
         wire="anthropic",
     ),
@@ -283,8 +274,3 @@ ENDPOINTS: Final = (
         needs_key=False,
     ),
 )
-
-
-def served(*, proxy: bool) -> tuple[Endpoint, ...]:
-    """The endpoints of a server: behind a proxy somebody else's model answers, in one dialect alone."""
-    return tuple(e for e in ENDPOINTS if e.behind_proxy or not proxy)

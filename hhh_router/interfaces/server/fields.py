@@ -185,12 +185,6 @@ COUNT_TOKENS = an_object(
     {name: MESSAGES_BODY["properties"][name] for name in ("model", "messages", "system", "tools", "tool_choice")},
     ["model", "messages"],
 )
-PROXIED_CHAT = an_object(
-    {name: _FIELDS[name] for name in ("messages", "hhh", "stream", "stream_options")} | {"model": {"type": "string"}},
-    ["messages"],
-    description="what else is here is the upstream's business and passes through",
-)
-
 _JUDGED = {"prompt": maybe({"anyOf": [TEXT, listed(MESSAGE)]}), "response": maybe(TEXT), "policy": maybe(POLICY)}
 JUDGED: Schema = {
     "anyOf": [

@@ -56,9 +56,9 @@ class Call:
     created: int = field(default_factory=lambda: int(time.time()))
     """Seconds since 1970."""
 
-    def whole(self, done: ChatFinished, raw: Mapping[str, Any] | None) -> dict[str, Any]:
+    def whole(self, done: ChatFinished) -> dict[str, Any]:
         """See `dialect.Dialect`."""
-        return completion(self, done, raw)
+        return completion(self, done)
 
     @property
     def requests(self) -> tuple[ChatRequest, ...]:
@@ -125,18 +125,14 @@ class Frames(ChoiceFrames):
 
     def end(self, done: ChatFinished) -> list[bytes]:
         """See `dialect.StreamWriter`."""
-        return [*super().end(done), *(DONE if self._writer.is_theirs else self._call.end_of([done]))]
+        return [*super().end(done), *self._call.end_of([done])]
 
 
-def parse_chat(
-    body: Mapping[str, Any], *, upstream: bool = False, authorization: str | None = None, request_id: str = ""
-) -> Call:
+def parse_chat(body: Mapping[str, Any], *, request_id: str = "") -> Call:
     """OpenAI's body as our request.
 
     Args:
         body: As the client sent it.
-        upstream: Another model answers: ``model`` and unknown fields are its business and pass through.
-        authorization: The client's header, for an upstream.
         request_id: Names the request in every trace.
 
     Raises:
@@ -146,36 +142,27 @@ def parse_chat(
     ours = our_fields(body)
     stream = _boolean(body, "stream")
     options = inner(body, "stream_options", '{"include_usage": true}')
-    messages, unread = parse_messages(body.get("messages", ()), any_calls=upstream)
-    call: dict[str, Any] = {}
-    moderation, count = False, 1
-    if upstream:
-        if body.get("n") not in (None, 1):
-            raise InvalidRequest(f"n: found {body['n']!r}, not supported yet", hint="ask for one reply at a time")
-        if ours.get("weights") is not None:
-            raise InvalidRequest("hhh.weights: no mixture answers here", hint="leave the weights out behind a proxy")
-        policy = ours.get("policy")
-        call["passthrough"] = {k: v for k, v in body.items() if k != "hhh"}
-        call["authorization"] = authorization
-        unread += tuple(k for k in ("tools", "functions", "response_format") if body.get(k))
-    else:
-        unread += check_supported(body, READ_FIELDS, NEUTRAL_VALUES)
-        choice = parse_model(body.get("model"))
-        policy = one("policy", choice.policy, ours.get("policy"))
-        call["weights"] = one("weights", choice.weights, parse_weights(ours.get("weights"), where="hhh.weights"))
-        call["sampling"] = _sampling(body)
-        call["tools"] = parse_tools(body.get("tools"), body.get("tool_choice"), body.get("parallel_tool_calls"))
-        moderation = parse_moderation(body.get("moderation"))
-        count = parse_count(body.get("n"))
+    messages, unread = parse_messages(body.get("messages", ()))
+    unread += check_supported(body, READ_FIELDS, NEUTRAL_VALUES)
+    choice = parse_model(body.get("model"))
+    policy = one("policy", choice.policy, ours.get("policy"))
     if policy is not None and not isinstance(policy, str):
         raise InvalidRequest("hhh.policy: no string", hint="send a policy's name")
     return Call(
-        request=ChatRequest(messages=messages, policy=policy, request_id=request_id, not_inspected=unread, **call),
+        request=ChatRequest(
+            messages=messages,
+            policy=policy,
+            weights=one("weights", choice.weights, parse_weights(ours.get("weights"), where="hhh.weights")),
+            sampling=_sampling(body),
+            tools=parse_tools(body.get("tools"), body.get("tool_choice"), body.get("parallel_tool_calls")),
+            request_id=request_id,
+            not_inspected=unread,
+        ),
         model=str(body.get("model", "")),
         stream=stream,
         include_usage=bool(options.get("include_usage")),
-        moderation=moderation,
-        count=count,
+        moderation=parse_moderation(body.get("moderation")),
+        count=parse_count(body.get("n")),
     )
 
 
@@ -199,11 +186,9 @@ def _boolean(body: Mapping[str, Any], name: str) -> bool:
 # -- their wire out ---------------------------------------------------------------------------------------------------
 
 
-def completion(call: Call, done: ChatFinished, raw: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A whole reply; with the upstream's own fields when it answered and its answer was let through."""
+def completion(call: Call, done: ChatFinished) -> dict[str, Any]:
+    """A whole reply."""
     block = {"hhh": done.metadata.as_json()}
-    if raw is not None and done.refusal is None:
-        return {**raw, **block}
     return {**_head(call), "choices": [_choice(done)], "usage": total([done]), **_moderation(call, done), **block}
 
 
@@ -235,16 +220,11 @@ class ChunkWriter:
         self._call = call
         self._at = at
         self._head = _head(call, "chat.completion.chunk")
-        self.is_theirs = False
-        """Whether the reply ended with the upstream's own chunks."""
         self._first: Metadata | None = first
         self._calls = 0
-        self._withheld: Mapping[str, Any] | None = None  # the upstream's last chunk, until the final block is known
 
     def delta(self, event: ChatDelta) -> list[dict[str, Any]]:
         """The chunks for one piece of the reply."""
-        if event.raw is not None:
-            return self._pass(event.raw)
         fields: dict[str, Any] = {"content": event.text} if event.text or not event.tool_calls else {}
         if event.is_refusal:
             fields["refusal"] = event.text.strip()
@@ -253,30 +233,13 @@ class ChunkWriter:
                 {"index": self._calls + i, **call_as_openai(call)} for i, call in enumerate(event.tool_calls)
             ]
             self._calls += len(event.tool_calls)
-        return [*self._flush(), *self._open(), self._chunk(fields, logprobs=_logprobs(event.logprobs or None))]
+        return [*self._open(), self._chunk(fields, logprobs=_logprobs(event.logprobs or None))]
 
     def end(self, done: ChatFinished) -> list[dict[str, Any]]:
         """The chunks that end the reply."""
         block = {"hhh": done.metadata.as_json()}
-        if self._withheld is not None and done.refusal is None:
-            self.is_theirs = True
-            return [{**self._withheld, **block}]
         last = self._chunk({}, finish_reason=done.finish_reason, **_moderation(self._call, done), **block)
-        return [*self._flush(), *self._open(), last]
-
-    def _pass(self, raw: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The upstream's own chunk, one behind, so that the last can carry the final block."""
-        chunks = self._flush()
-        self._head |= {k: raw[k] for k in ("id", "created", "model") if k in raw}
-        if self._first is not None:
-            raw = {**raw, "hhh": self._first.as_json()}
-            self._first = None
-        self._withheld = raw
-        return chunks
-
-    def _flush(self) -> list[dict[str, Any]]:
-        withheld, self._withheld = self._withheld, None
-        return [dict(withheld)] if withheld is not None else []
+        return [*self._open(), last]
 
     def _open(self) -> list[dict[str, Any]]:
         """The first chunk, which tells the role, once."""

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from importlib.metadata import version
 from typing import Any, Final
 
-from hhh_router.interfaces.server.endpoints import Endpoint, Wire, served
+from hhh_router.interfaces.server.endpoints import ENDPOINTS, Endpoint, Wire
 from hhh_router.interfaces.server.fields import Schema, an_object, maybe
 from hhh_router.interfaces.server.http import LONGEST_MS
 from hhh_router.interfaces.server.idempotency import HEADER, LONGEST_KEY
@@ -34,18 +34,17 @@ _KEYS: Mapping[str, Any] = {
 }
 
 
-def document(*, proxy: bool = False, keys: bool = False) -> dict[str, Any]:
+def document(*, keys: bool = False) -> dict[str, Any]:
     """All endpoints with what they take, give and fail with, for OpenAPI 3.1.
 
     Args:
-        proxy: Somebody else's model answers.
         keys: Callers need a key.
     """
     block = Metadata.model_json_schema(by_alias=True, ref_template="#/components/schemas/{model}")
     parts = block.pop("$defs")
     paths: dict[str, dict[str, Any]] = {}
-    for endpoint in served(proxy=proxy):
-        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = _operation(endpoint, proxy=proxy, keys=keys)
+    for endpoint in ENDPOINTS:
+        paths.setdefault(endpoint.path, {})[endpoint.method.lower()] = _operation(endpoint, keys=keys)
     return {
         "openapi": DIALECT,
         "info": {"title": "hhh-router", "version": version("hhh-router"), "license": {"name": "Apache-2.0"}},
@@ -57,7 +56,7 @@ def document(*, proxy: bool = False, keys: bool = False) -> dict[str, Any]:
     }
 
 
-def _operation(endpoint: Endpoint, *, proxy: bool, keys: bool) -> dict[str, Any]:
+def _operation(endpoint: Endpoint, *, keys: bool) -> dict[str, Any]:
     locked = keys and endpoint.needs_key
     told = {"application/json": {"schema": {"$ref": f"#/components/schemas/Error_{endpoint.wire}"}}}
     gives = {endpoint.media: {"schema": endpoint.gives}}
@@ -71,8 +70,7 @@ def _operation(endpoint: Endpoint, *, proxy: bool, keys: bool) -> dict[str, Any]
         status: {"description": "what was found, where, and what to do", "content": told} for status in failures
     }
     made: dict[str, Any] = {"operationId": _name(endpoint), "summary": endpoint.does, "responses": answers}
-    takes = endpoint.proxied if proxy and endpoint.proxied is not None else endpoint.takes
-    if takes is not None:
+    if (takes := endpoint.takes) is not None:
         made["requestBody"] = {"required": True, "content": {"application/json": {"schema": takes}}}
     if endpoint.generates:
         made["parameters"] = _HEADERS

@@ -111,7 +111,7 @@ class Call:
         """Of the response."""
         return f"resp_{self.request.request_id}"
 
-    def whole(self, done: ChatFinished, raw: Mapping[str, Any] | None) -> dict[str, Any]:
+    def whole(self, done: ChatFinished) -> dict[str, Any]:
         """See `dialect.Dialect`."""
         return self.finished(done)
 

@@ -35,16 +35,12 @@ def listen(host: str, port: int, settings: Settings) -> socket.socket:
         raise SettingsError(f"--port {port} is no port", hint=f"use 0 (a free one) to {MAX_PORT}")
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.create_server(address, family=family, backlog=BACKLOG)
+        return socket.create_server(address, family=family, backlog=BACKLOG)
     except OSError as error:
         raise SettingsError(
             f"cannot listen on {host}:{port} ({error.strerror or error})",
             hint="choose another --host or --port; port 0 takes a free one",
         ) from error
-    # accepted connections inherit it; asyncio sets it only on sockets that name their protocol, and without it the last
-    # piece of a reply waits 40 ms for the client's delayed acknowledgement
-    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listening
 
 
 def run(pipeline: Pipeline, listening: socket.socket, *, on_ready: Callable[[str], None] = lambda url: None) -> None:
