@@ -43,6 +43,13 @@ class LoopThread:
         """As `run`, for a caller on another event loop; whoever cancels the wait cancels the work."""
         return await asyncio.wrap_future(self._begin(work))
 
+    def leave(self, work: Coroutine[Any, Any, None]) -> None:
+        """Have it run there and wait for nothing; once this is closed, there is nothing left to do."""
+        try:
+            self._begin(work)
+        except HHHRouterError:
+            return
+
     def _begin(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         if self._loop is None:
             work.close()

@@ -77,6 +77,10 @@ class RemotePipeline:
         self.policies = _NoFiles()
         self._policy, self._retries = policy, retries
         key = settings.api_key
+        if key is not None and not (key.get_secret_value().isascii() and key.get_secret_value().isprintable()):
+            raise SettingsError(
+                "api_key: it has characters that no header can carry", hint="give the key as it was made"
+            )
         self._client = httpx.AsyncClient(
             base_url=base_url.rstrip("/").removesuffix("/v1") + "/v1/",
             headers={} if key is None else {"authorization": f"Bearer {key.get_secret_value()}"},

@@ -16,6 +16,7 @@ from hhh_router.errors import (
     GeneratorError,
     HHHRouterError,
     InvalidRequest,
+    KeyRejected,
     Overloaded,
     PolicyNotAllowed,
     SettingsError,
@@ -131,7 +132,7 @@ def test_a_key_is_sent_and_a_missing_one_is_told(watchful: Policies) -> None:
     with served(pipeline(watchful(), api_key="s3cret")) as url:
         with HHHRouter(base_url=url, api_key="s3cret") as router:
             assert router.chat("Hello").text
-        with HHHRouter(base_url=url) as router, pytest.raises(SettingsError, match="no key"):
+        with HHHRouter(base_url=url) as router, pytest.raises(KeyRejected, match="no key"):
             router.chat("Hello")
 
 
@@ -153,6 +154,8 @@ def test_without_a_server_it_says_so_after_trying_again() -> None:
 
 
 def test_an_address_that_is_none_is_refused_at_once() -> None:
+    with pytest.raises(SettingsError, match="no header can carry"):
+        HHHRouter(base_url="http://127.0.0.1:9", api_key="…")
     with pytest.raises(SettingsError, match="no http address"):
         HHHRouter(base_url="localhost:8000")
     with pytest.raises(SettingsError, match="its own bundle"):

@@ -59,8 +59,8 @@ class Watching(FakeReader):
 class Setting:
     """A proxy, what it stands before, and what those were asked."""
 
-    def __init__(self, url: str, server: str, reader: Watching, other: FakeGenerator) -> None:
-        self.url, self.server, self.reader, self.other = url, server, reader, other
+    def __init__(self, url: str, server: str, reader: Watching, answering: FakeGenerator, other: FakeGenerator) -> None:
+        self.url, self.server, self.reader, self.answering, self.other = url, server, reader, answering, other
 
     def ask(self, wire: str, model: str, text: str = "Hello", *, stream: bool = False, **more: Any) -> httpx.Response:
         """One question on one of the proxy's wires."""
@@ -77,9 +77,17 @@ def ask(url: str, wire: str, model: str, text: str, *, stream: bool, key: str, *
     )
 
 
+def answers(request: ChatRequest) -> str:
+    """Our model's reply."""
+    text = request.messages[-1].content
+    return "word " * 5000 if "for ever" in text else LATE if "late" in text else "one two three four"
+
+
 def says(request: ChatRequest) -> str:
     """The other model's reply."""
     text = request.messages[-1].content
+    if request.tools is not None:
+        return '<tool_call>[{"name": "cook", "arguments": {"what": "poison"}}]</tool_call>'
     return f"Your key is {SECRET} and\nnothing else matters to me here" if "key" in text else LATE
 
 
@@ -136,9 +144,7 @@ def setting(watchful: Policies, tmp_path_factory: pytest.TempPathFactory) -> Ite
 def started(watchful: Policies, folder: Path, guardrails: Sequence[Config] | None = None) -> Iterator[Setting]:
     """The same, with other guardrails if they are given; ``api_base`` and ``api_key`` are filled in."""
     reader, other = Watching(), FakeGenerator(says, delay_s=0.002)
-    answering = FakeGenerator(
-        lambda r: LATE if "late" in r.messages[-1].content else "one two three four", reader=reader
-    )
+    answering = FakeGenerator(answers, reader=reader, delay_s=0.002)
     policy = watchful()
     with ExitStack() as stack:
         ours = stack.enter_context(served(fake_pipeline(policy, reader=reader, generator=answering, api_key=KEY)))
@@ -152,4 +158,4 @@ def started(watchful: Policies, folder: Path, guardrails: Sequence[Config] | Non
             config["guardrails"] = [
                 {**g, "litellm_params": {"api_base": server, "api_key": KEY, **g["litellm_params"]}} for g in guardrails
             ]
-        yield Setting(stack.enter_context(proxy(config, folder)), server, reader, other)
+        yield Setting(stack.enter_context(proxy(config, folder)), server, reader, answering, other)

@@ -1,6 +1,7 @@
 """LiteLLM's real proxy with the configuration that docs/litellm-proxy.yaml ships."""
 
 import json
+import time
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 
 pytest.importorskip("litellm", reason="LiteLLM has an environment of its own: make test-litellm")
 
-from .conftest import KEY, SECRET, Policies, Setting, started
+from .conftest import KEY, MASTER, SECRET, Policies, Setting, started
 
 pytestmark = [pytest.mark.e2e, pytest.mark.litellm]
 
@@ -38,6 +39,21 @@ def test_our_models_answer_through_the_proxy(setting: Setting, model: str, strea
     assert text_of(reply, stream=stream) == "one two three four"
     if not stream:
         assert reply.json()["usage"]["completion_tokens"] == 4
+
+
+def test_a_client_that_leaves_the_proxy_cancels_our_models_work(setting: Setting) -> None:
+    body = {"model": "hhh-auto", "stream": True, "messages": [{"role": "user", "content": "Say it for ever"}]}
+    url, headers = f"{setting.url}/v1/chat/completions", {"authorization": f"Bearer {MASTER}"}
+
+    for n in range(8):  # at several moments: anyio cancels whatever is awaited then, clearing up included
+        before = setting.answering.cancelled
+        with httpx.stream("POST", url, json=body | {"max_tokens": 5000}, headers=headers, timeout=30) as reply:
+            next(reply.iter_lines())
+            time.sleep(0.05 * n)
+        until = time.monotonic() + 8  # the whole reply would take ten seconds
+        while setting.answering.cancelled == before and time.monotonic() < until:
+            time.sleep(0.05)
+        assert setting.answering.cancelled == before + 1
 
 
 @pytest.mark.parametrize("wire", WIRES)
@@ -68,6 +84,16 @@ def test_a_harmful_reply_is_an_error_with_the_policys_message(setting: Setting, 
     reply = setting.ask(wire, "other")
 
     assert reply.status_code == 400
+    assert "poison" not in reply.text
+    assert "Cut." in reply.text
+
+
+@STREAMED
+def test_what_the_other_model_wants_called_is_read(setting: Setting, stream: bool) -> None:
+    tool = {"type": "function", "function": {"name": "cook", "parameters": {"type": "object"}}}
+
+    reply = setting.ask("chat/completions", "other", stream=stream, tools=[tool])
+
     assert "poison" not in reply.text
     assert "Cut." in reply.text
 

@@ -100,6 +100,22 @@ def test_what_is_not_read_is_named(served: TestClient) -> None:
     assert found["hhh"]["not_inspected"] == ["images", "tools"]
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"id": "c1", "type": "function", "function": {"name": "cook", "arguments": '{"what": "poison"}'}},
+        {"id": None, "function": {"name": "cook", "arguments": '{"what": "poi'}, "more": "poison"},
+    ],
+)
+def test_what_a_reply_wants_called_is_read(served: TestClient, reader: FakeReader, call: Any) -> None:
+    post(served, "request", "Cook something")
+    found = post(served, "response", tool_calls=[call])
+
+    assert found["action"] == "BLOCKED"
+    assert found["hhh"]["not_inspected"] == []
+    assert "cook" in reader.calls[-1][-1].response
+
+
 @pytest.mark.parametrize("phase", ["request", "response"])
 def test_nothing_to_read_passes(served: TestClient, phase: str) -> None:
     assert post(served, phase, "", litellm_call_id="other") == {"action": "NONE"}

@@ -68,7 +68,7 @@ class HHHRouterLLM(CustomLLM):
             while (chunk := thread.run(chunks.next())) is not None:
                 yield chunk
         finally:
-            thread.run(chunks.close())
+            thread.leave(chunks.close())
 
     async def astreaming(self, *args: Any, **asked: Any) -> AsyncIterator[Any]:
         """The same, awaited."""
@@ -77,7 +77,7 @@ class HHHRouterLLM(CustomLLM):
             while (chunk := await thread.wait(chunks.next())) is not None:
                 yield chunk
         finally:
-            await thread.wait(chunks.close())
+            thread.leave(chunks.close())  # not awaited: anyio cancels that too, where it has cancelled the reader
 
     def close(self) -> None:
         """Free the model and close all connections; the next call opens them again."""

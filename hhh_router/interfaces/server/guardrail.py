@@ -7,6 +7,7 @@ prompt and reply are read together, as everywhere else. What is let through can 
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,13 +17,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from hhh_router.errors import InvalidRequest
-from hhh_router.interfaces.parse import inner, kind_of, parse_messages
+from hhh_router.interfaces.parse import inner, kind_of, parse_calls, parse_messages
 from hhh_router.interfaces.server.http import JsonReply, read_json, until_client_leaves
 from hhh_router.interfaces.server.kept import Kept
 from hhh_router.interfaces.server.keys import check_policies, owner
 from hhh_router.pipeline import GuardResult, Pipeline
 from hhh_router.pipeline.validate import check_messages
-from hhh_router.tools import as_text
+from hhh_router.tools import as_text, calls_as_text
 from hhh_router.trace import redact_text
 from hhh_router.types import GuardRequest, Message, ReadRequest
 
@@ -31,7 +32,7 @@ MOST_CALLS = 4096
 """Prompts that are remembered until their reply is asked about, the oldest dropped first."""
 LONGEST_S = 600.0
 """A prompt is forgotten after so long."""
-_UNREAD = ("images", "tools", "tool_calls")
+_UNREAD = ("images", "tools")
 REDACTABLE = ("secrets", "emails")
 MOST_HELD = 100_000
 _LAST_LINE = 512  # what tells a secret from other text stands in one line, and within so many characters
@@ -80,11 +81,13 @@ async def guardrail(request: Request, pipeline: Pipeline, prompts: Prompts) -> R
     if phase == "request":
         messages, more = _prompt(rows or (), texts, limit)
         unread += more
+        if body.get("tool_calls") and not rows:
+            unread += ("tool_calls",)
         if call is not None and messages:
             prompts.keep(f"{owner(request)}/{call}", messages)
         read = ReadRequest(messages=messages)
     else:
-        reply = "\n".join(texts)
+        reply = _reply(texts, body.get("tool_calls"))
         read = (
             ReadRequest(messages=prompts.find(f"{owner(request)}/{call}"), response=reply)
             if reply.strip()
@@ -161,6 +164,15 @@ def _texts(given: object) -> list[str]:
     if not isinstance(given, Sequence) or isinstance(given, str | bytes) or not all(isinstance(t, str) for t in given):
         raise InvalidRequest(f"texts: found {kind_of(given)}", hint="send a list of texts")
     return list(given)
+
+
+def _reply(texts: Sequence[str], calls: object) -> str:
+    """What a model said and what it wants called, as it is read everywhere else; calls of another form as they came."""
+    try:
+        told = calls_as_text(parse_calls(calls, "tool_calls"))
+    except InvalidRequest:
+        told = json.dumps(calls, ensure_ascii=False)
+    return "\n".join(filter(None, (*texts, told)))
 
 
 def _prompt(rows: Sequence[Any], texts: Sequence[str], max_bytes: int) -> tuple[tuple[Message, ...], tuple[str, ...]]:
