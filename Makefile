@@ -9,7 +9,7 @@ FUZZ := .venv-schemathesis
 LITELLM := .venv-litellm
 export PROMPT
 
-.PHONY: chat install test report bench-engine bench-proxy chaos soak fuzz test-litellm check format help
+.PHONY: chat install test report policy-report bench-engine bench-proxy chaos soak fuzz test-litellm check format help
 
 chat: $(STAMP)  ## answer PROMPT="…" and show weights, needs, confidence and decision
 	@$(BIN)/hhh-router chat "$$PROMPT" || [ $$? -eq 3 ]  # 3: the policy refused, which is an answer too
@@ -19,6 +19,9 @@ install: $(STAMP)  ## set up .venv, pinned by constraints.txt
 test: $(STAMP)  ## run the whole default suite, on the real default model
 	$(BIN)/hhh-router doctor --fetch
 	$(BIN)/python -m pytest -m "not gpu and not processes"
+
+policy-report: $(STAMP)  ## measure every shipped policy on eval prompts; HHH_ROUTER_DATA names the folder of data sets
+	$(BIN)/hhh-router policy report --out policies/library/figures.json
 
 report: $(STAMP)  ## measure the shipped bundle; HHH_ROUTER_DATA names the folder of data sets
 	@test -n "$$HHH_ROUTER_DATA" || { echo "set HHH_ROUTER_DATA to the folder of data sets, see docs/evaluation.md"; exit 2; }

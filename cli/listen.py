@@ -24,14 +24,15 @@ def run_server(*, host: str, port: int, policy: str | None, bundle: str | None) 
     except ImportError as error:
         raise MissingExtra("serve", needed_for="a server") from error
     from hhh_router.assemble import build_pipeline
+    from hhh_router.pipeline.situation import SERVER
 
     from .session import ready_backbone
 
     settings = Settings.load(policy=policy, bundle=bundle)
-    policies = PolicyStore.from_settings(settings)
+    policies = PolicyStore.from_settings(settings, door=SERVER)
     with listen(host, port, settings) as listening:
         ready_backbone(bundle)
-        pipeline = build_pipeline(settings, serving=True)
+        pipeline = build_pipeline(settings, serving=True, door=SERVER)
         logging.basicConfig(format="%(asctime)s %(message)s")
         logging.getLogger("hhh_router").setLevel(logging.INFO)
         name = pipeline.parts.bundle_ref.name

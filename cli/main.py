@@ -22,6 +22,8 @@ COMMANDS = (
     "proxy",
     "audit",
     "policy",
+    "replay",
+    "verify",
     "bundle",
     "train",
     "calibrate",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .policy_fit import fit
+from .policy_report import report
 from .policy_tools import diff, graph, lint, run_examples
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Show, check, explain, test, fit, compare policies.")
 
 app.command("test")(run_examples)
-for command in (lint, diff, graph, fit):
+for command in (lint, diff, graph, fit, report):
     app.command()(command)
 
 _JSON = typer.Option(False, "--json", help="Print JSON.")

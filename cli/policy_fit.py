@@ -22,7 +22,12 @@ def fit(
     out: Annotated[Path | None, typer.Option(help="The locked policy; default: NAME.locked.yaml here.")] = None,
     plot: Annotated[list[Path] | None, typer.Option(help="Draw the curve: FILE.png or FILE.html; repeatable.")] = None,
     bundle: Annotated[str | None, typer.Option("--bundle", "-b", help="Default: the deployment's.")] = None,
-    check: Annotated[bool, typer.Option(help="Write nothing; exit 1 where the lock says otherwise.")] = False,
+    in_place: Annotated[
+        bool, typer.Option("--in-place", help="Write limit and lock into FILE itself, comments kept.")
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; exit 1 where the lock says otherwise.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Fit a policy's limit to its budget by conformal risk control, and lock it; fails where no limit keeps it."""
@@ -35,7 +40,7 @@ def fit(
     from hhh_router.settings import Settings
 
     try:
-        from hhh_router.evaluation.budget import attainable, fit_policy, rank
+        from hhh_router.evaluation.budget import KEPT_KNOWN, OWN_KNOWN, attainable, fit_policy, rank
     except ImportError as error:
         raise MissingExtra("train", needed_for="fitting a policy") from error
     policy = load_policy(file)
@@ -43,14 +48,15 @@ def fit(
     settings = Settings.load(bundle=bundle)
     used = Bundle.load(settings.bundle)
     calibrators = load_calibrators(used, settings)
+    known = KEPT_KNOWN if data is None else OWN_KNOWN
     name, data_sha256, rows = _rows(used, calibrators, settings, data)
     try:
         fitted = fit_policy(
-            policy, rows, calibrators, bundle_sha256=used.sha256, data=name, data_sha256=data_sha256
+            policy, rows, calibrators, bundle_sha256=used.sha256, data=name, data_sha256=data_sha256, known=known
         )  # fmt: skip
     except DataError:
         assert policy.budget is not None
-        _show_frontier(attainable(rank(policy, rows, calibrators), policy.budget.level), as_json)
+        _show_frontier(attainable(rank(policy, rows, calibrators, known), policy.budget.level), as_json)
         raise
     if check:
         same = policy.lock == fitted.policy.lock
@@ -59,7 +65,11 @@ def fit(
             raise typer.Exit(EXIT_FAILURE)
         return
     target = out or Path(f"{policy.name}.locked.yaml")
-    target.write_text(_locked_text(fitted.policy), encoding="utf-8")
+    if in_place:
+        target = Path(policy.source or file)
+        target.write_text(_edited(target, fitted), encoding="utf-8")
+    else:
+        target.write_text(_locked_text(fitted.policy), encoding="utf-8")
     for picture in plot or ():
         _draw(fitted, picture)
     if as_json:
@@ -98,6 +108,13 @@ def _locked_text(policy: Policy) -> str:
 
     note = "# Made by hhh-router policy fit. Change the policy it was made from, and fit it again.\n"
     return note + policy_yaml(policy)
+
+
+def _edited(path: Path, fitted: FittedPolicy) -> str:
+    """The file's own text with the limit and the lock in it."""
+    from hhh_router.policy.lock import written_into
+
+    return written_into(path.read_text(encoding="utf-8"), fitted.policy, folder=path.parent)
 
 
 def _check_plots(plots: list[Path] | tuple[()]) -> None:

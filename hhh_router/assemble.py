@@ -45,6 +45,7 @@ def build_pipeline(
         MissingExtra: torch is not installed.
     """
     policies = PolicyStore.from_settings(settings, door=door)  # the cheapest checks first
+    receipts = _receipts(settings)
     bundle = Bundle.load(settings.bundle)
     bundle.verify()
     policies.bind(deployed(bundle))
@@ -57,7 +58,7 @@ def build_pipeline(
         policies=policies,
         bundle_ref=BundleRef(name=bundle.manifest.name, hash=bundle.sha256),
         backbone_sha256=bundle.manifest.backbone.sha256,
-        sinks=(LogSink(),) if sinks is None else sinks,
+        sinks=((LogSink(),) if sinks is None else tuple(sinks)) + receipts,
         settings=settings,
         closers=(model.aclose,),
         drain=model.drain,
@@ -76,6 +77,19 @@ def open_raw_client() -> RawClient:
     except ImportError as error:
         raise MissingExtra("serve", needed_for="an upstream") from error
     return RawClient()
+
+
+def _receipts(settings: Settings) -> tuple[Sink, ...]:
+    """The sink of signed receipts, where the settings name one."""
+    if settings.receipts_file is None and settings.receipts_key_file is None:
+        return ()
+    if settings.receipts_file is None or settings.receipts_key_file is None:
+        raise SettingsError(
+            "receipts need a file and a key", hint="set HHH_ROUTER_RECEIPTS_FILE and HHH_ROUTER_RECEIPTS_KEY_FILE"
+        )
+    from hhh_router.trace.receipts import ReceiptSink
+
+    return (ReceiptSink(settings.receipts_file, settings.receipts_key_file),)
 
 
 def _embedded(bundle: Bundle, settings: Settings) -> tuple[EmbeddedModel, Calibrators]:

@@ -43,6 +43,10 @@ class Settings(BaseSettings):
     """Policies a caller may pick besides the default, comma-separated; None allows every shipped one."""
     policy_reload_s: float = Field(default=2.0, ge=0)
     """Seconds between two looks at the policies' files; a changed one is taken over once it is valid. 0 never looks."""
+    receipts_file: Path | None = None
+    """File that gets a signed receipt of every request; needs ``receipts_key_file``."""
+    receipts_key_file: Path | None = None
+    """PEM file of the Ed25519 private key that signs receipts."""
     cache_dir: Path = Field(default_factory=default_cache_dir)
     """Where converted backbones are kept."""
     threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)

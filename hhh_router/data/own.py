@@ -63,7 +63,9 @@ class OwnData:
     """One entry for each row that was left out: ``file:line``, what was found and what is expected."""
 
 
-def read_own(path: Path, *, skip_broken: bool, split: str = "eval", max_rows: int = MAX_ROWS) -> OwnData:
+def read_own(
+    path: Path, *, skip_broken: bool, split: str = "eval", max_rows: int = MAX_ROWS, labelled: bool = True
+) -> OwnData:
     """Read a user's JSON Lines file, plain or gzipped (``.gz``), a line at a time. Blank lines are passed over.
 
     Args:
@@ -72,6 +74,7 @@ def read_own(path: Path, *, skip_broken: bool, split: str = "eval", max_rows: in
         skip_broken: Leave broken rows out and report them, instead of failing on them.
         split: Of every example; ``eval`` keeps rows out of training and calibration until the caller says otherwise.
         max_rows: Most rows the file may have, broken ones included.
+        labelled: Every row has to have labels; else a row may be without.
 
     Returns:
         The examples, with source ``own``; their ``group`` is the row's group and language, joined by " · ".
@@ -83,19 +86,19 @@ def read_own(path: Path, *, skip_broken: bool, split: str = "eval", max_rows: in
     """
     examples: list[Example] = []
     broken: list[str] = []
-    labelled = _Labelled()
+    seen = _Labelled()
     for number, line in _numbered(path, max_rows):
         try:
-            example = _example(line, split)
+            example = _example(line, split, labelled)
         except _BrokenRow as error:
             broken.append(f"{path}:{number}: {error}")
             continue
-        labelled.add(example, number)
+        seen.add(example, number)
         examples.append(example)
     if broken and not skip_broken:
         raise _listing(f"{path}: {_rows(len(broken))} broken", broken, "repair the rows, or leave them out as broken")
-    if labelled.contradictions:
-        found = [f"{path}:{c}" for c in labelled.contradictions]
+    if seen.contradictions:
+        found = [f"{path}:{c}" for c in seen.contradictions]
         raise _listing(f"{path}: {_rows(len(found))} at odds with an earlier one", found, "keep one of the two labels")
     if not examples:
         raise _listing(f"{path}: no sound row among {len(broken)}", broken, "one JSON object a line is expected")
@@ -177,7 +180,7 @@ def _lines(file: IO[bytes]) -> Iterator[bytes | None]:
             ended = rest.endswith(b"\n")
 
 
-def _example(line: bytes | None, split: str) -> Example:
+def _example(line: bytes | None, split: str, labelled: bool) -> Example:
     row = _object(line)
     wrong: list[str] = []
     for key in row:
@@ -185,7 +188,7 @@ def _example(line: bytes | None, split: str) -> Example:
             wrong.append(f"{_show(key)} is no key of a row{did_you_mean(key, _KEYS)}; use {either(_KEYS)}")
     messages = _messages(row, wrong)
     response = _text(row, "response", wrong, "the reply")
-    needs, outcomes = _labels(row, wrong)
+    needs, outcomes = _labels(row, wrong) if labelled or "labels" in row else ({}, {})
     groups = [g for name in ("group", "language") if (g := _text(row, name, wrong, f"the {name}"))]
     if outcomes and "response" not in row:
         wrong.append(f"labels.{next(iter(outcomes))} is about a reply, but there is no response; add it")

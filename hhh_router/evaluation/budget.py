@@ -21,7 +21,9 @@ from hhh_router.evaluation.systems import Readings
 from hhh_router.pipeline.plan import make_plan
 from hhh_router.pipeline.situation import asked_situation
 from hhh_router.policy import Policy
+from hhh_router.policy.doors import SITUATIONS
 from hhh_router.policy.lock import FITTED, fitted_rule, limit_of, locked, with_limit
+from hhh_router.policy.quantities import row_of
 from hhh_router.policy.rules import Rule, When
 from hhh_router.policy.schema import Lock
 from hhh_router.types import Caller, ReadRequest, Scores, Situation
@@ -30,6 +32,12 @@ NEED = FITTED.removeprefix("needs.")
 POINTS = 60
 """Of a trade-off curve."""
 _LIMIT_DECIMALS = 6  # readings of one text in two precisions agree to about three
+
+
+KEPT_KNOWN = frozenset({"length.tokens"})
+"""What is known of the rows that a bundle keeps, beside their readings."""
+OWN_KNOWN = KEPT_KNOWN | {"role", "text", "length.characters", "conversation.turns"}
+"""What is known of prompts in a file."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,13 +94,21 @@ class FittedPolicy:
     """(limit, benign refused, harm passed) on the rows."""
 
 
-def rank(policy: Policy, rows: Sequence[FitRow], calibrators: Calibrators) -> Ranked:
+def rank(policy: Policy, rows: Sequence[FitRow], calibrators: Calibrators, known: frozenset[str] = OWN_KNOWN) -> Ranked:
     """Ask a policy about every row as if its limit were 0, and as if there were none.
+
+    Args:
+        policy: With one rule that stops on ``needs.harmless``.
+        rows: Labelled prompts.
+        calibrators: The bundle's.
+        known: What is known of the rows beside their readings. Rules at input and floors that ask for anything else
+            are left out, as if they never held: else ``on_error`` would stop every row.
 
     Raises:
         PolicyError: There is not one rule to fit, or its rules at input ask for what hangs on the limit.
         ReaderError: Nothing can be concluded from a row.
     """
+    policy = _answerable(policy, known)
     i, j = fitted_rule(policy)
     if any(c.quantity == "confidence" for rule in policy.checkpoints["input"] for c in rule.when):
         raise PolicyError(
@@ -121,6 +137,7 @@ def fit_policy(
     bundle_sha256: str,
     data: str,
     data_sha256: str,
+    known: frozenset[str] = OWN_KNOWN,
 ) -> FittedPolicy:
     """The policy with the highest limit that keeps its budget, locked.
 
@@ -131,13 +148,14 @@ def fit_policy(
         bundle_sha256: Of the bundle.
         data: ``bundle``, or the name of the file.
         data_sha256: Of the rows.
+        known: See `rank`.
 
     Raises:
         PolicyError: It has no budget, or no rule to fit.
         DataError: No limit keeps the budget; the message has what can be kept.
     """
     budget = _budget(policy)
-    ranked = rank(policy, rows, calibrators)
+    ranked = rank(policy, rows, calibrators, known)
     try:
         found = fit_limit(ranked.scores, ranked.harmful, budget)
     except DataError as error:
@@ -207,6 +225,20 @@ def _rounded(found: FittedLimit, ranked: Ranked) -> float:
         if ((ranked.scores >= shorter) == (ranked.scores >= found.limit)).all():
             return shorter
     return found.limit
+
+
+def _answerable(policy: Policy, known: frozenset[str]) -> Policy:
+    def can_be_asked(when: When) -> bool:
+        return all(row_of(c.quantity) in known or row_of(c.quantity) not in SITUATIONS for c in when)
+
+    return replace(
+        policy,
+        floors=tuple(f for f in policy.floors if can_be_asked(f.when)),
+        checkpoints={
+            **policy.checkpoints,
+            "input": tuple(r for r in policy.checkpoints["input"] if can_be_asked(r.when) and r.rollout is None),
+        },
+    )
 
 
 def _with_when(policy: Policy, i: int, when: When) -> Policy:

@@ -20,6 +20,9 @@ PIPELINE = Door(
 )
 """What every door of the pipeline has where its own model answers: the SDK, the commands and the server."""
 
+SERVER = replace(PIPELINE, name="the server", supplies=PIPELINE.supplies | {"tenant", "route", "key.scope"})
+"""Where clients call with keys: a key's name is its tenant."""
+
 SIDECAR = Door(
     name="the sidecar",
     checkpoints=PIPELINE.checkpoints,

@@ -15,7 +15,7 @@ from hhh_router.policy.decide import (
 )
 from hhh_router.policy.doors import Door, check_door, headers_read, lacking
 from hhh_router.policy.jsonschema import policy_schema
-from hhh_router.policy.load import list_policies, load_policy, parse_policy
+from hhh_router.policy.load import list_library, list_policies, load_policy, parse_policy
 from hhh_router.policy.overlays import for_tenant
 from hhh_router.policy.quantities import CHECKPOINTS
 from hhh_router.policy.rules import Condition, Facts, Floor, Rule
@@ -43,6 +43,7 @@ __all__ = [
     "headers_read",
     "in_rollout",
     "lacking",
+    "list_library",
     "list_policies",
     "load_policy",
     "on_error_decision",

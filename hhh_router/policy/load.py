@@ -22,6 +22,12 @@ def list_policies() -> list[str]:
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
 
 
+def list_library() -> list[str]:
+    """Names of the policies for one kind of use each, to start from. They are fitted to the default bundle."""
+    folder = resources.files("hhh_router.policies").joinpath("library")
+    return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml"))
+
+
 def load_policy(source: str | Path) -> Policy:
     """Load and check a policy.
 
@@ -43,9 +49,11 @@ def policy_path(source: str | Path) -> Path:
     """
     if isinstance(source, str) and source in list_policies():
         return _shipped(source)
+    if isinstance(source, str) and source in list_library():
+        return _shipped(f"library/{source}")
     if isinstance(source, Path) or os.sep in source or source.endswith(_SUFFIXES) or _is_file(source):
         return Path(source)
-    names = list_policies()
+    names = [*list_policies(), *list_library()]
     raise PolicyError(
         f"policy {shorten(source)} not found: no shipped policy has that name{did_you_mean(source, names)}",
         hint=f"use {', '.join(names)}, or the path of a YAML file",

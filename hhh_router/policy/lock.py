@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from hhh_router.errors import PolicyError
+from hhh_router.policy.load import parse_policy
 from hhh_router.policy.rules import Condition, Rule
-from hhh_router.policy.schema import Lock, Policy, as_document, policy_hash
+from hhh_router.policy.schema import NUMBER_PATTERN, Lock, Policy, as_document, policy_hash
 
 FITTED = "needs.harmless"
 """The quantity whose limit is fitted."""
 
 _STOPPING_OPS = (">=", ">")
+_LIMIT = re.compile(rf"""(needs\.harmless["']?:\s*["'])>=?\s*{NUMBER_PATTERN}\s*(["'])""")
+_LOCK = re.compile(r"^lock:[^\n]*\n(?:(?:[ \t][^\n]*)?\n)*", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +101,38 @@ def _stale(policy: Policy, lock: Lock, deployed: Deployed) -> Iterator[str]:
     ):
         if mine != theirs:
             yield f"was fitted on another {name} ({mine[:16]}, here {(theirs or 'none')[:16]})"
+
+
+def written_into(text: str, fitted: Policy, *, folder: Path) -> str:
+    """A policy's own text, comments and all, with the limit and the lock of a fitted policy.
+
+    Args:
+        text: What it was fitted from.
+        fitted: With its lock.
+        folder: Where ``extends`` looks for files.
+
+    Raises:
+        PolicyError: The rule that is fitted does not stand in this text, so it cannot be edited.
+    """
+    assert fitted.lock is not None
+    limit = fitted.lock.limit
+    lines = text.splitlines(keepends=True)
+    i, _ = fitted_rule(fitted)
+    begin = (fitted.checkpoints["input"][i].line or 1) - 1
+    for n in range(begin, len(lines)):
+        edited, count = _LIMIT.subn(lambda m: f"{m[1]}>= {limit}{m[2]}", lines[n], count=1)
+        if count:
+            lines[n] = edited
+            break
+    body = _LOCK.sub("", "".join(lines)).rstrip("\n")
+    lock = as_document(fitted)["lock"]
+    written = "\n".join([body, "lock:", *(f"  {key}: {json.dumps(value)}" for key, value in lock.items())]) + "\n"
+    if parse_policy(written, source=fitted.source or "policy.yaml", folder=folder).hash != fitted.hash:
+        raise PolicyError(
+            f"{fitted.source or fitted.name}: the rule that is fitted does not stand in this file",
+            hint="write the locked policy to a file of its own with --out",
+        )
+    return written
 
 
 def limit_of(rule: Rule, condition: int) -> float:

@@ -266,6 +266,7 @@ def fake_pipeline(
         sinks: Where traces go; nowhere by default.
         answers_elsewhere: As for a proxy: the generator asks another model, no mixture is applied.
         closers: Awaited when the pipeline is closed.
+        door: Where the policies are used; what they ask has to be had there.
         door: What the policy may ask for.
         settings: Further fields of `Settings`.
     """

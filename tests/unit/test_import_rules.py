@@ -87,6 +87,7 @@ OUTSIDE: dict[str, set[str]] = {
     "litellm": {"interfaces/litellm", "upstream/litellm"},
     "typer": {"cli"},
     "rich": {"cli"},
+    "cryptography": {"trace/receipts"},
 }
 """Library → where it may be imported, as a folder or a file without its suffix."""
 

@@ -32,7 +32,7 @@ from hhh_router.interfaces.server.http import (
     timeout_s,
 )
 from hhh_router.interfaces.server.idempotency import Replies, once
-from hhh_router.interfaces.server.keys import Key, KeyRing, check_policy, owner
+from hhh_router.interfaces.server.keys import Key, KeyRing, caller_of, check_policy, owner
 from hhh_router.interfaces.server.metrics import CountReplies, Metrics
 from hhh_router.interfaces.server.models import list_models
 from hhh_router.interfaces.server.moderations import moderations
@@ -188,9 +188,10 @@ def create_app(pipeline: Pipeline) -> Starlette:
 
 
 def _until(call: C, request: Request) -> C:
-    """The call with the deadline that the caller's header names."""
+    """The call with who asks, and with the deadline that the caller's header names."""
     limit = timeout_s(request)
-    return call if limit is None else replace(call, request=replace(call.request, timeout_s=limit))
+    asked = replace(call.request, caller=caller_of(request))
+    return replace(call, request=asked if limit is None else replace(asked, timeout_s=limit))
 
 
 async def _not_served(request: Request, error: Exception) -> Response:

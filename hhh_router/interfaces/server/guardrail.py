@@ -20,7 +20,7 @@ from hhh_router.errors import InvalidRequest
 from hhh_router.interfaces.parse import inner, kind_of, parse_calls, parse_messages
 from hhh_router.interfaces.server.http import JsonReply, read_json, until_client_leaves
 from hhh_router.interfaces.server.kept import Kept
-from hhh_router.interfaces.server.keys import check_policies, owner
+from hhh_router.interfaces.server.keys import called, check_policies, owner
 from hhh_router.pipeline import GuardResult, Pipeline
 from hhh_router.pipeline.validate import check_messages
 from hhh_router.tools import as_text, calls_as_text
@@ -97,7 +97,7 @@ async def guardrail(request: Request, pipeline: Pipeline, prompts: Prompts) -> R
         return JsonReply({"action": "NONE"})
     asked = GuardRequest(read=read, policy=wishes.policy, not_inspected=unread)
     check_policies(request, pipeline, [asked])
-    [result] = await until_client_leaves(request.receive, pipeline.guard([asked]))
+    [result] = await until_client_leaves(request.receive, pipeline.guard(called(request, [asked])))
     told = _told(result) or _let_through(texts, wishes, streams=phase == "response")
     return JsonReply({**told, "hhh": result.metadata.as_json()}, headers=result.metadata.headers())
 

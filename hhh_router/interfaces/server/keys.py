@@ -10,8 +10,9 @@ import hashlib
 import hmac
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -21,7 +22,7 @@ from hhh_router.errors import Overloaded, PolicyNotAllowed, SettingsError
 from hhh_router.interfaces.server.http import WireError
 from hhh_router.pipeline import Pipeline
 from hhh_router.settings import Settings
-from hhh_router.types import GuardRequest
+from hhh_router.types import Caller, GuardRequest
 
 Door = Literal["chat", "judge", "metrics"]
 """``chat``: what generates; ``judge``: guard, route, moderations, decisions and LiteLLM's guardrail."""
@@ -132,6 +133,18 @@ def owner(request: Request) -> str:
     """Whose things a request may name: its key's; everybody's where nobody needs a key."""
     key: Key | None = request.state.key
     return "" if key is None else key.name
+
+
+def caller_of(request: Request) -> Caller:
+    """Who asks, for the policies' conditions: the key's name is the tenant, its doors are what it opens."""
+    key: Key | None = request.state.key
+    doors: tuple[str, ...] = get_args(Door) if key is None or key.doors is None else key.doors
+    return Caller(tenant=owner(request), route=request.url.path, key_scopes=doors)
+
+
+def called(request: Request, asked: Sequence[GuardRequest]) -> list[GuardRequest]:
+    """Texts that are to be judged, with who asks."""
+    return [replace(one, caller=caller_of(request)) for one in asked]
 
 
 def check_policy(key: Key | None, policy: str) -> None:

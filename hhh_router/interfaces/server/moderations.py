@@ -11,7 +11,7 @@ from starlette.responses import Response
 from hhh_router.errors import InvalidRequest
 from hhh_router.interfaces.parse import kind_of, parse_messages
 from hhh_router.interfaces.server.http import JsonReply, read_json, until_client_leaves
-from hhh_router.interfaces.server.keys import check_policies
+from hhh_router.interfaces.server.keys import called, check_policies
 from hhh_router.interfaces.server.models import AUTO, parse_model
 from hhh_router.pipeline import GuardResult, Pipeline
 from hhh_router.trace.block import Metadata
@@ -37,7 +37,7 @@ async def moderations(request: Request, pipeline: Pipeline) -> Response:
         for messages, unread in _inputs(body.get("input"))
     ]
     check_policies(request, pipeline, asked)
-    results = await until_client_leaves(request.receive, pipeline.guard(asked))
+    results = await until_client_leaves(request.receive, pipeline.guard(called(request, asked)))
     told = [moderation(r) for r in results]
     return JsonReply({"id": f"modr-{pipeline.parts.new_id()}", "model": model, "results": told})
 

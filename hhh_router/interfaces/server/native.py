@@ -11,7 +11,7 @@ from starlette.responses import Response
 from hhh_router.errors import InvalidRequest
 from hhh_router.interfaces.parse import parse_prompt
 from hhh_router.interfaces.server.http import JsonReply, read_json, until_client_leaves
-from hhh_router.interfaces.server.keys import check_policies
+from hhh_router.interfaces.server.keys import called, check_policies
 from hhh_router.pipeline import GuardResult, Pipeline, RouteResult
 from hhh_router.trace import metadata_schema
 from hhh_router.types import GuardRequest, ReadRequest
@@ -62,7 +62,7 @@ async def _each(
     if "items" not in body:
         asked = [_item(body, "")]
         check_policies(request, pipeline, asked)
-        [result] = await until_client_leaves(request.receive, judge(asked))
+        [result] = await until_client_leaves(request.receive, judge(called(request, asked)))
         return JsonReply({"object": kind, **_told(result)}, headers=result.metadata.headers())
     if unknown := sorted(set(body) - {"items", "policy"}):
         raise InvalidRequest(f"{unknown[0][:100]}: unknown field beside items", hint="use items and policy")
@@ -72,7 +72,7 @@ async def _each(
     default = {"policy": _string(body, "policy", "")}
     asked = [_item({**default, **item}, f"items[{i}].") for i, item in enumerate(items)]
     check_policies(request, pipeline, asked)
-    results = await until_client_leaves(request.receive, judge(asked))
+    results = await until_client_leaves(request.receive, judge(called(request, asked)))
     return JsonReply({"object": "list", "data": [{"object": kind, **_told(r)} for r in results]})
 
 
