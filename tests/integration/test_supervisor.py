@@ -20,12 +20,19 @@ from hhh_router.model.supervisor import Supervisor, open_supervised
 from hhh_router.model.worker import load_embedded
 from hhh_router.protocols import Delta, Event, Finished, Planned, Planner, Steered, Window
 from hhh_router.settings import Settings
+from hhh_router.testing.tiny import tiny_bundle
 from hhh_router.types import Action, ChatRequest, Plan, ReadRequest, Scores, Weights
 
 from .test_one_pass import ask, events, planner, text_of
 
 pytestmark = pytest.mark.integration
-ENDLESS = 450  # tokens: longer than any of these tests looks at
+ENDLESS = 8000  # tokens: longer than any of these tests looks at
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """With a window that no reply fills while a test looks: 512 tokens may pass between two signs of life."""
+    return tiny_bundle(tmp_path_factory.mktemp("tiny"), max_position_embeddings=8192)
 
 
 @pytest.fixture(scope="module")
@@ -130,13 +137,13 @@ async def test_errors_arrive_as_what_they_are(model: EmbeddedModel) -> None:
         raise RuntimeError("no plan")
 
     with pytest.raises(ContextTooLong) as told:
-        await events(model, ask("x" * 600), planner())
+        await events(model, ask("x" * 9000), planner())
     assert told.value.hint
     with pytest.raises(GeneratorError, match="no plan"):
         await events(model, ask("hello"), broken)
     with pytest.raises(ContextTooLong, match="text 1 of 2"):
         await model.reader.read(
-            [ReadRequest(messages=ask("a").messages), ReadRequest(messages=ask("x" * 600).messages)]
+            [ReadRequest(messages=ask("a").messages), ReadRequest(messages=ask("x" * 9000).messages)]
         )
     assert (await events(model, ask("hello"), planner()))[-1].reason in ("stop", "length")
 
