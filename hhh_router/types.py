@@ -249,6 +249,8 @@ class ToolFacts:
     name: str
     arguments: Any = None
     """The call's arguments as parsed JSON; None where they are no JSON."""
+    result: str | None = None
+    """What came back; None for a call that has not been run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -283,6 +285,8 @@ class Situation:
     """When, with a time zone."""
     caller: Caller = field(default_factory=Caller)
     tool: ToolFacts | None = None
+    results: tuple[ToolFacts, ...] = ()
+    """What came back from tools since the last reply, which the model is about to see."""
     conversation: Conversation = field(default_factory=Conversation)
 
 
@@ -422,6 +426,8 @@ class Plan:
     """Calibrated P(every verdict enforced so far is right)."""
     enforced: bool = True
     """False in shadow mode: the decision is recorded and changes nothing."""
+    others: tuple[Decision, ...] = ()
+    """What ``session`` and ``tool_result`` said besides, none of it stricter than ``decision``."""
 
     @property
     def stops(self) -> bool:

@@ -200,6 +200,8 @@ class _Run:
         self._record.planned(
             event.plan, layers_run=event.layers_run, read_ms=event.read_ms, prompt_tokens=event.prompt_tokens
         )
+        for other in event.plan.others:
+            self._record.decided(other)
         self._decide(event.plan.decision)
 
     def _take_window(self, event: Window) -> list[Delta]:

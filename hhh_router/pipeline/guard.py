@@ -140,7 +140,7 @@ def _judge(parts: Parts, request: GuardRequest, policy: Policy, record: Record, 
     asked = asked_situation(request.read.messages, request.caller, parts.now())
     plan = _plan(parts, policy, first, asked, checkpoint="input" if request.read.messages else "output")
     record.planned(plan, layers_run=0 if isinstance(first, ReaderError) else first.layers_run)
-    decisions = [plan.decision] if request.read.messages else []
+    decisions = [*plan.others, plan.decision] if request.read.messages else []
     if reading.response is not None:
         answered = answered_situation(asked, request.read.response)
         decisions.append(_judge_response(parts, policy, record, reading.response, plan, answered))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -10,7 +9,9 @@ from typing import Any
 
 from hhh_router.calibration import Calibrators
 from hhh_router.errors import ReaderError
-from hhh_router.policy import Bounds, Facts, Policy, attempts, bounds, decide, thresholds
+from hhh_router.pipeline.situation import parsed_arguments
+from hhh_router.policy import Bounds, Facts, Policy, asks, attempts, bounds, decide, thresholds
+from hhh_router.policy.schema import SEVERITY
 from hhh_router.protocols import Planner
 from hhh_router.routing import kl_nats, project, tilt
 from hhh_router.types import (
@@ -98,14 +99,28 @@ def make_plan(
     worked = _work_out(
         scores, policy=policy, calibrators=calibrators, pinned=pinned, floors=floors or {}, situation=situation
     )
+    first, *others = _decisions(policy, worked.facts)
     return Plan(
         evidence=worked.evidence,
-        decision=decide(policy, "input", worked.facts),
+        decision=first,
+        others=tuple(others),
         weights=worked.weights,
         policy_shift_nats=worked.policy_shift_nats,
         confidence=worked.confidence,
         enforced=policy.mode == "enforce",
     )
+
+
+def _decisions(policy: Policy, facts: Facts) -> list[Decision]:
+    """What input, session and tool_result say of one reading, the strictest first; of equals in this order."""
+    found = [decide(policy, "input", facts)]
+    if asks(policy, "session"):
+        found.append(decide(policy, "session", facts))
+    if asks(policy, "tool_result"):
+        for tool in facts.situation.results:
+            about = replace(facts.situation, tool=tool, text=tool.result, role="tool")
+            found.append(decide(policy, "tool_result", replace(facts, situation=about)))
+    return sorted(found, key=lambda d: -SEVERITY[d.action])
 
 
 def judge_output(
@@ -160,17 +175,9 @@ def judge_call(call: ToolCall, *, plan: Plan, policy: Policy, situation: Situati
         situation,
         text=call.arguments,
         role="assistant",
-        tool=ToolFacts(name=call.name, arguments=_parsed(call.arguments)),
+        tool=ToolFacts(name=call.name, arguments=parsed_arguments(call)),
     )
     return decide(policy, "tool_call", _facts(plan.evidence, plan.weights, plan.confidence, about))
-
-
-def _parsed(arguments: str) -> Any:
-    """Arguments as JSON; None where they are none, so that no rule takes them for known."""
-    try:
-        return json.loads(arguments)
-    except (ValueError, RecursionError):
-        return None
 
 
 def explain(

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
+from typing import Any
 
+from hhh_router.policy import CHECKPOINTS
 from hhh_router.policy.doors import Door
-from hhh_router.types import Caller, Conversation, Message, Situation
+from hhh_router.types import Caller, Conversation, Message, Situation, ToolCall, ToolFacts
 
 _KNOWN = frozenset({"role", "length.characters", "length.tokens", "text", "time", "conversation.turns", "rollout"})
 
 PIPELINE = Door(
     name="this door",
-    checkpoints=frozenset({"input", "output", "tool_call"}),
-    reads_at=frozenset({"input", "output", "tool_call"}),
-    supplies=_KNOWN | {"tool.name", "tool.arguments.PATH"},
+    checkpoints=frozenset(CHECKPOINTS),
+    reads_at=frozenset(CHECKPOINTS),
+    supplies=_KNOWN | {"tool.name", "tool.arguments.PATH", "conversation.tool_calls"},
 )
 """What every door of the pipeline has where its own model answers: the SDK, the commands and the server."""
 
@@ -25,9 +28,9 @@ SERVER = replace(PIPELINE, name="the server", supplies=PIPELINE.supplies | {"ten
 
 SIDECAR = Door(
     name="the sidecar",
-    checkpoints=PIPELINE.checkpoints,
-    reads_at=PIPELINE.reads_at,
-    supplies=PIPELINE.supplies | {"model", "route", "headers.NAME"},
+    checkpoints=frozenset({"input", "output", "tool_call"}),
+    reads_at=frozenset({"input", "output", "tool_call"}),
+    supplies=_KNOWN | {"tool.name", "tool.arguments.PATH", "model", "route", "headers.NAME"},
     carries=frozenset({"upstream", "steering"}),
 )
 """Where another model answers, behind a proxy that knows several."""
@@ -41,13 +44,31 @@ def asked_situation(messages: Sequence[Message], caller: Caller, at: datetime | 
     """
     said = [i for i, m in enumerate(messages) if m.role == "assistant"]
     new = [m for m in messages[said[-1] + 1 if said else 0 :] if m.role != "system"]
+    calls = {call.id: call for m in messages for call in m.tool_calls}
     return Situation(
         text="\n\n".join(m.content for m in new),
         role=messages[-1].role if messages else None,
         at=at,
         caller=caller if caller.sticky is not None else replace(caller, sticky=_beginning(messages)),
-        conversation=Conversation(turns=sum(m.role == "user" for m in messages)),
+        results=tuple(_result(m, calls) for m in new if m.role == "tool"),
+        conversation=Conversation(turns=sum(m.role == "user" for m in messages), tool_calls=len(calls)),
     )
+
+
+def _result(message: Message, calls: Mapping[str, ToolCall]) -> ToolFacts:
+    """What came back, with the call it answers as far as the conversation has it."""
+    call = calls.get(message.tool_call_id or "")
+    if call is None:
+        return ToolFacts(name="unknown", result=message.content)
+    return ToolFacts(name=call.name, arguments=parsed_arguments(call), result=message.content)
+
+
+def parsed_arguments(call: ToolCall) -> Any:
+    """A call's arguments as JSON; None where they are none, so that no rule takes them for known."""
+    try:
+        return json.loads(call.arguments)
+    except (ValueError, RecursionError):
+        return None
 
 
 def answered_situation(asked: Situation, reply: str | None) -> Situation:

@@ -84,10 +84,10 @@ def test_one_wrong_file_keeps_all_of_them_back(tmp_path: Path, file: Path):
 
 def test_a_change_that_asks_what_the_door_lacks_is_not_taken_over(file: Path):
     store = PolicyStore(file)
-    file.write_text(TEXT.format(version=2, strength=0.5) + "  tool_result: [{then: block}]\n")
+    file.write_text(TEXT.format(version=2, strength=0.5) + "overlays: [{tenants: a}]\n")
 
     assert not store.reload()
-    assert "does not ask at tool_result" in (store.status.error or "")
+    assert "does not know whose traffic it is" in (store.status.error or "")
 
 
 def test_files_are_looked_at_when_it_is_time_and_what_they_extend_too(tmp_path: Path, file: Path):
