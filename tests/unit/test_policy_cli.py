@@ -144,3 +144,17 @@ def test_policy_commands_load_no_torch_and_no_numpy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
 
     assert done.stdout.strip() == "[]"
+
+
+async def test_explain_knows_the_text_it_explains(tmp_path: Path):
+    file = tmp_path / "p.yaml"
+    file.write_text(
+        "version: 1\nname: p\nextends: balanced\nfloors: [{when: {role: user}, raise: {harmless: 0.2}}]\n"
+        "checkpoints: {input: [{when: {text: 'wire .{0,9}money'}, then: block}, {then: allow}]}\n"
+    )
+    request = ReadRequest(messages=(Message(role="user", content="wire the money"),))
+
+    _, steps = await policy_cli.explain_request(fake_pipeline(policy=str(file)), request, None)
+
+    assert steps[-1].data["action"] == "block"
+    assert "wire the money" not in steps[-1].detail
