@@ -29,16 +29,18 @@ _JSON = typer.Option(False, "--json", help="Print JSON.")
 
 
 @app.command("list")
-def list_(as_json: bool = _JSON) -> None:
+def list_(
+    library: bool = typer.Option(False, "--library", help="Those for one kind of use each."), as_json: bool = _JSON
+) -> None:
     """List the shipped policies."""
     import json
 
     from rich.console import Console
     from rich.table import Table
 
-    from hhh_router.policy import list_policies, load_policy
+    from hhh_router.policy import list_library, list_policies, load_policy
 
-    policies = [load_policy(name) for name in list_policies()]
+    policies = [load_policy(name) for name in (list_library() if library else list_policies())]
     if as_json:
         typer.echo(json.dumps([_summary(p) for p in policies], indent=2))
         return

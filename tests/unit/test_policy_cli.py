@@ -14,7 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from hhh_router.errors import PolicyError
-from hhh_router.policy import list_policies, load_policy, parse_policy
+from hhh_router.policy import list_library, list_policies, load_policy, parse_policy
 from hhh_router.testing import FakeReader, fake_pipeline
 from hhh_router.types import Message, ReadRequest
 
@@ -32,6 +32,12 @@ def test_list_names_every_shipped_policy_with_its_version_and_hash():
     for name in list_policies():
         assert f"{name} " in lines
         assert load_policy(name).hash[:8] in lines
+
+
+def test_list_names_the_library_when_asked():
+    rows = json.loads(invoke("list", "--library", "--json").stdout)
+
+    assert [row["name"] for row in rows] == list_library()
 
 
 def test_list_as_json_has_the_whole_hash():
