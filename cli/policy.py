@@ -29,16 +29,18 @@ _JSON = typer.Option(False, "--json", help="Print JSON.")
 
 
 @app.command("list")
-def list_(as_json: bool = _JSON) -> None:
+def list_(
+    library: bool = typer.Option(False, "--library", help="Those for one kind of use each."), as_json: bool = _JSON
+) -> None:
     """List the shipped policies."""
     import json
 
     from rich.console import Console
     from rich.table import Table
 
-    from hhh_router.policy import list_policies, load_policy
+    from hhh_router.policy import list_library, list_policies, load_policy
 
-    policies = [load_policy(name) for name in list_policies()]
+    policies = [load_policy(name) for name in (list_library() if library else list_policies())]
     if as_json:
         typer.echo(json.dumps([_summary(p) for p in policies], indent=2))
         return
@@ -166,10 +168,15 @@ async def explain_request(
 ) -> tuple[Policy, list[Step]]:
     """The steps of one prompt under the pipeline's default policy, and that policy."""
     from hhh_router.pipeline.plan import explain
+    from hhh_router.pipeline.situation import asked_situation
+    from hhh_router.policy import for_tenant
+    from hhh_router.types import Caller
 
-    [scores] = await pipeline.parts.reader.read([request])
-    policy = pipeline.policies.default
-    return policy, explain(scores, policy=policy, calibrators=pipeline.parts.calibrators, pinned=pinned)
+    parts = pipeline.parts
+    [scores] = await parts.reader.read([request])
+    policy = for_tenant(pipeline.policies.default, "")
+    about = asked_situation(request.messages, Caller(tenant=""), parts.now())
+    return policy, explain(scores, policy=policy, calibrators=parts.calibrators, pinned=pinned, situation=about)
 
 
 def print_steps(console: Console, policy: Policy, steps: list[Step]) -> None:

@@ -234,8 +234,8 @@ def _answerable(policy: Policy, known: frozenset[str]) -> Policy:
     return replace(
         policy,
         floors=tuple(f for f in policy.floors if can_be_asked(f.when)),
-        checkpoints={
-            **policy.checkpoints,
+        checkpoints={  # a budget is about input alone
+            "output": policy.checkpoints["output"],
             "input": tuple(r for r in policy.checkpoints["input"] if can_be_asked(r.when) and r.rollout is None),
         },
     )

@@ -21,7 +21,17 @@ _KNOWN_AGAIN = Door(
     name="a receipt",
     checkpoints=frozenset({"input", "output", "tool_call", "tool_result", "session"}),
     reads_at=frozenset({"input", "output", "tool_call", "tool_result", "session"}),
-    supplies=frozenset({"role", "text", "length.characters", "length.tokens", "conversation.turns", "rollout"}),
+    supplies=frozenset(
+        {
+            "role",
+            "text",
+            "length.characters",
+            "length.tokens",
+            "conversation.turns",
+            "conversation.tool_calls",
+            "rollout",
+        }
+    ),
     carries=frozenset({"upstream", "webhook", "redact", "steering", "hold"}),
     text_while_steering=True,
 )
@@ -81,16 +91,17 @@ def differences(
         pinned=None if pinned is None else Weights.from_mapping(pinned),
     )  # fmt: skip
     recorded = next((d for d in block["decisions"] if d["checkpoint"] == "input"), None)
+    now = next(d for d in (plan.decision, *plan.others) if d.checkpoint == "input")
     found = []
     if recorded is None:
         found.append("no decision at input is recorded")
-    elif (recorded["action"], recorded["rule"]) != (str(plan.decision.action), plan.decision.rule):
+    elif (recorded["action"], recorded["rule"]) != (str(now.action), now.rule):
         was = f"{recorded['action']} by {recorded['rule']}"
-        found.append(f"decision: recorded {was}, now {plan.decision.action} by {plan.decision.rule}")
+        found.append(f"decision: recorded {was}, now {now.action} by {now.rule}")
     for need, value in block["needs"].items():
-        now = plan.evidence.needs.get(need)
-        if now is None or abs(now - value) > TOLERANCE:
-            found.append(f"needs.{need}: recorded {value:.4f}, now {'none' if now is None else f'{now:.4f}'}")
+        again = plan.evidence.needs.get(need)
+        if again is None or abs(again - value) > TOLERANCE:
+            found.append(f"needs.{need}: recorded {value:.4f}, now {'none' if again is None else f'{again:.4f}'}")
     return found
 
 

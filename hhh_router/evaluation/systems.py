@@ -23,10 +23,11 @@ from hhh_router.data.examples import Example
 from hhh_router.errors import InvalidRequest, MissingExtra, SettingsError
 from hhh_router.pipeline.onerror import JUDGING_FAILURES, check_scores, failed_decision, unread_plan
 from hhh_router.pipeline.plan import judge_output, make_plan
-from hhh_router.policy import Policy, load_policy
+from hhh_router.pipeline.situation import answered_situation, asked_situation
+from hhh_router.policy import Policy, for_tenant, load_policy
 from hhh_router.policy.values import did_you_mean, either
 from hhh_router.settings import Settings
-from hhh_router.types import OUTCOMES, Action, Decision, Plan, ReadRequest, Scores
+from hhh_router.types import OUTCOMES, Action, Caller, Decision, Plan, ReadRequest, Scores, Situation
 from hhh_router.upstream.guards import WIRES, GuardClient, Judged, Wire, guard_endpoint
 
 if TYPE_CHECKING:
@@ -185,7 +186,7 @@ class PolicySystem:
 
     def __init__(self, policy: Policy, readings: Readings) -> None:
         self.name = f"policy {policy.name}"
-        self._policy = policy
+        self._policy = for_tenant(policy, "")
         self._readings = readings
 
     @property
@@ -207,23 +208,29 @@ class PolicySystem:
             if prompt is None or scores is None:
                 found.append(None)
                 continue
-            plan = self._plan(prompt)
-            decision = plan.decision if request.response is None else self._judge_response(scores, plan)
+            about = asked_situation(request.messages, Caller(tenant=""), None)
+            plan = self._plan(prompt, about)
+            if request.response is None:
+                decision = plan.decision
+            else:
+                decision = self._judge_response(scores, plan, answered_situation(about, request.response))
             found.append(decision.action.stops or decision.action is Action.REGENERATE)
         return found
 
-    def _plan(self, scores: Scores) -> Plan:
+    def _plan(self, scores: Scores, situation: Situation) -> Plan:
         try:
             check_scores(scores)
-            return make_plan(scores, policy=self._policy, calibrators=self._readings.calibrators)
+            return make_plan(scores, policy=self._policy, calibrators=self._readings.calibrators, situation=situation)
         except JUDGING_FAILURES as error:
             return unread_plan(self._policy, failed_decision(self._policy, "input", error))
 
-    def _judge_response(self, scores: Scores, plan: Plan) -> Decision:
+    def _judge_response(self, scores: Scores, plan: Plan, situation: Situation) -> Decision:
         try:
             check_scores(scores)
             calibrators = self._readings.calibrators
-            _, _, decision = judge_output(scores, plan=plan, policy=self._policy, calibrators=calibrators)
+            _, _, decision = judge_output(
+                scores, plan=plan, policy=self._policy, calibrators=calibrators, situation=situation
+            )
             return decision
         except JUDGING_FAILURES as error:
             return failed_decision(self._policy, "output", error)

@@ -153,7 +153,7 @@ async def _by_model(parts: Parts, messages: Sequence[Message], question: Questio
         sampling=Sampling(max_tokens=1, top_logprobs=MAX_TOP_LOGPROBS),
         request_id=parts.new_id(),
     )
-    policy = parts.policies.default
+    policy = replace(parts.policies.default, floors=())  # the bare model answers: no rule and no floor has a say
 
     def planner(scores: Scores) -> Plan:
         plan = make_plan(scores, policy=policy, calibrators=parts.calibrators)

@@ -14,7 +14,7 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from hhh_router.errors import PolicyError
-from hhh_router.policy import list_policies, load_policy, parse_policy
+from hhh_router.policy import list_library, list_policies, load_policy, parse_policy
 from hhh_router.testing import FakeReader, fake_pipeline
 from hhh_router.types import Message, ReadRequest
 
@@ -32,6 +32,12 @@ def test_list_names_every_shipped_policy_with_its_version_and_hash():
     for name in list_policies():
         assert f"{name} " in lines
         assert load_policy(name).hash[:8] in lines
+
+
+def test_list_names_the_library_when_asked():
+    rows = json.loads(invoke("list", "--library", "--json").stdout)
+
+    assert [row["name"] for row in rows] == list_library()
 
 
 def test_list_as_json_has_the_whole_hash():
@@ -144,3 +150,17 @@ def test_policy_commands_load_no_torch_and_no_numpy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
 
     assert done.stdout.strip() == "[]"
+
+
+async def test_explain_knows_the_text_it_explains(tmp_path: Path):
+    file = tmp_path / "p.yaml"
+    file.write_text(
+        "version: 1\nname: p\nextends: balanced\nfloors: [{when: {role: user}, raise: {harmless: 0.2}}]\n"
+        "checkpoints: {input: [{when: {text: 'wire .{0,9}money'}, then: block}, {then: allow}]}\n"
+    )
+    request = ReadRequest(messages=(Message(role="user", content="wire the money"),))
+
+    _, steps = await policy_cli.explain_request(fake_pipeline(policy=str(file)), request, None)
+
+    assert steps[-1].data["action"] == "block"
+    assert "wire the money" not in steps[-1].detail

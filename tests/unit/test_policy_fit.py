@@ -305,3 +305,12 @@ def test_fit_on_the_default_bundle_writes_a_policy_that_stands(tmp_path: Path):
     failed = CliRunner().invoke(app, ["fit", str(file), "--out", str(out)])
     assert isinstance(failed.exception, DataError)
     assert "what can be promised instead" in failed.stderr
+
+
+def test_what_session_and_tool_results_would_say_is_no_part_of_a_budget():
+    more = (
+        '  session: [{when: {conversation.minutes: ">= 60"}, then: refuse}, {then: allow}]\n'
+        "  tool_result: [{then: block}]\n" + BUDGET
+    )
+
+    assert fitted(policy(more=more)).policy.lock.limit == fitted().policy.lock.limit

@@ -587,3 +587,17 @@ def test_a_baseline_that_cannot_run_is_a_backend_error() -> None:
 
     with pytest.raises(BackendError, match="not available"):
         DetectorSystem("absent", broken, "").probabilities([prompt("Hi")], "injection")
+
+
+def test_a_policy_knows_the_texts_it_judges(tmp_path: Path) -> None:
+    file = tmp_path / "p.yaml"
+    file.write_text(
+        "version: 1\nname: p\nweights: {helpful: 1, harmless: 1, honest: 1}\nstrength: 0.5\ncheckpoints:\n"
+        "  input: [{when: {text: wire money}, then: block}, {then: allow}]\n"
+        "  output: [{when: {text: promise, role: assistant}, then: block}, {then: allow}]\n"
+        "overlays: [{tenants: bank}]\n"
+    )
+    system = PolicySystem(load_policy(file), FakeReadings())
+    asked = [prompt("wire money"), prompt("hello"), pair("hello", "I promise"), pair("hello", "maybe")]
+
+    assert system.verdicts(asked) == [True, False, True, False]
