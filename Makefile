@@ -9,7 +9,7 @@ FUZZ := .venv-schemathesis
 LITELLM := .venv-litellm
 export PROMPT
 
-.PHONY: chat install test report policy-report bench-engine bench-proxy chaos soak fuzz test-litellm check format help
+.PHONY: chat install test report policy-report bench-engine bench-proxy chaos soak fuzz test-litellm bench-server check format help
 
 chat: $(STAMP)  ## answer PROMPT="…" and show weights, needs, confidence and decision
 	@$(BIN)/hhh-router chat "$$PROMPT" || [ $$? -eq 3 ]  # 3: the policy refused, which is an answer too
@@ -32,6 +32,9 @@ bench-engine: $(STAMP)  ## measure the embedded engine on an idle machine; figur
 		echo "llama.cpp's wheel is not to be had here: its figures will say so"
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.continuous_batching
+
+bench-server: $(STAMP)  ## measure what the server adds, on an idle machine; figures and table in benchmarks/results
+	$(BIN)/python -m benchmarks.server
 
 bench-proxy: $(STAMP)  ## measure what the sidecar adds on an idle machine; HHH_ROUTER_BENCH_LITELLM=… names LiteLLM's command
 	$(BIN)/python -m benchmarks.proxy

@@ -84,6 +84,8 @@ class Settings(BaseSettings):
     """Largest request body a server reads, in bytes."""
     request_timeout_s: float = Field(default=120.0, gt=0)
     """Deadline of one request, in seconds."""
+    otel: Literal["off", "on", "content"] = "off"
+    """OpenTelemetry spans of a server's requests (extra ``otel``); ``content``: with prompts and replies in them."""
     api_key: SecretStr | None = None
     """Key clients must send as ``Authorization: Bearer``; required when a server listens beyond loopback."""
     api_keys_file: Path | None = None

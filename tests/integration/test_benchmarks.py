@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import baselines, continuous_batching, engine, llamacpp, throughput
+from benchmarks import baselines, continuous_batching, engine, llamacpp, server, throughput
 from benchmarks.decoding import weight_bytes
 from benchmarks.figures import Figure, Measured, NotMeasured, Results
 from benchmarks.lab import BARE, MIXTURES, QUICK, Lab, plan_for
@@ -201,6 +201,20 @@ def test_transformers_continuous_batching_comes_out(tiny: Bundle, tmp_path: Path
         check(record)
 
 
+def test_the_servers_figures_come_out(tiny: Bundle, tmp_path: Path) -> None:
+    out = tmp_path / "server.json"
+
+    assert server.main(quick(tiny, out)) == 0
+
+    found = read(out)
+    assert list(found) == [f.name for f in server.FIGURES]
+    for record in found.values():
+        assert record.keys() >= KEYS
+        assert record["n"] == 1
+        assert math.isfinite(record["value"])  # the added time may come out below zero where calls take no time
+        assert all(math.isfinite(v) and v > 0 for v in record["sides"].values())
+
+
 class _Server:
     """Answers as llama.cpp's server does, with timings of its own."""
 
@@ -232,7 +246,7 @@ def test_llamacpp_is_believed_what_it_says_of_itself(tmp_path: Path, monkeypatch
 def test_the_documentation_names_every_figure_and_its_target() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "benchmarks.md").read_text(encoding="utf-8")
 
-    for figure in engine.figures("cpu"):
+    for figure in (*engine.figures("cpu"), *server.FIGURES):
         (row,) = [line for line in page.splitlines() if line.startswith(f"| `{figure.name}` |")]
         if figure.target is not None and figure.name != "refusal-cost":
             wanted = f"{100 * figure.target:g} %" if figure.unit == "share" else f"{figure.target:g}".lstrip("0")

@@ -82,6 +82,7 @@ OUTSIDE: dict[str, set[str]] = {
     "starlette": {"interfaces/server", "interfaces/proxy"},
     "prometheus_client": {"interfaces/server"},
     "uvicorn": {"interfaces/server", "interfaces/proxy", "cli/serve", "cli/proxy"},
+    "opentelemetry": {"interfaces/server/tracing"},
     "aiohttp": {"upstream/raw"},
     "httpx": {"interfaces/remote", "upstream"},
     "litellm": {"interfaces/litellm", "upstream/litellm"},

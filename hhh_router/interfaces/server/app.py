@@ -38,6 +38,7 @@ from hhh_router.interfaces.server.models import list_models
 from hhh_router.interfaces.server.moderations import moderations
 from hhh_router.interfaces.server.openai import parse_chat
 from hhh_router.interfaces.server.openapi import document
+from hhh_router.interfaces.server.tracing import Tracing
 from hhh_router.pipeline import Pipeline
 
 C = TypeVar("C", openai.Call, completions.Call, anthropic.Call, responses.Call)
@@ -56,6 +57,7 @@ def create_app(pipeline: Pipeline) -> Starlette:
 
     keys = KeyRing.open(settings)
     replies = Replies()
+    tracing = Tracing.from_settings(settings)
 
     def answered(call: C, request: Request, body: Mapping[str, Any]) -> Response:
         key: Key | None = request.state.key
@@ -68,7 +70,8 @@ def create_app(pipeline: Pipeline) -> Starlette:
         else:
             response = ChatResponse(pipeline, call, spend=spend)
         wait_s = min(call.request.timeout_s or settings.request_timeout_s, settings.request_timeout_s)
-        return once(replies, request, body, response, owner=owner(request), wait_s=wait_s, told=call.failure)
+        answer = response if tracing is None else tracing.chat(request, response)
+        return once(replies, request, body, answer, owner=owner(request), wait_s=wait_s, told=call.failure)
 
     async def chat(request: Request) -> Response:
         body = await read_json(request, max_bytes=settings.max_body_bytes)
@@ -170,6 +173,8 @@ def create_app(pipeline: Pipeline) -> Starlette:
         "/health/live": live,
         "/health/ready": ready,
     }
+    if tracing is not None:
+        work |= {e.path: tracing.judging(e.path, work[e.path]) for e in ENDPOINTS if e.door == "judge"}
     routes = [
         Route(
             e.path,

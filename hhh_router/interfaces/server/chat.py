@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import TypeVar
 
@@ -15,6 +15,7 @@ from starlette.types import Receive, Scope, Send
 from hhh_router.interfaces.server.dialect import Dialect, StreamWriter
 from hhh_router.interfaces.server.http import Sender, until_client_leaves
 from hhh_router.pipeline import ChatDelta, ChatFinished, ChatStarted, Pipeline
+from hhh_router.types import ChatRequest
 
 E = TypeVar("E")
 _log = logging.getLogger(__name__)
@@ -39,21 +40,30 @@ class ChatResponse(Response):
         """Answer ``call``; ``spend`` is told how many tokens it took."""
         super().__init__()
         self._pipeline = pipeline
-        self._call = call
+        self.call = call
         self._spend = spend
         self.is_finished = False
         """Whether the reply has been sent to its end."""
+        self.done: list[ChatFinished] = []
+        """What has been answered."""
+        self.error: Exception | None = None
+        """Why it was not."""
+
+    @property
+    def requests(self) -> Sequence[ChatRequest]:
+        """What is asked: of one reply, or of several to one call."""
+        return (self.call.request,)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, as ASGI has it."""
         try:
             await until_client_leaves(receive, self._answer(Sender(send)))
         except ClientDisconnect:
-            _log.info("request id=%s: the client left", self._call.request.request_id)
+            _log.info("request id=%s: the client left", self.call.request.request_id)
 
     async def _answer(self, sender: Sender) -> None:
         try:
-            if self._call.stream:
+            if self.call.stream:
                 await self._stream(sender)
             else:
                 await self._whole(sender)
@@ -64,18 +74,18 @@ class ChatResponse(Response):
             await self._fail(sender, error)
 
     async def _whole(self, sender: Sender) -> None:
-        async with aclosing(self._pipeline.chat(self._call.request, stream=False)) as events:
+        async with aclosing(self._pipeline.chat(self.call.request, stream=False)) as events:
             async for event in events:
                 if isinstance(event, ChatFinished):
                     self._spent(event)
-                    await sender.json(self._call.whole(event), event.metadata.headers())
+                    await sender.json(self.call.whole(event), event.metadata.headers())
 
     async def _stream(self, sender: Sender) -> None:
         writer: StreamWriter | None = None
-        async with aclosing(self._pipeline.chat(self._call.request, stream=True)) as events:
+        async with aclosing(self._pipeline.chat(self.call.request, stream=True)) as events:
             async for event in kept_alive(events, lambda: self._ping(sender)):
                 if isinstance(event, ChatStarted):
-                    writer = self._call.begin(event.metadata)
+                    writer = self.call.begin(event.metadata)
                     await sender.begin(200, STREAM_HEADERS | event.metadata.headers())
                     continue
                 assert writer is not None  # ChatStarted is always first
@@ -86,20 +96,22 @@ class ChatResponse(Response):
         await sender.part(b"", more=False)
 
     def _spent(self, done: ChatFinished) -> None:
+        self.done.append(done)
         self._spend(done.usage.prompt_tokens + done.usage.completion_tokens)
 
     async def _ping(self, sender: Sender) -> None:
         if sender.begun:  # before that the status is not known yet
-            await sender.part(self._call.ping)
+            await sender.part(self.call.ping)
 
     async def _fail(self, sender: Sender, error: Exception) -> None:
-        status, body, headers = self._call.failure(error)
+        self.error = error
+        status, body, headers = self.call.failure(error)
         if not sender.begun:
             await sender.json(
-                body, status=status, headers={"x-hhh-request-id": self._call.request.request_id, **headers}
+                body, status=status, headers={"x-hhh-request-id": self.call.request.request_id, **headers}
             )
         else:  # the status has left; clients raise on an error event
-            await sender.part(self._call.broken(body), more=False)
+            await sender.part(self.call.broken(body), more=False)
 
 
 async def kept_alive(events: AsyncGenerator[E, None], ping: Callable[[], Awaitable[None]]) -> AsyncGenerator[E, None]:

@@ -51,6 +51,11 @@ class ChoicesResponse(ChatResponse):
         super().__init__(pipeline, call, spend=spend)
         self._many = call
 
+    @property
+    def requests(self) -> Sequence[ChatRequest]:
+        """What is asked, in the order of the choices."""
+        return self._many.requests
+
     async def _whole(self, sender: Sender) -> None:
         found: dict[int, ChatFinished] = {}
         async with aclosing(together(self._pipeline, self._many.requests, stream=False)) as events:

@@ -32,6 +32,11 @@ class Dialect(Protocol):
         ...
 
     @property
+    def model(self) -> str:
+        """The model's name as it was asked for."""
+        ...
+
+    @property
     def stream(self) -> bool:
         """Whether the reply is wanted piece by piece."""
         ...

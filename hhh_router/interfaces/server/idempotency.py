@@ -14,16 +14,19 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
 from hhh_router.errors import InvalidRequest
-from hhh_router.interfaces.server.chat import ChatResponse
 from hhh_router.interfaces.server.http import Failure, WireError, failed, until_client_leaves
 from hhh_router.interfaces.server.kept import Kept
+
+if TYPE_CHECKING:
+    from hhh_router.interfaces.server.chat import ChatResponse
+    from hhh_router.interfaces.server.tracing import Traced
 
 HEADER: Final = "idempotency-key"
 REPLAYED: Final = (b"idempotent-replayed", b"true")
@@ -93,7 +96,7 @@ def once(
     replies: Replies,
     request: Request,
     body: Mapping[str, Any],
-    response: ChatResponse,
+    response: ChatResponse | Traced,
     *,
     owner: str,
     wait_s: float,
@@ -133,7 +136,7 @@ class _Once(Response):
         replies: Replies,
         name: Name,
         asked: str,
-        response: ChatResponse,
+        response: ChatResponse | Traced,
         *,
         wait_s: float,
         told: Callable[[Exception], Failure],
