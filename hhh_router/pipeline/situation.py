@@ -25,9 +25,9 @@ SERVER = replace(PIPELINE, name="the server", supplies=PIPELINE.supplies | {"ten
 
 SIDECAR = Door(
     name="the sidecar",
-    checkpoints=PIPELINE.checkpoints,
-    reads_at=PIPELINE.reads_at,
-    supplies=PIPELINE.supplies | {"model", "route", "headers.NAME"},
+    checkpoints=SERVER.checkpoints,
+    reads_at=SERVER.reads_at,
+    supplies=SERVER.supplies | {"model", "headers.NAME"},
     carries=frozenset({"upstream", "steering"}),
 )
 """Where another model answers, behind a proxy that knows several."""

@@ -1,4 +1,4 @@
-"""LiteLLM's SDK through a sidecar, in front of a server of ours and of another that speaks the same wires."""
+"""LiteLLM's SDK through a sidecar in front of a server of ours, on two wires."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path

@@ -26,7 +26,7 @@ from hhh_router.interfaces.proxy.upstreams import BREAKS, KEYS, RETRIED, Answer,
 from hhh_router.interfaces.proxy.wires import Asked, Wire, find_wire
 from hhh_router.interfaces.server.anthropic import anthropic_failure
 from hhh_router.interfaces.server.http import Failure, WireError, dump, failure
-from hhh_router.interfaces.server.keys import Key, check_policy
+from hhh_router.interfaces.server.keys import Key, as_caller, check_policy
 from hhh_router.policy import Policy, asks, headers_read
 from hhh_router.trace.block import Metadata
 from hhh_router.types import Action, Caller, ChatRequest, Message
@@ -204,6 +204,7 @@ class Handling:
                     request_id=self._request_id,
                     wire=self._wire,
                     policy=self._route.policy,
+                    caller=self._caller(self._app.pipeline.policies.get(self._route.policy)),
                     body=self._body,
                     body_encoding=find(self._in.headers, b"content-encoding"),
                     status=answer.status,
@@ -394,6 +395,13 @@ class Handling:
             extra=extra,
         )
         try:
+            return await self._run(guarded, exchange)
+        finally:
+            if self._key is not None:
+                self._app.keys.spend(self._key, exchange.spent_tokens)
+
+    async def _run(self, guarded: Guarded, exchange: Exchange) -> Metadata | None:
+        try:
             return await guarded.run()
         except BackendError:
             if exchange.kind == "error" and not self._out.begun:  # the upstream's own words, as they came
@@ -408,7 +416,7 @@ class Handling:
         """What policies may ask of whoever sent this; of headers only those that this one reads."""
         wanted = {name.encode() for name in headers_read(policy)}
         headers = {n.decode("latin-1"): v.decode("latin-1") for n, v in self._in.headers if n in wanted}
-        return Caller(model=self._asked.model, route=self._scope["path"], headers=headers)
+        return replace(as_caller(self._key, self._scope["path"]), model=self._asked.model, headers=headers)
 
     # -- ends ---------------------------------------------------------------------------------------------------------
 
