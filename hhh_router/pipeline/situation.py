@@ -30,7 +30,7 @@ SIDECAR = Door(
     name="the sidecar",
     checkpoints=frozenset({"input", "output", "tool_call"}),
     reads_at=frozenset({"input", "output", "tool_call"}),
-    supplies=_KNOWN | {"tool.name", "tool.arguments.PATH", "model", "route", "headers.NAME"},
+    supplies=SERVER.supplies - {"conversation.tool_calls"} | {"model", "headers.NAME"},
     carries=frozenset({"upstream", "steering"}),
 )
 """Where another model answers, behind a proxy that knows several."""

@@ -49,7 +49,7 @@ def server() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def sidecar(server: str) -> Iterator[str]:
     """The sidecar before a model that somebody else serves: here our own server."""
-    with listening("proxy", "--upstream", server, "--policy", "balanced") as url:
+    with listening("proxy", "--upstream", server, "--policy", "balanced", "--audit", "none") as url:
         yield url
 
 

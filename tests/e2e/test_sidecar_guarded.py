@@ -1,5 +1,6 @@
 """Annotate and enforce on all four wires, with the official clients, in front of a stub upstream."""
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,8 @@ import openai
 import pytest
 
 from hhh_router.errors import Overloaded, ReaderError
-from hhh_router.testing import FakeReader
+from hhh_router.pipeline.situation import SIDECAR
+from hhh_router.testing import FakeReader, fake_pipeline
 from hhh_router.types import ReadRequest, Scores
 
 from .loopback import served_app
@@ -602,3 +604,35 @@ def test_a_reply_that_is_no_better_the_second_time_is_withheld(watchful: Policie
         heard = by_chat(url, "Capital?", stream=False)
 
     assert (heard.text, len(stub[0].asked)) == ("No true answer.", 2)
+
+
+def test_a_key_is_a_tenant_with_a_budget_of_tokens(tmp_path: Path, stub: tuple[Stub, str]) -> None:
+    keys = tmp_path / "keys.yaml"
+    digest = hashlib.sha256(b"front").hexdigest()
+    keys.write_text(f"keys:\n- {{name: school-1, sha256: {digest}, tokens_per_minute: 5}}\n")
+    policy = tmp_path / "p.yaml"
+    policy.write_text(TENANTS)
+    pipeline = fake_pipeline(policy, door=SIDECAR, api_keys_file=keys)
+    headers = [("Authorization", "Bearer front"), ("Content-Type", "application/json")]
+    body = {"model": "m", "messages": [user("Hi")]}
+    with sidecar(route_to(stub[1]), pipeline=pipeline) as (url, _):
+        first = ask(url, body=body, headers=headers)
+        second = ask(url, body=body, headers=headers)
+
+    assert (first[0], dict(first[1])["x-hhh-action"]) == (200, "flag")
+    assert (second[0], json.loads(second[2])["error"]["code"]) == (429, "overloaded")
+    assert len(stub[0].asked) == 1
+
+
+TENANTS = """\
+version: 1
+name: tenants
+weights: {helpful: 1, harmless: 1, honest: 1}
+strength: 0.5
+checkpoints:
+  input: [{when: {tenant: [school-*]}, then: flag}, {then: allow}]
+  output: [{then: allow}]
+mode: enforce
+on_error: closed
+stream: {window_tokens: 3}
+"""

@@ -45,6 +45,8 @@ REQUESTS = {
     "chat": ("POST", "/v1/chat/completions", json.dumps(CHAT).encode(), JSON),
     "odd spacing": ("POST", "/v1/chat/completions", b'{ "messages" : [ ] ,\n"n":1.0}', JSON),
     "no json": ("POST", "/v1/chat/completions", b"\xff\x00 not json", JSON),
+    "our field": ("POST", "/v1/chat/completions", b'{"hhh": {"weights": "hhh@0-16-0-0"}, "messages": []}', JSON),
+    "our field, no json": ("POST", "/v1/chat/completions", b'{"hhh": ', JSON),
     "responses": ("POST", "/v1/responses", b'{"input": "Hi"}', JSON),
     "messages": ("POST", "/v1/messages?beta=true", b'{"messages": []}', [*JSON, ("anthropic-version", "2023-06-01")]),
     "embeddings": ("POST", "/v1/embeddings", b'{"input": ["a"]}', JSON),

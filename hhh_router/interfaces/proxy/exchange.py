@@ -117,6 +117,12 @@ class Exchange:
         finally:
             await self._leave(early)
 
+    @property
+    def spent_tokens(self) -> int:
+        """What the upstream says that prompt and answer took; where it says nothing, what was counted of the answer."""
+        prompt, said = self.reply.usage
+        return (prompt or 0) + (self._tokens if said is None else said)
+
     def new_reply(self) -> Reply:
         """An answer on the same wire of which nothing has come yet."""
         return self._wire.reply()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from hhh_router.errors import BackendError, HHHRouterError, InvalidRequest, Unavailable, UpstreamError
 from hhh_router.interfaces.parse import our_fields
+from hhh_router.interfaces.proxy.entry import Entry
 from hhh_router.interfaces.proxy.exchange import Exchange
 from hhh_router.interfaces.proxy.guarded import Guarded
 from hhh_router.interfaces.proxy.headers import encoded, find, passing, replaced
@@ -26,15 +26,13 @@ from hhh_router.interfaces.proxy.upstreams import BREAKS, KEYS, RETRIED, Answer,
 from hhh_router.interfaces.proxy.wires import Asked, Wire, find_wire
 from hhh_router.interfaces.server.anthropic import anthropic_failure
 from hhh_router.interfaces.server.http import Failure, WireError, dump, failure
-from hhh_router.interfaces.server.keys import Key, check_policy
+from hhh_router.interfaces.server.keys import Key, as_caller, check_policy
 from hhh_router.policy import Policy, asks, headers_read
 from hhh_router.trace.block import Metadata
 from hhh_router.types import Action, Caller, ChatRequest, Message
 
 if TYPE_CHECKING:
     from hhh_router.interfaces.proxy.app import Sidecar
-
-_log = logging.getLogger(__name__)
 
 _OWN_PATHS = {
     "chat": "/v1/chat/completions",
@@ -56,7 +54,8 @@ class Handling:
         self._scope = scope
         self._request_id = app.pipeline.parts.new_id()
         self._in = Incoming(scope, receive)
-        self._out = Out(send, self._intent_stored)
+        self._entry = Entry(app.audit, self._request_id, app.config.audit_failure)
+        self._out = Out(send, self._entry.stored)
         self._wire: Wire | None = None
         self._call_failure: Callable[[Exception], Failure] = (
             failure if find(self._in.headers, b"anthropic-version") is None else anthropic_failure
@@ -64,11 +63,9 @@ class Handling:
         self._asked = Asked(messages=())
         self._asking = Asking()
         self._route: Route | None = None
-        self._intent: asyncio.Future[None] | None = None
         self._key: Key | None = None
         self._body: bytes | None = None
         self._parsed: Mapping[str, Any] | None = None
-        self._outcome: dict[str, Any] = {}
 
     @property
     def _mode(self) -> str:
@@ -86,14 +83,14 @@ class Handling:
                 work.cancel()
                 await asyncio.gather(work, return_exceptions=True)
                 if left.done():
-                    self._outcome["ended"] = "the client left"
+                    self._entry.outcome["ended"] = "the client left"
                 else:
-                    self._outcome["ended"] = "the process shut down"
+                    self._entry.outcome["ended"] = "the process shut down"
                     await self._fail(Unavailable("the proxy is shutting down", hint="try again", retry_after_s=5.0))
             else:
                 work.result()
         except (OSError, ClientDisconnect):
-            self._outcome["ended"] = "the client left"
+            self._entry.outcome["ended"] = "the client left"
         finally:
             for task in (work, left):
                 task.cancel()
@@ -138,7 +135,7 @@ class Handling:
         except BackendError as error:
             if not (self._route.answer_here and self._wire and self._wire.name in _OWN_PATHS) or self._out.begun:
                 raise
-            self._outcome["upstream_failed"] = error.message
+            self._entry.outcome["upstream_failed"] = error.message
             await self._answer_here(_OWN_PATHS[self._wire.name])
 
     async def _answer_here(self, path: str) -> None:
@@ -179,21 +176,21 @@ class Handling:
             raise WireError(
                 403, f"{path}: nobody here can read such requests, so they do not pass", code="path_not_allowed"
             )
-        self._outcome["not_inspected"] = [f"path {path}"]
-        self._start_intent()
+        self._entry.outcome["not_inspected"] = [f"path {path}"]
+        self._start_intent(self._route.policy if self._route else None)
         body = self._in.pieces() if self._in.has_body else None
         await self._relay(await self._ask(lambda upstream: self._outgoing(upstream, body)), Tee(0))
 
     async def _pass_observed(self) -> None:
         """Read beside it, later. A body that is too large is not read at all."""
         if self._body is None:
-            self._outcome["not_inspected"] = ["request: larger than what is read"]
+            self._entry.outcome["not_inspected"] = ["request: larger than what is read"]
             body = self._in.pieces()
-            self._start_intent()
+            self._start_intent(self._route.policy if self._route else None)
             await self._relay(await self._ask(lambda upstream: self._outgoing(upstream, body)), Tee(0))
             return
-        policy = self._own_policy()
-        self._start_intent(policy)
+        assert self._route is not None
+        self._start_intent(self._route.policy)
         tee = Tee(self._app.pipeline.settings.max_body_bytes)
         answer = await self._ask(lambda upstream: self._outgoing(upstream, self._body_for(upstream)))
         broke = True
@@ -206,7 +203,8 @@ class Handling:
                 Seen(
                     request_id=self._request_id,
                     wire=self._wire,
-                    policy=policy,
+                    policy=self._route.policy,
+                    caller=self._caller(self._app.pipeline.policies.get(self._route.policy)),
                     body=self._body,
                     body_encoding=find(self._in.headers, b"content-encoding"),
                     status=answer.status,
@@ -216,7 +214,7 @@ class Handling:
                 )
             )
             if not taken:
-                self._outcome["not_inspected"] = ["all of it: too much waits to be read"]
+                self._entry.outcome["not_inspected"] = ["all of it: too much waits to be read"]
 
     async def _relay(self, answer: Answer, tee: Tee) -> None:
         """The upstream's answer, byte for byte as it comes."""
@@ -264,7 +262,7 @@ class Handling:
         """The client's own bytes, unless something has to be taken out of them or put in."""
         assert self._body is not None
         assert self._wire is not None
-        has_ours = b'"hhh"' in self._body
+        has_ours = self._mode != "observe" and b'"hhh"' in self._body
         if not has_ours and upstream.model is None and instruction is None:
             return self._body
         body = {k: v for k, v in self._object().items() if k != "hhh"}
@@ -327,7 +325,7 @@ class Handling:
             metadata = await self._guarded(policy, self._route, enforce=enforce)
         finally:
             if metadata is not None:
-                self._outcome["hhh"] = metadata.as_json()
+                self._entry.outcome["hhh"] = metadata.as_json()
 
     async def _guarded(
         self, policy: str | None, route: Route, *, enforce: bool, escalating: Upstream | None = None
@@ -375,7 +373,7 @@ class Handling:
             to = known.get(named) if named is not None else route.escalate_to
             if to is None or escalating is not None:
                 return None
-            self._outcome["escalated_to"] = to.name
+            self._entry.outcome["escalated_to"] = to.name
             return self._guarded(policy, route, enforce=enforce, escalating=to)
 
         request = ChatRequest(
@@ -397,11 +395,18 @@ class Handling:
             extra=extra,
         )
         try:
+            return await self._run(guarded, exchange)
+        finally:
+            if self._key is not None:
+                self._app.keys.spend(self._key, exchange.spent_tokens)
+
+    async def _run(self, guarded: Guarded, exchange: Exchange) -> Metadata | None:
+        try:
             return await guarded.run()
         except BackendError:
             if exchange.kind == "error" and not self._out.begun:  # the upstream's own words, as they came
                 assert exchange.answer is not None
-                self._outcome["not_inspected"] = [f"response: status {exchange.answer.status}"]
+                self._entry.outcome["not_inspected"] = [f"response: status {exchange.answer.status}"]
                 headers = passing(exchange.answer.headers, without={b"content-length"})
                 await self._out.whole(exchange.answer.status, headers, exchange.error_body)
                 return None
@@ -411,15 +416,15 @@ class Handling:
         """What policies may ask of whoever sent this; of headers only those that this one reads."""
         wanted = {name.encode() for name in headers_read(policy)}
         headers = {n.decode("latin-1"): v.decode("latin-1") for n, v in self._in.headers if n in wanted}
-        return Caller(model=self._asked.model, route=self._scope["path"], headers=headers)
+        return replace(as_caller(self._key, self._scope["path"]), model=self._asked.model, headers=headers)
 
     # -- ends ---------------------------------------------------------------------------------------------------------
 
     async def _fail(self, error: Exception) -> None:
         """Tell the caller in the words of its wire; a stream that has begun ends with them."""
-        self._outcome.setdefault("error", type(error).__name__)
+        self._entry.outcome.setdefault("error", type(error).__name__)
         if isinstance(error, HHHRouterError):
-            self._outcome["error"] = f"{error.code}: {error.message}"
+            self._entry.outcome["error"] = f"{error.code}: {error.message}"
         if self._out.over:
             return
         told = self._call_failure
@@ -436,50 +441,29 @@ class Handling:
             await self._out.part(dialect.broken(body), more=False)
         # else the body stays unfinished and the server cuts the connection, which a client takes for what it is
 
-    # -- audit --------------------------------------------------------------------------------------------------------
-
-    def _start_intent(self, policy: str | None = None) -> None:
-        """Begin to store the intent while the upstream is asked; `_intent_stored` waits for it."""
+    def _start_intent(self, policy: str | None) -> None:
         assert self._route is not None
-        found = self._app.pipeline.policies.get(policy or self._route.policy)
-        record = {
-            "method": self._in.method,
-            "path": self._in.path,
-            "wire": self._wire.name if self._wire else None,
-            "route": self._route.name,
-            "mode": self._mode,
-            "policy": f"{found.name}@{found.version}",
-            "policy_sha256": found.hash,
-            "body_sha256": hashlib.sha256(self._body).hexdigest() if self._body else None,
-        }
-        self._intent = asyncio.ensure_future(self._app.audit.write("intent", self._request_id, record))
-
-    async def _intent_stored(self) -> None:
-        """Nothing leaves before this returns, unless the deployment says that the audit may fail."""
-        if self._intent is None:
-            return  # a mistake that was found before anything was asked
-        try:
-            await self._intent
-        except BackendError as error:
-            if self._app.config.audit_failure == "closed":
-                self._intent = None
-                raise
-            _log.warning("%s: goes on without an intent: %s", self._request_id, error.message)
-            self._intent = None
+        found = self._app.pipeline.policies.get(policy)
+        self._entry.begin(
+            {
+                "method": self._in.method,
+                "path": self._in.path,
+                "wire": self._wire.name if self._wire else None,
+                "route": self._route.name,
+                "mode": self._mode,
+                "policy": f"{found.name}@{found.version}",
+                "policy_sha256": found.hash,
+                "body_sha256": hashlib.sha256(self._body).hexdigest() if self._body else None,
+            }
+        )
 
     async def _finish(self) -> None:
-        if self._intent is None:
-            return
-        record = {
-            "status": self._out.status,
-            "bytes": self._out.bytes,
-            "sha256": self._out.sha256 if self._out.bytes else None,
-            "whole": self._out.over,
-            "upstreams": self._asking.tried,
-            **self._outcome,
-        }
-        try:
-            await self._intent
-            await self._app.audit.write("outcome", self._request_id, record)
-        except BackendError as error:
-            _log.error("%s: outcome not stored: %s", self._request_id, error.message)
+        await self._entry.end(
+            {
+                "status": self._out.status,
+                "bytes": self._out.bytes,
+                "sha256": self._out.sha256 if self._out.bytes else None,
+                "whole": self._out.over,
+                "upstreams": self._asking.tried,
+            }
+        )

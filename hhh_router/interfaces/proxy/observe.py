@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hhh_router.errors import HHHRouterError, InvalidRequest
@@ -17,7 +17,7 @@ from hhh_router.interfaces.proxy.wires import Asked, Wire
 from hhh_router.interfaces.proxy.wires.reading import Reply
 from hhh_router.pipeline import Pipeline
 from hhh_router.pipeline.guard import run_guard
-from hhh_router.types import GuardRequest, ReadRequest
+from hhh_router.types import Caller, GuardRequest, ReadRequest
 
 _log = logging.getLogger(__name__)
 
@@ -54,6 +54,8 @@ class Seen:
     request_id: str
     wire: Wire
     policy: str | None
+    caller: Caller
+    """Who asked; the model that was named is found when it is read."""
     body: bytes
     body_encoding: bytes | None
     status: int
@@ -143,6 +145,7 @@ class Observer:
         request = GuardRequest(
             read=ReadRequest(messages=asked.messages, response=text if text.strip() else None),
             policy=seen.policy,
+            caller=replace(seen.caller, model=asked.model),
             request_id=seen.request_id,
             not_inspected=tuple(unread),
         )

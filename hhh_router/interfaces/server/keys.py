@@ -136,10 +136,14 @@ def owner(request: Request) -> str:
 
 
 def caller_of(request: Request) -> Caller:
-    """Who asks, for the policies' conditions: the key's name is the tenant, its doors are what it opens."""
-    key: Key | None = request.state.key
+    """Who asks, for the policies' conditions."""
+    return as_caller(request.state.key, request.url.path)
+
+
+def as_caller(key: Key | None, route: str) -> Caller:
+    """The same from a key, None where nobody needs one: its name is the tenant, its doors are what it opens."""
     doors: tuple[str, ...] = get_args(Door) if key is None or key.doors is None else key.doors
-    return Caller(tenant=owner(request), route=request.url.path, key_scopes=doors)
+    return Caller(tenant="" if key is None else key.name, route=route, key_scopes=doors)
 
 
 def called(request: Request, asked: Sequence[GuardRequest]) -> list[GuardRequest]:
