@@ -96,15 +96,12 @@ class HHHRouterLLM(CustomLLM):  # type: ignore[misc]  # where LiteLLM is not ins
     async def _whole(self, asked: _Asked, empty: ModelResponse) -> ModelResponse:
         try:
             call, found = asked.call(), dict[int, ChatFinished]()
-            async with (
-                self._routers.pipeline(asked.api_base, asked.api_key) as pipeline,
-                aclosing(
-                    together(cast("Pipeline", pipeline), call.requests, stream=False)
-                ) as events,  # either can chat
-            ):
-                async for at, event in events:
-                    if isinstance(event, ChatFinished):
-                        found[at] = event
+            async with self._routers.pipeline(asked.api_base, asked.api_key) as pipeline:
+                chats = together(cast("Pipeline", pipeline), call.requests, stream=False)  # either can chat
+                async with aclosing(chats) as events:
+                    async for at, event in events:
+                        if isinstance(event, ChatFinished):
+                            found[at] = event
             done = [found[at] for at in sorted(found)]
             call = _named(call, done[0].metadata)
             return convert_to_model_response_object(
