@@ -27,8 +27,10 @@ def parse_messages(
 ) -> tuple[tuple[Message, ...], tuple[str, ...]]:
     """Turns with plain text, and what of the input nobody will read.
 
-    >>> parse_messages([{"role": "user", "content": [{"type": "text", "text": "Hi"}, {"type": "image_url"}]}])
-    ((Message(role='user', content='Hi'),), ('messages[0].content[1]: image_url',))
+    >>> parts = [{"type": "text", "text": "Hi"}, {"type": "image_url"}]
+    >>> [message], unread = parse_messages([{"role": "user", "content": parts}])
+    >>> message.content, unread
+    ('Hi', ('messages[0].content[1]: image_url',))
 
     Args:
         rows: Messages, or mappings with ``role`` and ``content`` (a string, or a list of parts).

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import litellm
 from litellm.llms.custom_llm import CustomLLM, CustomLLMError
@@ -39,7 +39,7 @@ _OF_LITELLM = ("stream", "stream_options", "max_retries")  # what LiteLLM itself
 _OF_CHUNKS = frozenset({"id", "object", "created", "model", "choices", "usage"})
 
 
-class HHHRouterLLM(CustomLLM):
+class HHHRouterLLM(CustomLLM):  # type: ignore[misc]  # where LiteLLM is not installed
     """Answers LiteLLM's calls. The model is loaded by the first one that names no ``api_base``.
 
     Args:
@@ -96,17 +96,16 @@ class HHHRouterLLM(CustomLLM):
     async def _whole(self, asked: _Asked, empty: ModelResponse) -> ModelResponse:
         try:
             call, found = asked.call(), dict[int, ChatFinished]()
-            async with (
-                self._routers.pipeline(asked.api_base, asked.api_key) as pipeline,
-                aclosing(together(pipeline, call.requests, stream=False)) as events,
-            ):
-                async for at, event in events:
-                    if isinstance(event, ChatFinished):
-                        found[at] = event
+            async with self._routers.pipeline(asked.api_base, asked.api_key) as pipeline:
+                chats = together(cast("Pipeline", pipeline), call.requests, stream=False)  # either can chat
+                async with aclosing(chats) as events:
+                    async for at, event in events:
+                        if isinstance(event, ChatFinished):
+                            found[at] = event
             done = [found[at] for at in sorted(found)]
             call = _named(call, done[0].metadata)
             return convert_to_model_response_object(
-                response_object=call.whole_of(done) if call.count > 1 else call.whole(done[0], None),
+                response_object=call.whole_of(done) if call.count > 1 else call.whole(done[0]),
                 model_response_object=empty,
                 _response_headers=strictest(done).headers(),
             )

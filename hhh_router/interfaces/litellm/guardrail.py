@@ -11,7 +11,7 @@ from typing import Any
 from litellm.proxy.guardrails.guardrail_hooks.generic_guardrail_api import GenericGuardrailAPI
 
 
-class HHHRouterGuardrail(GenericGuardrailAPI):
+class HHHRouterGuardrail(GenericGuardrailAPI):  # type: ignore[misc]  # where LiteLLM is not installed
     """As ``generic_guardrail_api``, and no chunk of a stream leaves before a reading that covers it was judged.
 
     Every ``streaming_sampling_rate`` chunks are read together and then let out, on each of LiteLLM's wires. The plain
