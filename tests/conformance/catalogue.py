@@ -15,6 +15,9 @@ FEATURES = (
 )  # fmt: skip
 """The columns of the table. ``example``: the one of docs/clients.md; ``own checks``: what a suite itself measures."""
 
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+"""Nothing is fetched from a hub."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Client:
@@ -28,6 +31,8 @@ class Client:
     """File in ``clients/``; its suffix tells the language."""
     packages: tuple[str, ...] = ()
     """What its environment is made of, for pip or npm; none is the project's own environment."""
+    told: str = ""
+    """Its versions, where its script cannot tell them."""
     files: tuple[str, ...] = ()
     """What else in ``clients/`` its script needs."""
     servers: tuple[str, ...] = ("bundle", "scripted")
@@ -72,4 +77,53 @@ CLIENTS = (
     ),
     Client(slug="openai-agents", name="OpenAI Agents", script="openai_agents.py", packages=("openai-agents==0.24.0",)),
     Client(slug="instructor", name="instructor", script="instructor_types.py", packages=("instructor==1.17.0",)),
+    Client(
+        slug="litellm",
+        name="LiteLLM",
+        script="litellm_suite.py",
+        told="litellm 1.106.2, openai 2.54.0",
+        servers=(),
+        timeout_s=1500,
+    ),
+    Client(
+        slug="compatcanary",
+        name="CompatCanary",
+        script="compatcanary.mjs",
+        packages=("compatcanary@0.2.2",),
+        servers=("bundle",),
+    ),
+    Client(
+        slug="schemathesis",
+        name="schemathesis",
+        script="schemathesis_fuzz.py",
+        packages=("schemathesis==4.32.5",),
+        servers=(),
+        timeout_s=900,
+    ),
+    Client(
+        slug="lm-eval",
+        name="lm-eval",
+        script="lm_eval_local.py",
+        packages=("lm-eval[api]==0.4.13", "transformers==5.23.0"),
+        files=("capitals.jsonl",),
+        servers=("bundle",),
+        environment=OFFLINE,
+        timeout_s=600,
+    ),
+    Client(
+        slug="promptfoo",
+        name="promptfoo",
+        script="promptfoo.mjs",
+        packages=("promptfoo@0.121.20",),
+        servers=("bundle",),
+    ),
+    Client(
+        slug="garak",
+        name="garak",
+        script="garak_probes.py",
+        packages=("garak==0.17.1",),
+        servers=("bundle",),
+        environment=OFFLINE,
+        timeout_s=1200,
+    ),
 )

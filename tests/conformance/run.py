@@ -21,6 +21,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from hhh_router.bundle import Bundle
+from hhh_router.model.fetch import backbone_status
+from hhh_router.settings import Settings
 from tests.conformance.catalogue import CLIENTS, Client
 from tests.conformance.environments import Obstacle, prepare
 from tests.conformance.table import page
@@ -30,8 +33,15 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = Path(__file__).parent / "clients"
 RESULTS = ROOT / "runs" / "conformance"
 PAGE = ROOT / "docs" / "conformance.md"
-OUR_CODE = ("hhh_router", "policies", "tests/conformance/scripted.py", "tests/conformance/fuzz.py", "docs/clients.md")
+OUR_CODE = (
+    "hhh_router",
+    "policies",
+    "tests/conformance/scripted.py",
+    "tests/conformance/lenient.yaml",
+    "docs/clients.md",
+)
 """What a result speaks of, beside the client's own script."""
+LENIENT = ROOT / "tests" / "conformance" / "lenient.yaml"
 THREADS = "2"
 """Of the real server; the clients wait for it."""
 
@@ -49,11 +59,23 @@ def servers() -> Iterator[Callable[[str], str]]:
 
         def url(name: str) -> str:
             if name not in urls:
-                environment = {**os.environ, "HHH_ROUTER_THREADS": THREADS, "PYTHONPATH": str(ROOT)}
+                environment = {
+                    **os.environ,
+                    "HHH_ROUTER_THREADS": THREADS,
+                    "HHH_ROUTER_ALLOWED_POLICIES": f"balanced,{LENIENT}",
+                    "PYTHONPATH": str(ROOT),
+                }
                 urls[name] = stack.enter_context(listening(commands[name], cwd=ROOT, env=environment))
             return urls[name]
 
         yield url
+
+
+def backbone() -> Path:
+    """The folder of the default bundle's backbone, with its tokenizer."""
+    settings = Settings.load()
+    bundle = Bundle.load(settings.bundle)
+    return backbone_status(bundle.manifest.backbone, settings.cache_dir, root=bundle.root).path
 
 
 def fingerprint(client: Client) -> str:
@@ -84,6 +106,7 @@ def ask(client: Client, url: Callable[[str], str], environments: Path) -> dict[s
         "CONFORMANCE_OUT": str(out),
         "CONFORMANCE_MODULES": str(environments / client.slug),
         "CONFORMANCE_PYTHON": sys.executable,
+        "CONFORMANCE_TOKENIZER": str(backbone()),
         "PYTHONUNBUFFERED": "1",
         **client.environment,
     }
