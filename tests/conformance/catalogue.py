@@ -78,14 +78,6 @@ CLIENTS = (
     Client(slug="openai-agents", name="OpenAI Agents", script="openai_agents.py", packages=("openai-agents==0.24.0",)),
     Client(slug="instructor", name="instructor", script="instructor_types.py", packages=("instructor==1.17.0",)),
     Client(
-        slug="litellm",
-        name="LiteLLM",
-        script="litellm_suite.py",
-        told="litellm 1.106.2, openai 2.54.0",
-        servers=(),
-        timeout_s=1500,
-    ),
-    Client(
         slug="compatcanary",
         name="CompatCanary",
         script="compatcanary.mjs",
@@ -125,5 +117,13 @@ CLIENTS = (
         servers=("bundle",),
         environment=OFFLINE,
         timeout_s=1200,
+    ),
+    Client(
+        slug="litellm",
+        name="LiteLLM",
+        script="litellm_suite.py",
+        told="litellm 1.106.2, openai 2.54.0",
+        servers=(),
+        timeout_s=1500,
     ),
 )

@@ -139,6 +139,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     chosen = [c for c in CLIENTS if not given.only or any(text.lower() in c.name.lower() for text in given.only)]
     RESULTS.mkdir(parents=True, exist_ok=True)
+    results = {c.name: json.loads(p.read_text("utf-8")) for c in CLIENTS if (p := RESULTS / f"{c.slug}.json").exists()}
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with servers() as url, Progress(*columns, console=console) as progress:
@@ -150,11 +151,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             if given.again or before.get("fingerprint") != mark:
                 before = {"fingerprint": mark, **ask(client, url, given.environments.resolve())}
                 kept.write_text(json.dumps(before, indent=1), "utf-8")
+            results = {**results, client.name: before}
+            if not given.no_page:
+                PAGE.write_text(page(CLIENTS, results), "utf-8")  # after each: a run may be interrupted
             progress.advance(task)
             console.print(f"{client.name}: {summary(before)}", highlight=False)
-    results = {c.name: json.loads(p.read_text("utf-8")) for c in CLIENTS if (p := RESULTS / f"{c.slug}.json").exists()}
-    if not given.no_page:
-        PAGE.write_text(page(CLIENTS, results), "utf-8")
     return int(any(_failed(results.get(c.name, {})) for c in chosen))
 
 
