@@ -9,7 +9,7 @@ FUZZ := .venv-schemathesis
 LITELLM := .venv-litellm
 export PROMPT
 
-.PHONY: chat install test report policy-report bench-engine bench-proxy chaos soak fuzz test-litellm bench-server check format help
+.PHONY: chat install test report policy-report bench-engine bench-proxy chaos soak fuzz test-litellm bench-server conformance check format help
 
 chat: $(STAMP)  ## answer PROMPT="…" and show weights, needs, confidence and decision
 	@$(BIN)/hhh-router chat "$$PROMPT" || [ $$? -eq 3 ]  # 3: the policy refused, which is an answer too
@@ -49,6 +49,11 @@ fuzz: $(STAMP)  ## schemathesis over the OpenAPI document, from an environment o
 	@test -x $(FUZZ)/bin/python || $(PYTHON) -m venv $(FUZZ)
 	@$(FUZZ)/bin/python -m pip install --quiet 'schemathesis==4.32.5'
 	$(BIN)/python -m tests.conformance.fuzz --schemathesis $(FUZZ)/bin/schemathesis
+
+conformance: $(STAMP)  ## other people's clients against the real server; writes docs/conformance.md; resumes
+	$(BIN)/hhh-router doctor --fetch
+	-@$(MAKE) --no-print-directory $(LITELLM)/.installed  # where it cannot be had, its row says so
+	$(BIN)/python -m tests.conformance.run
 
 test-litellm: $(LITELLM)/.installed  ## LiteLLM's SDK and proxy, and OpenAI's client 2.x, in an environment of their own
 	LITELLM_LOCAL_MODEL_COST_MAP=True $(LITELLM)/bin/python -m pytest tests/litellm hhh_router/interfaces/litellm tests/e2e/test_openai_client.py

@@ -237,6 +237,18 @@ def inner(body: Mapping[str, Any], name: str, example: str) -> Mapping[str, Any]
     return value
 
 
+def wants_usage(body: Mapping[str, Any]) -> bool:
+    """Whether a stream is to end with its counts: ``stream_options.include_usage``.
+
+    Raises:
+        InvalidRequest: It is neither true nor false, or its options are no object.
+    """
+    value = inner(body, "stream_options", '{"include_usage": true}').get("include_usage")
+    if value is not None and not isinstance(value, bool):
+        raise InvalidRequest(f"stream_options.include_usage: found {kind_of(value)}", hint="send true or false")
+    return bool(value)
+
+
 def our_fields(body: Mapping[str, Any]) -> Mapping[str, Any]:
     """What a body of somebody else's wire says to us, under ``hhh``.
 

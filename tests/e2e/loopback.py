@@ -1,8 +1,12 @@
 """Servers on loopback for the tests of this folder."""
 
+import re
+import subprocess
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -49,3 +53,24 @@ def running(server: uvicorn.Server, ready: threading.Event) -> Iterator[str]:
             server.should_exit = True
             thread.join(20)
             assert not thread.is_alive()
+
+
+@contextmanager
+def listening(
+    command: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None
+) -> Iterator[str]:
+    """Run a command that says ``listens on <URL>`` once it does; yields that URL."""
+    with tempfile.TemporaryFile("w+") as log:  # a pipe that nobody reads would block it once full
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=cwd, env=env)
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                if found := re.search(r"listens on (\S+)", line):
+                    yield found.group(1)
+                    break
+            else:
+                log.seek(0)
+                raise RuntimeError(f"never listened: {log.read()[-2000:]}")
+        finally:
+            process.terminate()
+            process.communicate(timeout=30)

@@ -205,6 +205,29 @@ def test_the_first_error_ends_all_and_cancels_the_others() -> None:
     assert slow.cancelled == 1
 
 
+@pytest.mark.parametrize("seed", [[None], "x", 1.5, True])
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_seed_that_is_none_is_the_callers_mistake(served: TestClient, seed: object, count: int) -> None:
+    body = {"model": "hhh-auto", "prompt": "Once", "n": count, "seed": seed}
+    turns = {"model": "hhh-auto", "messages": [{"role": "user", "content": "Hi"}], "n": count, "seed": seed}
+
+    replies = [served.post("/v1/completions", json=body), served.post("/v1/chat/completions", json=turns)]
+
+    assert [r.status_code for r in replies] == [400, 400]
+    assert all("seed: found" in r.json()["error"]["message"] for r in replies)
+
+
+@pytest.mark.parametrize("wire", ["completions", "chat/completions", "responses"])
+def test_include_usage_is_true_or_false(served: TestClient, wire: str) -> None:
+    asked = {"completions": {"prompt": "x"}, "responses": {"input": "x"}}
+    body = asked.get(wire, {"messages": [{"role": "user", "content": "x"}]})
+
+    reply = served.post(f"/v1/{wire}", json={"model": "hhh-auto", "stream_options": {"include_usage": 5}, **body})
+
+    assert reply.status_code == 400
+    assert "stream_options.include_usage: found a number" in reply.json()["error"]["message"]
+
+
 def test_no_seed_stays_none() -> None:
     asked = ChatRequest(messages=(Message(role="user", content="Hi"),), sampling=Sampling(temperature=1.0))
 

@@ -13,6 +13,7 @@ from hhh_router.interfaces.server.chat import STREAM_HEADERS, ChatResponse, kept
 from hhh_router.interfaces.server.dialect import Dialect, StreamWriter
 from hhh_router.interfaces.server.http import Sender
 from hhh_router.pipeline import ChatDelta, ChatEvent, ChatFinished, ChatStarted, Pipeline
+from hhh_router.pipeline.validate import check_sampling
 from hhh_router.trace.block import Metadata
 from hhh_router.types import Action, ChatRequest
 
@@ -111,8 +112,13 @@ async def together(
 
 
 def variants(request: ChatRequest, count: int) -> tuple[ChatRequest, ...]:
-    """The same request so many times, each with a name of its own and, where there is a seed, the next one."""
+    """The same request so many times, each with a name of its own and, where there is a seed, the next one.
+
+    Raises:
+        InvalidRequest: A sampling setting is wrong.
+    """
     sampling, name = request.sampling, request.request_id
+    check_sampling(sampling)
     seeds = [None if sampling.seed is None else sampling.seed + i for i in range(count)]
     return tuple(
         replace(request, request_id=f"{name}.{i}" if i else name, sampling=replace(sampling, seed=seed))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from hhh_router.errors import InvalidRequest
-from hhh_router.interfaces.parse import check_supported, kind_of, one, our_fields, parse_weights
+from hhh_router.interfaces.parse import check_supported, kind_of, one, our_fields, parse_weights, wants_usage
 from hhh_router.interfaces.sampling import parse_sampling
 from hhh_router.interfaces.server.choices import parse_count, strictest, total, variants
 from hhh_router.interfaces.server.dialect import event
@@ -176,9 +176,7 @@ def parse_completion(body: Mapping[str, Any], *, request_id: str = "") -> Call:
             raise InvalidRequest(f"{name}: found {kind_of(value)}", hint="send true or false")
     if flags["echo"] and flags["stream"]:
         raise InvalidRequest("echo: not supported on streams", hint="leave out one of them")
-    options = body.get("stream_options") or {}
-    if not isinstance(options, Mapping):
-        raise InvalidRequest("stream_options: no object", hint='send an object, such as {"include_usage": true}')
+    include_usage = wants_usage(body)
     prompts, count = _prompts(body.get("prompt")), parse_count(body.get("n"))
     if len(prompts) * count > MOST_REPLIES:
         raise InvalidRequest(
@@ -211,7 +209,7 @@ def parse_completion(body: Mapping[str, Any], *, request_id: str = "") -> Call:
         model=str(body.get("model", "")),
         stream=bool(flags["stream"]),
         echo=bool(flags["echo"]),
-        include_usage=bool(options.get("include_usage")),
+        include_usage=include_usage,
     )
 
 

@@ -263,7 +263,7 @@ LITELLM: Schema = an_object(
     {
         "input_type": {"enum": ["request", "response"]},
         "texts": maybe(listed({"type": "string"})),
-        "structured_messages": maybe(listed(MESSAGE)),
+        "structured_messages": maybe(listed({"type": "object"}, description="read where there are texts")),
         "litellm_call_id": maybe({"type": "string"}),
         "additional_provider_specific_params": maybe(an_object({"policy": maybe(POLICY)})),
     },

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hhh_router.errors import InvalidRequest
-from hhh_router.interfaces.parse import check_supported, inner, one, our_fields, parse_messages, parse_weights
+from hhh_router.interfaces.parse import check_supported, one, our_fields, parse_messages, parse_weights, wants_usage
 from hhh_router.interfaces.sampling import parse_sampling
 from hhh_router.interfaces.server.choices import parse_count, strictest, total, variants
 from hhh_router.interfaces.server.dialect import event
@@ -141,7 +141,7 @@ def parse_chat(body: Mapping[str, Any], *, request_id: str = "") -> Call:
     """
     ours = our_fields(body)
     stream = _boolean(body, "stream")
-    options = inner(body, "stream_options", '{"include_usage": true}')
+    include_usage = wants_usage(body)
     messages, unread = parse_messages(body.get("messages", ()))
     unread += check_supported(body, READ_FIELDS, NEUTRAL_VALUES)
     choice = parse_model(body.get("model"))
@@ -160,7 +160,7 @@ def parse_chat(body: Mapping[str, Any], *, request_id: str = "") -> Call:
         ),
         model=str(body.get("model", "")),
         stream=stream,
-        include_usage=bool(options.get("include_usage")),
+        include_usage=include_usage,
         moderation=parse_moderation(body.get("moderation")),
         count=parse_count(body.get("n")),
     )

@@ -13,7 +13,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hhh_router.errors import InvalidRequest
-from hhh_router.interfaces.parse import check_supported, inner, kind_of, one, our_fields, parse_messages, parse_weights
+from hhh_router.interfaces.parse import (
+    check_supported,
+    inner,
+    kind_of,
+    one,
+    our_fields,
+    parse_messages,
+    parse_weights,
+    wants_usage,
+)
 from hhh_router.interfaces.sampling import parse_sampling
 from hhh_router.interfaces.server.dialect import event
 from hhh_router.interfaces.server.http import Failure, WireError, dump, failure
@@ -221,6 +230,7 @@ def parse_response(
     for name, value in flags.items():
         if value is not None and not isinstance(value, bool):
             raise InvalidRequest(f"{name}: found {kind_of(value)}", hint="send true or false")
+    wants_usage(body)  # it is always told on this wire: what stands there must be right all the same
     sampling = _sampling(body)
     request = ChatRequest(
         messages=(*opening, *turns),

@@ -1,0 +1,31 @@
+"""instructor: replies of a given type, by JSON schema and by tools."""
+
+import instructor
+import openai
+from probe import HELLO, feature, run, same
+from pydantic import BaseModel, Field
+
+
+class City(BaseModel):
+    name: str = Field(max_length=20)
+    is_old: bool
+
+
+def create(url: str, mode: instructor.Mode) -> City:
+    client = instructor.from_openai(openai.OpenAI(base_url=url, api_key="unused", max_retries=0), mode=mode)
+    return client.chat.completions.create(
+        model="hhh-auto", response_model=City, messages=HELLO, max_retries=0, max_tokens=100
+    )
+
+
+@feature("tools")
+def tools(url: str) -> None:
+    same(type(create(url, instructor.Mode.TOOLS)).__name__, "City")
+
+
+@feature("JSON")
+def structured(url: str) -> None:
+    same(type(create(url, instructor.Mode.JSON_SCHEMA)).__name__, "City")
+
+
+run("instructor", "openai")
