@@ -1,8 +1,8 @@
 """A command in the surroundings of a container, by Linux' own means: no image is built and no daemon asked.
 
-The file system of this machine lies under an overlay that gets what the image adds and is then read-only; /tmp is empty,
-the state folder the only other place to write. The command is process 1, its user has no name and no rights, and its
-loopback is its own.
+The file system of this machine lies under an overlay that gets what the image adds and is then read-only; /tmp is
+empty, the state folder the only other place to write. The command is process 1, its user has no name and no rights, and
+its loopback is its own.
 """
 
 import os
@@ -19,8 +19,7 @@ from functools import cache
 from pathlib import Path
 
 from hhh_router.settings import default_cache_dir
-
-from ..deployed import DEPLOY, ROOT
+from tests.deployed import DEPLOY, ROOT
 
 _NEEDED = ("chroot", "ip", "mount", "nsenter", "setpriv", "unshare")
 _NAMESPACES = ("--mount", "--net", "--pid")
@@ -63,9 +62,14 @@ def lacking() -> str | None:
         return "needs root on Linux, to make namespaces"
     if missing := [tool for tool in _NEEDED if shutil.which(tool) is None]:
         return f"needs {', '.join(missing)}"
-    overlay = "mount -t tmpfs t /mnt && mkdir /mnt/u /mnt/w /mnt/r && mount -t overlay -o lowerdir=/,upperdir=/mnt/u,workdir=/mnt/w o /mnt/r"
+    overlay = (
+        "mount -t tmpfs t /mnt && mkdir /mnt/u /mnt/w /mnt/r"
+        " && mount -t overlay -o lowerdir=/,upperdir=/mnt/u,workdir=/mnt/w o /mnt/r"
+    )
     tried = subprocess.run(["unshare", *_NAMESPACES, "--fork", "sh", "-c", overlay], capture_output=True, text=True)
-    return None if tried.returncode == 0 else f"namespaces or overlays may not be made here: {tried.stderr.strip()[:200]}"
+    return (
+        None if tried.returncode == 0 else f"namespaces or overlays may not be made here: {tried.stderr.strip()[:200]}"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

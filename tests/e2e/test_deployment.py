@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ..deployed import BASE_PATH, CONFIG, DEPLOY, UNITS, image, unit
+from tests.deployed import BASE_PATH, CONFIG, DEPLOY, UNITS, image, unit
+
 from .containers import Container, container, lacking
 
 pytestmark = [
@@ -22,7 +23,7 @@ KEYS = {"HHH_ROUTER_API_KEY": "key-of-the-app", "OPENAI_API_KEY": "key-of-the-pr
 SECRETS = {"HHH_ROUTER_SECRETS_DIR": "/run/secrets/hhh-router"}
 UPSTREAM = "http://127.0.0.1:9000/v1"
 
-STUB = '''
+STUB = """
 import http.server, json, sys, time
 
 class Model(http.server.BaseHTTPRequestHandler):
@@ -45,9 +46,9 @@ class Model(http.server.BaseHTTPRequestHandler):
         pass
 
 http.server.ThreadingHTTPServer(("127.0.0.1", 9000), Model).serve_forever()
-'''
+"""
 
-CLIENT = '''
+CLIENT = """
 import http.client, json, sys
 
 path, key, body = sys.argv[1:]
@@ -59,12 +60,14 @@ print(answer.status, flush=True)
 for line in answer:
     sys.stdout.buffer.write(line)
     sys.stdout.buffer.flush()
-'''
+"""
 CHAT = json.dumps({"model": "hhh-auto", "stream": True, "max_tokens": 48, "temperature": 0, "messages": [
     {"role": "user", "content": "Write a few sentences about apples and pears."}]})  # fmt: skip
 
 
-def asking(inside: Container, path: str, body: str, *, key: str = KEYS["HHH_ROUTER_API_KEY"]) -> "subprocess.Popen[str]":
+def asking(
+    inside: Container, path: str, body: str, *, key: str = KEYS["HHH_ROUTER_API_KEY"]
+) -> "subprocess.Popen[str]":
     command = inside.beside(sys.executable, "-c", CLIENT, path, key, body)
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
