@@ -1,6 +1,7 @@
 """The very commands of the images and of the systemd units, in surroundings like those they are written for."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -194,6 +195,21 @@ def test_an_image_that_listens_outside_without_a_key_says_what_to_set(tmp_path: 
 
     assert exit_status == 2
     assert "HHH_ROUTER_API_KEY" in inside.said()
+
+
+def test_an_image_that_is_told_to_stop_while_its_model_is_loaded_ends_at_once(tmp_path: Path, config: Path) -> None:
+    of = image("serve")
+
+    with container(
+        [*of.entrypoint, *of.cmd], env={**of.env, **SECRETS}, folder=tmp_path, config=config,
+        secrets=KEYS, user=of.user, workdir=of.workdir,
+    ) as inside:  # fmt: skip
+        while not int(confined(inside)["SigCgt"], 16) & 1 << (signal.SIGTERM - 1):  # before, Python itself is loaded
+            time.sleep(0.02)
+        exit_status = inside.stop(within_s=5)
+
+    assert exit_status == 0, inside.said()
+    assert "listens on" not in inside.said()
 
 
 @pytest.mark.parametrize("path", UNITS, ids=lambda p: p.stem)

@@ -235,6 +235,7 @@ def test_a_pod_has_as_many_threads_as_cores_and_its_secrets_as_files(pod: Pod) -
     env = {e["name"]: e for e in ours["env"]}
     mounts = {m["name"]: m for m in ours["volumeMounts"]}
     [kept] = [v for v in pod.spec["volumes"] if "secret" in v]
+    assert f"create secret generic {kept['secret']['secretName']} --from" in pod.manifest.read_text()
 
     limit = env["HHH_ROUTER_THREADS"]["valueFrom"]["resourceFieldRef"]
     assert limit == {"containerName": ours["name"], "resource": "limits.cpu"}
