@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.deployed import BASE_PATH, CONFIG, DEPLOY, UNITS, image, unit
+from tests.deployed import BASE_PATH, CONFIG, UNITS, image, unit
 
 from .containers import Container, container, lacking
 
@@ -171,10 +171,8 @@ def test_the_sidecars_image_puts_the_providers_key_in_place_of_the_apps_and_drai
             assert model.stdout is not None
             asked = json.loads(model.stdout.readline())
             exit_status = inside.process.wait(60)
-    verified = subprocess.run(
-        [sys.executable, "-m", "cli", "audit", "verify", str(inside.state / "audit.sqlite3")],
-        cwd=DEPLOY.parent, capture_output=True, text=True,
-    )  # fmt: skip
+    command = [str(Path(sys.executable).with_name("hhh-router")), "audit", "verify", "--audit"]
+    verified = subprocess.run([*command, str(inside.state / "audit.sqlite3")], capture_output=True, text=True)
 
     assert exit_status == 0, inside.said()
     assert "bowl number 19" in rest
