@@ -58,7 +58,14 @@ pipeline = fake_pipeline()
 _end_on_sigterm()
 run(pipeline, listen("127.0.0.1", 0, pipeline.settings), on_ready=lambda url: print(url, flush=True))
 """
-LOADING = "import time; from hhh_router.cli.listen import _end_on_sigterm as e; e(); print(1, flush=True); time.sleep(60)"
+LOADING = """
+import time
+from hhh_router.cli.listen import _end_on_sigterm
+
+_end_on_sigterm()
+print("loading", flush=True)
+time.sleep(60)
+"""
 
 
 @pytest.mark.parametrize("code", [SERVING, LOADING], ids=["serving", "loading"])
