@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from hhh_router.settings import default_cache_dir
+from hhh_router.settings import Settings
 from tests.deployed import DEPLOY, ROOT
 
 _NEEDED = ("chroot", "ip", "mount", "nsenter", "setpriv", "unshare")
@@ -156,27 +156,30 @@ def container(
         "setpriv", f"--reuid={uid}", f"--regid={gid}", *_HARDENED,
         "env", "-i", f"--chdir={workdir}", *(f"{k}={v}" for k, v in given.items()),
     )  # fmt: skip
-    visible = dict.fromkeys(map(str, (ROOT, sys.base_prefix, sys.prefix, default_cache_dir())))
+    cache = Settings.load().cache_dir.expanduser().resolve()
+    visible = dict.fromkeys(map(str, (ROOT, sys.base_prefix, sys.prefix, cache)))
     surroundings = {
         "PATH": os.environ["PATH"],
         "BASE": str(base),
         "VISIBLE": " ".join(visible),
         "PREFIX": sys.prefix,
-        "CACHE": str(default_cache_dir()),
+        "CACHE": str(cache),
         "HEALTH": str(DEPLOY / "health.py"),
         "CONFIG": str(config),
         "SECRETS": str(kept),
         "STATE": str(state),
     }
     log = folder / "log"
-    unshare = ["unshare", *_NAMESPACES, "--fork", "--kill-child", "sh", "-c"]
+    unshare = ["unshare", *_NAMESPACES, "--fork", "sh", "-c"]
     with log.open("w") as out:
         process = subprocess.Popen(
             [*unshare, _SETUP.format(command=shlex.join([*start, *command]))],
             env=surroundings, stdin=subprocess.DEVNULL, stdout=out, stderr=out, text=True,
         )  # fmt: skip
+    inside = Container(process=process, state=state, log=log, _start=start)
     try:
-        yield Container(process=process, state=state, log=log, _start=start)
+        yield inside
     finally:
-        process.kill()  # its process 1 goes with it, and all that process 1 had
-        process.wait()
+        if process.poll() is None:  # killing unshare would not do: a process whose user changed outlives its parent
+            os.kill(inside.pid, signal.SIGKILL)
+        process.wait(10)
