@@ -156,14 +156,14 @@ def container(
         "setpriv", f"--reuid={uid}", f"--regid={gid}", *_HARDENED,
         "env", "-i", f"--chdir={workdir}", *(f"{k}={v}" for k, v in given.items()),
     )  # fmt: skip
-    cache = Settings.load().cache_dir.expanduser().resolve()
-    visible = dict.fromkeys(map(str, (ROOT, sys.base_prefix, sys.prefix, cache)))
+    backbones = Settings.load().cache_dir.expanduser().resolve()
+    visible = dict.fromkeys(map(str, (ROOT, sys.base_prefix, sys.prefix, backbones)))
     surroundings = {
         "PATH": os.environ["PATH"],
         "BASE": str(base),
         "VISIBLE": " ".join(visible),
         "PREFIX": sys.prefix,
-        "CACHE": str(cache),
+        "CACHE": str(backbones),
         "HEALTH": str(DEPLOY / "health.py"),
         "CONFIG": str(config),
         "SECRETS": str(kept),
