@@ -10,7 +10,7 @@ import typer
 
 def mcp_proxy(
     command: Annotated[
-        list[str] | None, typer.Argument(metavar="[-- COMMAND ARGS…]", help="The MCP server to start and guard.")
+        list[str] | None, typer.Argument(metavar="COMMAND ARGS", help="The MCP server to start and guard, after --.")
     ] = None,
     url: Annotated[
         str | None, typer.Option("--url", metavar="URL", help="A server that speaks streamable HTTP, in its place.")

@@ -214,7 +214,7 @@ async def _opened(plan: McpPlan) -> AsyncIterator[Streams]:
         key = plan.settings.upstream_api_key
         headers = {"authorization": f"Bearer {key.get_secret_value()}"} if key else None
         async with (
-            httpx2.AsyncClient(headers=headers, timeout=_TIMEOUT) as http,
+            _Http(headers=headers, timeout=_TIMEOUT) as http,
             streamable_http_client(plan.url, http_client=http, max_sse_event_size=MAX_EVENT_BYTES) as streams,
         ):
             yield streams
@@ -231,6 +231,20 @@ async def _opened(plan: McpPlan) -> AsyncIterator[Streams]:
         yield streams
     finally:
         await opened.__aexit__(None, None, None)
+
+
+class _Http(httpx2.AsyncClient):
+    """A client that answers in the place of a server which cannot be reached; the SDK would end the session."""
+
+    async def send(self, request: httpx2.Request, **options: Any) -> httpx2.Response:
+        """See `httpx2.AsyncClient.send`."""
+        try:
+            return await super().send(request, **options)
+        except httpx2.TransportError as error:
+            _log.warning("%s cannot be reached (%s)", request.url.host, type(error).__name__)
+            said = f"hhh-router: the MCP server cannot be reached ({type(error).__name__})"
+            told = {"jsonrpc": "2.0", "id": None, "error": {"code": INTERNAL_ERROR, "message": said}}
+            return httpx2.Response(502, request=request, json=told)
 
 
 @contextmanager

@@ -126,6 +126,7 @@ class Relay:
         self._session = session
         self._under_way: dict[_Key, _Asked] = {}
         self._version: str | None = None  # of the protocol, once both sides know it
+        self._recorded: set[str] = set()  # definitions that were not simply allowed, once each
         self._tasks: dict[str, tuple[str, Mapping[str, Any]]] = {}  # a server's own task → the call it stands for
 
     async def run(self) -> bool:
@@ -354,7 +355,7 @@ class Relay:
                     judged = await self._checks.definition(self._session, tool) if isinstance(tool, dict) else None
                     if judged is None or not judged.decision.action.stops or not self._checks.enforced:
                         shown.append(tool)
-                    if judged is not None and judged.decision.action not in (Action.ALLOW,):
+                    if judged is not None and judged.decision.action is not Action.ALLOW:
                         await self._record_definition(tool, judged)
                 if len(shown) < len(tools):
                     answer = JSONRPCResponse(jsonrpc="2.0", id=message.id, result={**message.result, "tools": shown})
@@ -427,9 +428,13 @@ class Relay:
             block["readings"][judged.decision.checkpoint] = judged.reading.as_json()
 
     async def _record_definition(self, tool: Mapping[str, Any], judged: Judged) -> None:
+        digest = _sha256(tool)
+        if digest in self._recorded:
+            return
+        self._recorded.add(digest)
         asked = _Asked(method="tools/list", tool=str(tool.get("name")), request_id=new_request_id())
         self._record(asked, judged)
-        record = {**self._intent(asked, judged.decision), **asked.outcome, "definition_sha256": _sha256(tool)}
+        record = {**self._intent(asked, judged.decision), **asked.outcome, "definition_sha256": digest}
         try:
             await self._all.audit.write("verdict", asked.request_id or "", record)
         except BackendError as error:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
+import anyio
 from mcp.server.stdio import stdio_server
 
 _CHUNK = 1 << 16
@@ -27,9 +28,17 @@ async def own_stdio() -> AsyncIterator[tuple[Any, Any]]:
     sys.stdout.flush()
     wire = os.dup(1)
     os.dup2(2, 1)
+    lines = _Lines(0)
     try:
-        async with stdio_server(stdin=_Lines(0), stdout=_Out(wire)) as streams:  # type: ignore[arg-type]  # as much of a file as it uses
-            yield streams
+        async with stdio_server(stdin=lines, stdout=_Out(wire)) as (read, write):  # type: ignore[arg-type]  # as much of a file as it uses
+            try:
+                yield read, write
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await write.aclose()
+                    lines.stop()
+                    async for _ in read:  # what the SDK's reader still holds, so that it ends
+                        pass
     finally:
         os.dup2(wire, 1)
         os.close(wire)
@@ -40,13 +49,27 @@ class _Lines:
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
+        self._stopped = asyncio.Event()
+
+    def stop(self) -> None:
+        """Give no more of them."""
+        self._stopped.set()
 
     async def __aiter__(self) -> AsyncIterator[str]:
         loop = asyncio.get_running_loop()
         lines: asyncio.Queue[bytes | None] = asyncio.Queue(_WAITING_LINES)
         threading.Thread(target=self._read, args=(loop, lines), name="stdin", daemon=True).start()
-        while (line := await lines.get()) is not None:
-            yield line.decode("utf-8", "replace")
+        stopped = asyncio.ensure_future(self._stopped.wait())
+        try:
+            while not self._stopped.is_set():
+                following = asyncio.ensure_future(lines.get())
+                await asyncio.wait({following, stopped}, return_when=asyncio.FIRST_COMPLETED)
+                if not following.done() or (line := following.result()) is None:
+                    following.cancel()
+                    return
+                yield line.decode("utf-8", "replace")
+        finally:
+            stopped.cancel()
 
     def _read(self, loop: asyncio.AbstractEventLoop, lines: asyncio.Queue[bytes | None]) -> None:
         def put(line: bytes | None) -> None:
