@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mcp import Client, StdioServerParameters
+from mcp.types import ElicitResult
 
 from hhh_router.trace.audit import read_rows
 
@@ -86,6 +87,11 @@ class World:
         parameters = StdioServerParameters(command=command, args=args, env=environment)
         async with Client(parameters, **(settings or {})) as client:
             yield client
+
+
+async def introduce(context: Any, params: Any) -> ElicitResult:
+    """How the client answers a server that asks who it is."""
+    return ElicitResult(action="accept", content={"name": "Bo"})
 
 
 def said(result: Any) -> str:

@@ -19,7 +19,7 @@ from mcp import Client, ClientSession, MCPError, StdioServerParameters, stdio_cl
 
 from hhh_router.interfaces.held import HeldCalls
 
-from .mcp_guarded import HERE, PROXY, RULES, World, said, write_policy
+from .mcp_guarded import HERE, PROXY, RULES, World, introduce, said, write_policy
 
 pytestmark = pytest.mark.e2e
 
@@ -91,10 +91,12 @@ async def check_all(client: Client, world: World) -> None:
 
 
 async def test_clients_over_http_have_a_session_and_a_server_each(world: World) -> None:
-    async with serving(world) as url, Client(url) as first, Client(url) as second:
+    async with serving(world) as url, Client(url, elicitation_callback=introduce) as first, Client(url) as second:
         await check_all(first, world)
+        asked = await first.call_tool("greet", {})
         other = await second.call_tool("read_file", {"path": "mine"})
 
+    assert said(asked) == "Hello Bo"
     assert said(other) == "contents of mine", "another session is not tainted"
 
 

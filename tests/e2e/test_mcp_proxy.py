@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,16 @@ from hhh_router.cli.main import app
 from hhh_router.interfaces.held import HeldCalls
 from hhh_router.trace.audit import verify
 
-from .mcp_guarded import RULES, SERVER, World, said
+from .mcp_guarded import PROXY, RULES, SERVER, World, introduce, said, write_policy
 
 pytestmark = pytest.mark.e2e
+
+HELLO = {
+    "jsonrpc": "2.0",
+    "id": "hello",
+    "method": "initialize",
+    "params": {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "t", "version": "0"}},
+}
 
 
 @pytest.fixture
@@ -230,6 +238,52 @@ async def test_a_slow_tool_holds_nobody_else_up(world: World) -> None:
     assert said(done) == "done"
 
 
+async def test_what_the_server_asks_of_the_client_passes_and_so_does_the_answer(world: World) -> None:
+    async with world.client(settings={"mode": "legacy", "elicitation_callback": introduce}) as client:
+        result = await client.call_tool("greet", {})
+
+    assert said(result) == "Hello Bo"
+
+
+async def test_a_signal_stops_proxy_and_server_and_gives_held_calls_up(world: World) -> None:
+    environment = world.environment(write_policy(world.folder))
+    process = await asyncio.create_subprocess_exec(
+        *PROXY, env=environment, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdin is not None
+    for line in (HELLO, call(1, "delete_file", {"path": "/etc/x"})):
+        process.stdin.write(json.dumps(line).encode() + b"\n")
+    held = await waiting(world)
+
+    process.send_signal(signal.SIGTERM)
+
+    assert await asyncio.wait_for(process.wait(), 20) == 0
+    assert HeldCalls(world.queue).find(held.id).status == "abandoned"
+    assert verify(world.audit).unfinished == 0
+    assert world.calls == []
+
+
+async def test_a_killed_proxy_leaves_no_server_and_a_call_that_cannot_run(world: World) -> None:
+    environment = world.environment(write_policy(world.folder), hold_s=1)
+    process = await asyncio.create_subprocess_exec(
+        *PROXY, env=environment, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    for line in (HELLO, call(1, "delete_file", {"path": "/etc/x"})):
+        process.stdin.write(json.dumps(line).encode() + b"\n")
+    held = await waiting(world)
+
+    process.kill()
+    await process.wait()
+    await asyncio.sleep(1.1)
+
+    assert not HeldCalls(world.queue).settle(held.id, "approved")
+    assert HeldCalls(world.queue).find(held.id).status == "expired"
+    assert verify(world.audit).unfinished == 1, "which the next proxy that writes this audit marks as interrupted"
+    assert world.calls == []
+
+
 @pytest.mark.parametrize("on_error", ["closed", "open"])
 async def test_on_error_decides_when_nothing_can_be_read(world: World, on_error: str) -> None:
     async with world.client(more=f"on_error: {on_error}", broken=True) as client:
@@ -309,8 +363,6 @@ async def test_the_audit_has_an_intent_before_and_an_outcome_after_and_no_conten
 
 async def raw(world: World, *lines: object, answers: int) -> list[dict]:
     """What the proxy answers to lines that no SDK would write."""
-    from .mcp_guarded import PROXY, write_policy
-
     process = await asyncio.create_subprocess_exec(
         *PROXY,
         env=world.environment(write_policy(world.folder, RULES)),
@@ -320,14 +372,8 @@ async def raw(world: World, *lines: object, answers: int) -> list[dict]:
     )
     assert process.stdin is not None
     assert process.stdout is not None
-    hello = {
-        "jsonrpc": "2.0",
-        "id": "hello",
-        "method": "initialize",
-        "params": {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "t", "version": "0"}},
-    }
     ready = {"jsonrpc": "2.0", "method": "notifications/initialized"}
-    for line in (hello, ready, *lines):
+    for line in (HELLO, ready, *lines):
         process.stdin.write((line if isinstance(line, str) else json.dumps(line)).encode() + b"\n")
     found = [json.loads(await asyncio.wait_for(process.stdout.readline(), 30)) for _ in range(answers + 1)]
     process.stdin.close()

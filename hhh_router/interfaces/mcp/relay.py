@@ -47,6 +47,7 @@ MOST_AT_ONCE = 256
 BEAT_S = 5.0
 """While a call is held its client hears so often that it still is, if it asked for progress."""
 _NEEDED_APPROVAL = "This call needed a person's approval."
+_SERVER_LEFT = "the server left"
 _TINY = 1e-9
 """Progress has to grow from message to message, and the server's own begins after ours."""
 
@@ -131,24 +132,27 @@ class Relay:
 
     async def run(self) -> bool:
         """Until one of both leaves; True when it was the server."""
-        server_left = False
-        async with anyio.create_task_group() as work:
+        ended = "the proxy was stopped"
+        try:
+            async with anyio.create_task_group() as work:
 
-            async def from_server() -> None:
-                nonlocal server_left
-                async with anyio.create_task_group() as answers:  # what it said before it left is still told
-                    async for item in self._from_server:
-                        await self._on_server(item, answers)
-                server_left = True
+                async def from_server() -> None:
+                    nonlocal ended
+                    async with anyio.create_task_group() as answers:  # what it said before it left is still told
+                        async for item in self._from_server:
+                            await self._on_server(item, answers)
+                    ended = _SERVER_LEFT
+                    work.cancel_scope.cancel()
+
+                work.start_soon(from_server)
+                async for item in self._from_client:
+                    await self._on_client(item, work)
+                ended = "the client left"
                 work.cancel_scope.cancel()
-
-            work.start_soon(from_server)
-            async for item in self._from_client:
-                await self._on_client(item, work)
-            work.cancel_scope.cancel()
-        with anyio.CancelScope(shield=True), anyio.move_on_after(5):
-            await self._end(server_left)
-        return server_left
+        finally:
+            with anyio.move_on_after(5, shield=True):
+                await self._end(ended)
+        return ended == _SERVER_LEFT
 
     # -- from the client ----------------------------------------------------------------------------------------------
 
@@ -450,12 +454,12 @@ class Relay:
         except BackendError as error:
             _log.error("%s: outcome not stored: %s", asked.request_id, error.message)
 
-    async def _end(self, server_left: bool) -> None:
+    async def _end(self, ended: str) -> None:
         """Answer what is under way, where there is somebody to hear it, and record how it ended."""
         for key in list(self._under_way):
             asked = self._under_way[key]
-            asked.outcome.setdefault("ended", "the server left" if server_left else "the client left")
-            if server_left and "cancelled" not in asked.outcome:
+            asked.outcome.setdefault("ended", ended)
+            if ended == _SERVER_LEFT and "cancelled" not in asked.outcome:
                 await self._tell(_error(key[1], CONNECTION_CLOSED, "the MCP server has ended"))
             await self._over(key)
 
