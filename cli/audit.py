@@ -80,7 +80,7 @@ def _path(audit: Path | None) -> Path:
 
 
 def _shown(record: dict[str, object]) -> str:
-    told = [f"{k}={record[k]}" for k in ("method", "path", "mode", "status", "error", "ended") if record.get(k)]
+    told = [f"{k}={record[k]}" for k in ("method", "path", "tool", "mode", "status", "error", "ended") if record.get(k)]
     block = record.get("hhh")
     decisions = block.get("decisions") if isinstance(block, dict) else None
     if isinstance(decisions, list) and decisions:

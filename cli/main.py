@@ -20,6 +20,8 @@ COMMANDS = (
     "guard",
     "serve",
     "proxy",
+    "mcp-proxy",
+    "queue",
     "audit",
     "policy",
     "replay",
@@ -33,7 +35,7 @@ COMMANDS = (
     "key",
     "doctor",
 )
-"""Every command, in the order of ``--help``; ``cli/<name>.py`` holds it."""
+"""Every command, in the order of ``--help``; ``cli/<name>.py`` holds it, with ``_`` for ``-``."""
 
 DEBUG = "HHH_ROUTER_DEBUG"
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
@@ -79,8 +81,9 @@ class Commands(TyperGroup):
 
 
 def _load(name: str) -> Any:
-    module = import_module(f".{name}", package=__package__)
-    return getattr(module, "app", None) or getattr(module, name)
+    file = name.replace("-", "_")
+    module = import_module(f".{file}", package=__package__)
+    return getattr(module, "app", None) or getattr(module, file)
 
 
 def _summary(name: str) -> str:

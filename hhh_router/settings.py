@@ -96,6 +96,12 @@ class Settings(BaseSettings):
     """Key clients must send as ``Authorization: Bearer``; required when a server listens beyond loopback."""
     api_keys_file: Path | None = None
     """YAML file of further keys, hashed, each with what it opens and how much it may ask for."""
+    hold_s: float = Field(default=120.0, gt=0, le=86_400)
+    """Seconds that a call which a policy holds waits to be approved; then it is denied."""
+    hold_webhook: str | None = Field(default=None, pattern=r"^https?://[^\s]+$")
+    """URL that is told of every call that is held."""
+    webhook_secret: SecretStr | None = None
+    """Signs what webhooks are told (HMAC-SHA256)."""
     upstream_api_key: SecretStr | None = None
     """Key the proxy sends upstream when the client sends none."""
 

@@ -266,6 +266,8 @@ class Conversation:
     """Replies that a policy stopped."""
     minutes: float | None = None
     """Since its first turn."""
+    tainted: bool | None = None
+    """Whether a tool brought back what the checkpoint ``tool_result`` did not simply allow."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -129,6 +129,10 @@ def _situations() -> Iterator[tuple[str, Quantity]]:
             f"conversation.{name}",
             of("count", meaning, lambda s, name=name: getattr(s.conversation, name)),  # type: ignore[misc]
         )
+    yield (
+        "conversation.tainted",
+        of("boolean", "a tool has brought back what was not simply allowed", lambda s: s.conversation.tainted),
+    )
     yield "tool.name", of("names", "the tool", lambda s: None if s.tool is None else s.tool.name, checkpoints=_TOOLS)
     yield "tool.arguments.PATH", of("argument", "an argument of the call", lambda s: None, checkpoints=_TOOLS)
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from hhh_router.policy.rules import OPERATORS, QUANTITIES, Condition, Rule
+from hhh_router.policy.rules import OPERATORS, QUANTITIES, Condition, Facts, Rule
+from hhh_router.types import Action, Situation, ToolFacts, Weights
 
 MAX_PIECES = 12
 """Boxes that are left of one rule; with more of them, nothing is claimed."""
@@ -86,6 +87,27 @@ def unreachable(rules: Sequence[Rule]) -> Iterator[tuple[int, list[int]]]:
                 yield j, covering
         if not rule.shadow and rule.rollout is None:
             taking.append(j)
+
+
+def may_pass(rules: Sequence[Rule], tool: str) -> bool:
+    """Whether some call of a tool may pass; False where the rules stop every one of them by the name alone.
+
+    A call that is held may pass. A rule in shadow mode, or for a part of the traffic, stops nobody for certain.
+    """
+    named = Facts(
+        needs={}, outcomes={}, weights=Weights(1.0, 0.0, 0.0, 0.0), confidence=None, in_distribution=None, mode=None,
+        situation=Situation(tool=ToolFacts(name=tool)),
+    )  # fmt: skip
+    for rule in rules:
+        names = [c for c in rule.when if c.quantity == "tool.name"]
+        if rule.shadow or not all(c.holds(named) for c in names):
+            continue
+        stops = rule.then.stops and rule.then is not Action.HOLD
+        if not stops:
+            return True
+        if len(names) == len(rule.when) and rule.rollout is None:
+            return False
+    return True
 
 
 def interval(condition: Condition) -> Interval:

@@ -61,7 +61,7 @@ def test_the_shell_commands_work() -> None:
 def test_every_command_the_readme_names_exists() -> None:
     from hhh_router.cli.main import COMMANDS
 
-    named = set(re.findall(r"hhh-router ([a-z]+)", README))
+    named = set(re.findall(r"hhh-router ([a-z]+(?:-[a-z]+)*)", README))
 
     assert named
     assert named <= set(COMMANDS)

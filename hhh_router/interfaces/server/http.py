@@ -205,16 +205,17 @@ def check_exposure(host: str, settings: Settings) -> None:
     Raises:
         SettingsError: ``host`` is not loopback and no key is set.
     """
-    if settings.api_key is None and settings.api_keys_file is None and not _is_loopback(host):
+    if settings.api_key is None and settings.api_keys_file is None and not is_loopback(host):
         raise SettingsError(
             f"--host {host} is reachable from outside this machine, and no key is set",
             hint="set HHH_ROUTER_API_KEY or HHH_ROUTER_API_KEYS_FILE, or listen on 127.0.0.1",
         )
 
 
-def _is_loopback(host: str) -> bool:
-    """
-    >>> _is_loopback("127.0.0.1"), _is_loopback("::1"), _is_loopback("0.0.0.0")
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address.
+
+    >>> is_loopback("127.0.0.1"), is_loopback("::1"), is_loopback("0.0.0.0")
     (True, True, False)
     """
     if host == "localhost":
