@@ -27,6 +27,8 @@ COMMANDS = (
     "bundle",
     "train",
     "calibrate",
+    "feedback",
+    "drift",
     "evaluate",
     "schema",
     "openapi",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 import os
@@ -14,11 +15,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
-from typing import Final, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar
 
 from hhh_router.errors import SettingsError, Unavailable, UnknownRequest
 from hhh_router.trace.build import canonical_request
-from hhh_router.trace.feedback import Label, Labelled, Remembered, check_fits
+from hhh_router.trace.feedback import LEAST_PROBABILITY, Label, Labelled, Remembered, check_fits
 from hhh_router.trace.redact import redact
 from hhh_router.trace.sinks import MAX_LINE_BYTES, Request
 
@@ -244,15 +245,14 @@ def read_labelled(path: str | Path) -> list[Labelled]:
         return _labelled(db)
 
 
-def read_remembered(path: str | Path, *, unlabelled: bool = False) -> Iterator[Remembered]:
-    """The requests of a file, the oldest first; all of them, or those that nobody has labelled.
+def read_remembered(path: str | Path) -> Iterator[Remembered]:
+    """The requests of a file, the oldest first.
 
     Raises:
         SettingsError: There is no such store.
     """
-    where = "WHERE labelled = 0 " if unlabelled else ""
     with closing(_reading(path)) as db:
-        for (record,) in db.execute(f"SELECT record FROM requests {where}ORDER BY seq"):
+        for (record,) in db.execute("SELECT record FROM requests ORDER BY seq"):
             yield Remembered.from_json(json.loads(record))
 
 
@@ -302,3 +302,30 @@ def _reading(path: str | Path) -> sqlite3.Connection:
             f"{path}: no feedback can be read ({error})", hint="name the file that HHH_ROUTER_FEEDBACK names"
         ) from error
     return db
+
+
+def draw_requests(path: str | Path, *, rate: float, rate_stopped: float, seed: int) -> Iterator[dict[str, Any]]:
+    """Requests of a file drawn at random, each alone and whatever else is there, as a label's body to be filled in.
+
+    Whether somebody complained about a request already must not matter to whether it is drawn; those that were drawn
+    and labelled already are left out.
+
+    Args:
+        path: The file.
+        rate: Probability of a request that was let through.
+        rate_stopped: Of one that was stopped.
+        seed: Of the draw; the same seed draws the same requests.
+
+    Raises:
+        SettingsError: There is no such store, or a rate is too small or none.
+    """
+    for name, share in (("--rate", rate), ("--rate-stopped", rate_stopped)):
+        if not LEAST_PROBABILITY <= share <= 1:
+            raise SettingsError(f"{name} {share}: not between {LEAST_PROBABILITY} and 1", hint="give a probability")
+    done = {row.request.request_id for row in read_labelled(path) if row.weight is not None}
+    for request in read_remembered(path):
+        probability = rate_stopped if request.stopped else rate
+        digest = hashlib.sha256(f"{seed} {request.request_id}".encode()).digest()
+        if request.request_id not in done and int.from_bytes(digest[:8]) / 2**64 < probability:
+            told = {"request_id": request.request_id, "sampled": True, "probability": probability, "labels": {}}
+            yield told | {"action": request.action} | ({} if request.texts is None else {"texts": request.texts})
