@@ -16,6 +16,7 @@ LABELS: Final = (*NEED_LABELS, *OUTCOMES, *VERDICTS)
 MAX_NAME: Final = 100
 """Characters of a labeller's name."""
 MAX_ID: Final = 200
+_SHOWN = 40  # characters of a found number in a message
 LEAST_PROBABILITY: Final = 0.001
 """A rarer draw would weigh a thousand requests: one such label would be the whole figure."""
 
@@ -144,9 +145,9 @@ def make_label(
     Raises:
         InvalidRequest: Something is no such thing; the message says what and what would be.
     """
-    if not isinstance(request_id, str) or not 0 < len(request_id) <= MAX_ID:
+    if not isinstance(request_id, str) or not 0 < len(request_id) <= MAX_ID or not request_id.isprintable():
         raise InvalidRequest(
-            f"request_id: no text of 1 to {MAX_ID} characters",
+            f"request_id: no printable text of 1 to {MAX_ID} characters",
             hint="send hhh.request_id of the reply, or its header x-hhh-request-id",
         )
     if by is None:
@@ -155,7 +156,7 @@ def make_label(
         raise InvalidRequest(f"by: no printable text of at most {MAX_NAME} characters", hint="name the labeller")
     if not isinstance(labels, Mapping) or not labels:
         raise InvalidRequest("labels: no object with at least one label", hint=f"use {', '.join(LABELS)}")
-    if unknown := [str(name)[:MAX_NAME] for name in labels if name not in LABELS]:
+    if unknown := [ascii(name)[1:-1][:MAX_NAME] for name in labels if name not in LABELS]:
         raise InvalidRequest(f"labels.{unknown[0]}: no label", hint=f"use {', '.join(LABELS)}")
     if wrong := [name for name, value in labels.items() if not isinstance(value, bool)]:
         raise InvalidRequest(f"labels.{wrong[0]}: neither true nor false", hint="leave out what is not known")
@@ -179,7 +180,7 @@ def _probability(sampled: object, probability: object) -> float | None:
         )
     if not LEAST_PROBABILITY <= probability <= 1:  # also false for NaN
         raise InvalidRequest(
-            f"probability: {probability} is not between {LEAST_PROBABILITY} and 1", hint="draw more often"
+            f"probability: {str(probability)[:_SHOWN]} is not between {LEAST_PROBABILITY} and 1", hint="draw more often"
         )
     return float(probability)
 

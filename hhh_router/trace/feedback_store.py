@@ -21,7 +21,7 @@ from hhh_router.errors import SettingsError, Unavailable, UnknownRequest
 from hhh_router.trace.build import canonical_request
 from hhh_router.trace.feedback import LEAST_PROBABILITY, Label, Labelled, Remembered, check_fits
 from hhh_router.trace.redact import redact
-from hhh_router.trace.sinks import MAX_LINE_BYTES, Request
+from hhh_router.trace.sinks import Request
 
 T = TypeVar("T")
 
@@ -31,6 +31,8 @@ MOST_REQUESTS: Final = 10_000
 """Requests without a label that are remembered, about 1 kB each."""
 LONGEST_S: Final = 30 * 86_400.0
 """They are forgotten after so long."""
+MAX_TEXT_BYTES: Final = 32_768
+"""Texts of one request and its reply; longer ones are not kept."""
 MOST_LABELLED: Final = 200_000
 """Labelled requests of one file; what is labelled is never forgotten, so a further one is turned away."""
 MOST_WAITING: Final = 10_000
@@ -188,7 +190,7 @@ class FeedbackStore:
     def _record(self, seen: Remembered, request: Request, reply: str | None) -> str:
         if self._content == "full":
             texts = {"request": redact(canonical_request(request)), "reply": redact(reply)}
-            if len(json.dumps(texts)) <= MAX_LINE_BYTES:
+            if len(json.dumps(texts)) <= MAX_TEXT_BYTES:
                 seen = replace(seen, texts=texts)
         return json.dumps(seen.as_json(), separators=(",", ":"), allow_nan=False)
 

@@ -12,7 +12,7 @@ import pytest
 from hhh_router.errors import InvalidRequest, SettingsError, Unavailable, UnknownRequest
 from hhh_router.testing import fake_pipeline, make_scores
 from hhh_router.trace.feedback import LABELS, Label, Labelled, Remembered, make_label
-from hhh_router.trace.feedback_store import FeedbackStore, draw_requests, read_labelled, read_remembered
+from hhh_router.trace.feedback_store import MAX_TEXT_BYTES, FeedbackStore, draw_requests, read_labelled, read_remembered
 from hhh_router.types import ChatRequest, GuardRequest, Message, ReadRequest
 
 ASKED = ReadRequest(messages=(Message(role="user", content="my key is sk-abcdefghijklmnopqrstuvwx, hello"),))
@@ -84,6 +84,14 @@ async def test_no_text_is_kept_unless_the_deployment_says_so(tmp_path: Path) -> 
     assert b"sk-abcdefghijklmnopqrstuvwx" not in (tmp_path / "full.sqlite3").read_bytes()
     assert b"hello" not in (tmp_path / "hash.sqlite3").read_bytes()
     assert stat.S_IMODE((tmp_path / "hash.sqlite3").stat().st_mode) == 0o600
+
+
+async def test_texts_beyond_reason_are_left_out_and_the_rest_is_kept(tmp_path: Path) -> None:
+    store = FeedbackStore(tmp_path / "f.sqlite3", content="full")
+    store.remember(seen("a"), ASKED, "x" * MAX_TEXT_BYTES)
+    await store.aclose()
+
+    assert next(read_remembered(tmp_path / "f.sqlite3")) == seen("a")
 
 
 async def test_the_ring_forgets_the_oldest_but_never_what_is_labelled(tmp_path: Path) -> None:
