@@ -143,7 +143,16 @@ class FeedbackStore:
         return await self._done(lambda: self._label(label, key))
 
     async def labelled(self) -> list[Labelled]:
-        """Every labelled request, the oldest first."""
+        """Every labelled request, the oldest first.
+
+        Raises:
+            Unavailable: They cannot be read.
+        """
+        if self.path is not None and not self._closed:
+            try:
+                return await asyncio.to_thread(read_labelled, self.path)  # writing goes on meanwhile
+            except SettingsError as error:
+                raise Unavailable(error.message, hint=error.hint) from error
         return await self._done(lambda: _labelled(self._db))
 
     async def aclose(self) -> None:

@@ -1,5 +1,7 @@
 """Which figures are told to have left their bounds, and which are not."""
 
+import asyncio
+import itertools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -202,4 +204,28 @@ async def test_a_change_is_logged_once_and_shown_and_looking_is_not_repeated_at_
     page = bytes(metrics.page().body).decode()
     assert f'hhh:drift_outside{{figure="calibration_error",of="{of}"}} 1.0' in page
     assert 'hhh:drift_value{figure="benign_refused",of="watchful@3"} 1.0' in page
+    await pipeline.aclose()
+
+
+async def test_metrics_are_told_where_labels_cannot_be_read_and_the_watch_goes_on(
+    watchful: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "f.sqlite3"
+    pipeline = fake_pipeline(watchful(), calibrators=CALIBRATORS)
+    pipeline.remember_in(FeedbackStore(path))
+    metrics = Metrics(lambda: pipeline.load, CALIBRATORS.references())
+    now = itertools.count(0, 100)
+    monitor = Monitor(pipeline, metrics, clock=lambda: next(now))
+    watching = asyncio.create_task(monitor.watch(every_s=0.001))
+    while not await monitor.look():
+        await asyncio.sleep(0.001)
+    for file in tmp_path.iterdir():
+        file.unlink()
+
+    while "labels cannot be read" not in caplog.text:
+        await asyncio.sleep(0.001)
+    assert not watching.done()
+    assert await monitor.look()  # the figures of before
+    watching.cancel()
+    await asyncio.wait([watching])
     await pipeline.aclose()

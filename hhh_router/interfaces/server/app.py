@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -162,7 +163,10 @@ def create_app(pipeline: Pipeline) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncGenerator[None, None]:
+        watching = asyncio.create_task(monitor.watch())
         yield
+        watching.cancel()
+        await asyncio.wait([watching])
         await pipeline.aclose()
 
     work: dict[str, Handler] = {

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from hhh_router.calibration.monitor import Figure, State, reading_figures
-from hhh_router.errors import InvalidRequest
+from hhh_router.errors import InvalidRequest, Unavailable
 from hhh_router.interfaces.server.http import JsonReply, read_json
 from hhh_router.interfaces.server.keys import owner
 from hhh_router.interfaces.server.metrics import Metrics
@@ -26,6 +26,8 @@ _log = logging.getLogger(__name__)
 FIELDS: Final = ("request_id", "labels", "by", "sampled", "probability")
 MAX_BODY_BYTES: Final = 65_536
 """A label is a few hundred bytes."""
+EVERY_S: Final = 60.0
+"""They are looked at that often although nobody asks, so that the log tells of changes."""
 FRESH_S: Final = 10.0
 """Figures are worked out anew at most that often, however often they are asked for."""
 
@@ -68,15 +70,28 @@ class Monitor:
             begun = self._clock()
             pause = max(FRESH_S / 10 if again else FRESH_S, 10 * self._took)  # a tenth of the time at most goes to this
             if self._looked is None or begun - self._looked >= pause:
-                memory = self._pipeline.parts.memory
-                rows = await memory.labelled() if memory is not None else []
-                readings = reading_figures(self._metrics.drift, self._metrics.support)
-                self._figures = readings + await asyncio.to_thread(self._of_labels, rows)
-                self._labelled, self._looked = len(rows), self._clock()
+                try:
+                    await self._look()
+                except Unavailable as error:  # metrics are told all the same
+                    _log.error("drift: labels cannot be read (%s)", error.message)
+                self._looked = self._clock()
                 self._took = self._looked - begun
-                self._metrics.show(self._figures)
-                self._say()
         return self._figures
+
+    async def watch(self, every_s: float = EVERY_S) -> None:
+        """Look now and then, for the log, until cancelled."""
+        while True:
+            await asyncio.sleep(every_s)
+            await self.look()
+
+    async def _look(self) -> None:
+        memory = self._pipeline.parts.memory
+        rows = await memory.labelled() if memory is not None else []
+        readings = reading_figures(self._metrics.drift, self._metrics.support)
+        self._figures = readings + await asyncio.to_thread(self._of_labels, rows)
+        self._labelled = len(rows)
+        self._metrics.show(self._figures)
+        self._say()
 
     def told(self, figures: Sequence[Figure]) -> dict[str, Any]:
         """The reply of ``GET /v1/drift``."""
@@ -89,13 +104,13 @@ class Monitor:
 
     def _of_labels(self, rows: Sequence[Labelled]) -> list[Figure]:
         calibrators = self._pipeline.parts.calibrators
-        return label_figures(rows, calibrators, self._policies())
+        return label_figures(rows, calibrators, self._policies({row.request.policy for row in rows}))
 
-    def _policies(self) -> Iterable[Policy]:
-        """Those with a budget, and the default."""
+    def _policies(self, asked: set[str]) -> list[Policy]:
+        """Those that somebody's labelled request was decided by, and the default."""
         policies = self._pipeline.policies
         loaded = [policies.get(name) for name in policies.names]
-        return [p for p in loaded if p.budget is not None or p.name == policies.default.name]
+        return [p for p in loaded if p.name in asked or p.name == policies.default.name]
 
     def _say(self) -> None:
         """One line where a figure has left its bound, and one where it no longer has."""
