@@ -5,9 +5,11 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -48,6 +50,16 @@ def serving(bundle: Path, store: Path) -> Iterator[str]:
         process.communicate(timeout=30)
 
 
+def drift_once_labelled(url: str, labelled: int) -> dict[str, Any]:
+    """What the server tells once its figures, which may be ten seconds old, are of so many labels."""
+    until = time.monotonic() + 60
+    while True:
+        told: dict[str, Any] = httpx.get(f"{url}/drift").json()
+        if told["labelled"] >= labelled or time.monotonic() > until:
+            return told
+        time.sleep(0.5)
+
+
 def test_labels_become_drift_and_calibrators_that_are_served(tmp_path: Path) -> None:
     bundle, store, mine = tiny_bundle(tmp_path / "tiny").root, tmp_path / "feedback.sqlite3", tmp_path / "mine"
     labels = tmp_path / "labels.jsonl"
@@ -70,7 +82,7 @@ def test_labels_become_drift_and_calibrators_that_are_served(tmp_path: Path) -> 
     with serving(bundle, store) as url:
         added = run("feedback", "add", str(labels), "--base-url", url, "--by", "ann")
         assert added.stdout == f"{ROWS + 1} stored\n", added.stderr
-        told = httpx.get(f"{url}/drift").json()
+        told = drift_once_labelled(url, ROWS + 1)
     assert told["labelled"] == ROWS + 1
     n = {(f["name"], f["of"]): f["n"] for f in told["figures"]}
     assert n["calibration_error", "needs.harmless in prompt"] == ROWS + 1
