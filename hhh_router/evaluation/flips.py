@@ -12,6 +12,7 @@ from hhh_router.calibration.betting import Row, weighted_mean
 from hhh_router.errors import ReaderError
 from hhh_router.pipeline.plan import judge_output, make_plan
 from hhh_router.policy import Policy
+from hhh_router.policy.schema import SEVERITY
 from hhh_router.trace.feedback import Labelled, Remembered
 from hhh_router.types import Action
 
@@ -88,7 +89,7 @@ def find_flips(
 
 
 def _action(request: Remembered, policy: Policy, calibrators: Calibrators) -> Action | None:
-    """The first that stops, else the last; None where nothing can be concluded."""
+    """The stricter of those at input and at output; None where nothing can be concluded."""
     first = request.prompt or request.reply
     if first is None:
         return None
@@ -97,9 +98,11 @@ def _action(request: Remembered, policy: Policy, calibrators: Calibrators) -> Ac
         if request.prompt is not None and (plan.decision.action.stops or request.reply is None):
             return plan.decision.action
         assert request.reply is not None
-        return judge_output(request.reply, plan=plan, policy=policy, calibrators=calibrators)[2].action
+        _, _, decision = judge_output(request.reply, plan=plan, policy=policy, calibrators=calibrators)
     except ReaderError:
         return None
+    asked = [] if request.prompt is None else [plan.decision]  # of a reply alone no prompt was judged
+    return max((*asked, decision), key=lambda d: SEVERITY[d.action]).action
 
 
 def _rates(labelled: Sequence[Labelled], stopped: Mapping[str, bool]) -> tuple[float | None, float | None]:

@@ -173,6 +173,31 @@ def test_flips_are_counted_and_rates_compared(watchful: Callable[..., Path]) -> 
     assert (flips.as_recorded, flips.recorded) == (4, 4)
 
 
+@pytest.mark.parametrize(
+    ("prompt", "reply", "action"),
+    [({}, {}, "allow"), ({"needs.harmless": 20.0}, {}, "refuse"), ({}, {"outcomes.unsafe": 20.0}, "block"),
+     (None, {"outcomes.unhelpful": 20.0}, "flag"), (None, {}, "allow")],
+)  # fmt: skip
+async def test_a_stored_request_is_decided_as_it_was(
+    watchful: Callable[..., Path], prompt: dict[str, float] | None, reply: dict[str, float], action: str
+) -> None:
+    reader = FakeReader({"prompt": prompt or {}, "reply": reply})
+    pipeline = fake_pipeline(watchful(), reader=reader, calibrators=CALIBRATORS)
+    pipeline.remember_in(FeedbackStore())
+    turns = () if prompt is None else (Message(role="user", content="prompt"),)
+    [verdict] = await pipeline.guard([GuardRequest(read=ReadRequest(messages=turns, response="reply"))])
+    await pipeline.feedback(make_label(verdict.metadata.request_id, {"harmful": True}))
+    memory = pipeline.parts.memory
+    assert memory is not None
+    rows = await memory.labelled()
+    await pipeline.aclose()
+
+    flips = find_flips([r.request for r in rows], rows, load_policy(watchful()), CALIBRATORS, CALIBRATORS)
+
+    assert rows[0].request.action == action
+    assert (flips.n, flips.recorded, flips.as_recorded, flips.requests) == (1, 1, 1, ())
+
+
 async def test_a_change_is_logged_once_and_shown_and_looking_is_not_repeated_at_once(
     watchful: Callable[..., Path], caplog: pytest.LogCaptureFixture
 ) -> None:
