@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Final
 
 from hhh_router.errors import InvalidRequest
@@ -62,8 +62,13 @@ class Remembered:
     """Request and reply, secrets replaced, where the deployment keeps them."""
 
     def as_json(self) -> dict[str, Any]:
-        """For storage."""
-        return asdict(self)
+        """For storage. One is made of every request, so nothing is copied: see that it is not changed."""
+        told = {name: getattr(self, name) for name in _FIELDS}
+        for name in ("prompt", "reply"):
+            scores: Scores | None = told[name]
+            if scores is not None:
+                told[name] = {part: getattr(scores, part) for part in _SCORE_FIELDS}
+        return told
 
     @classmethod
     def from_json(cls, record: Mapping[str, Any]) -> Remembered:
@@ -74,6 +79,10 @@ class Remembered:
         """
         read = {k: None if record[k] is None else Scores(**record[k]) for k in ("prompt", "reply")}
         return cls(**{**record, **read})
+
+
+_FIELDS = tuple(f.name for f in fields(Remembered))
+_SCORE_FIELDS = tuple(f.name for f in fields(Scores))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
