@@ -29,6 +29,8 @@ COMMANDS = (
     "bundle",
     "train",
     "calibrate",
+    "feedback",
+    "drift",
     "evaluate",
     "schema",
     "openapi",

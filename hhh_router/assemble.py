@@ -20,6 +20,7 @@ from hhh_router.policy.lock import Deployed
 from hhh_router.settings import Settings
 from hhh_router.trace import LogSink, Sink
 from hhh_router.trace.block import BundleRef
+from hhh_router.trace.feedback_store import FeedbackStore
 
 if TYPE_CHECKING:
     from hhh_router.model.engine import EmbeddedModel
@@ -60,9 +61,24 @@ def build_pipeline(
         backbone_sha256=bundle.manifest.backbone.sha256,
         sinks=((LogSink(),) if sinks is None else tuple(sinks)) + receipts,
         settings=settings,
+        memory=None if settings.feedback is None else open_memory(settings),
         closers=(model.aclose,),
         drain=model.drain,
         load=lambda: model.engine.load,
+    )
+
+
+def open_memory(settings: Settings) -> FeedbackStore:
+    """What remembers requests for feedback: in the settings' file, or in this process's memory.
+
+    Raises:
+        SettingsError: The file cannot be used.
+    """
+    return FeedbackStore(
+        settings.feedback,
+        content=settings.feedback_content,
+        most=settings.feedback_requests,
+        longest_s=settings.feedback_days * 86_400,
     )
 
 

@@ -85,6 +85,12 @@ class InvalidRequest(RequestError):
     code = "invalid_request"
 
 
+class UnknownRequest(RequestError):
+    """Nobody remembers a request of that id."""
+
+    code = "request_not_found"
+
+
 class ContextTooLong(RequestError):
     """The text does not fit the model's context window."""
 
@@ -203,6 +209,7 @@ _OUTCOMES: tuple[tuple[type[HHHRouterError], int, int], ...] = (
     (Blocked, 400, EXIT_BLOCKED),
     (MissingExtra, 501, EXIT_USAGE),
     (PolicyNotAllowed, 403, EXIT_USAGE),
+    (UnknownRequest, 404, EXIT_USAGE),
     (RequestError, 400, EXIT_USAGE),
     (KeyRejected, 401, EXIT_USAGE),
     (ConfigError, 500, EXIT_USAGE),

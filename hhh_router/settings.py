@@ -102,6 +102,15 @@ class Settings(BaseSettings):
     """URL that is told of every call that is held."""
     webhook_secret: SecretStr | None = None
     """Signs what webhooks are told (HMAC-SHA256)."""
+    feedback: Path | None = None
+    """SQLite file in which requests are remembered and labels are kept. None: a server keeps them in memory, until it
+    ends; elsewhere nothing is remembered."""
+    feedback_content: Literal["hash", "full"] = "hash"
+    """``full`` keeps the texts of remembered requests and replies too, secrets replaced."""
+    feedback_requests: int = Field(default=10_000, ge=1)
+    """Requests without a label that are remembered."""
+    feedback_days: float = Field(default=30.0, gt=0)
+    """Days after which they are forgotten. What has a label stays."""
     upstream_api_key: SecretStr | None = None
     """Key the proxy sends upstream when the client sends none."""
 

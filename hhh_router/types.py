@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Any, Literal, Self
 
 Dimension = Literal["helpful", "harmless", "honest"]
@@ -26,6 +27,11 @@ EXPERTS: tuple[str, ...] = ("base", *DIMENSIONS)
 
 OUTCOMES: tuple[str, ...] = ("unsafe", "untruthful", "unhelpful")
 """What can be wrong with a reply: unsafe; untruthful or unsupported; unhelpful or over-refusing."""
+
+NEED_LABELS: Mapping[str, str] = MappingProxyType(
+    {"harmful": "harmless", "injection": "injection", "honest": "honest", "helpful": "helpful"}
+)
+"""How people label a prompt → the need it is a label of: a harmful prompt is one that needs harmless behaviour."""
 
 Mode = Literal["prompt", "response", "both"]
 """What a reading saw: the prompt alone, a response alone, or both."""

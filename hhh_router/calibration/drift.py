@@ -10,7 +10,7 @@ traffic can (`hhh-router calibrate`, `hhh-router evaluate --data`).
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from typing import Final
 
@@ -20,6 +20,8 @@ WINDOW: Final = 1000
 """Latest readings that are looked at."""
 LEAST_READINGS: Final = 100
 """Below, chance alone moves the index by as much as drift does."""
+
+HUNDRED: Final = 100
 
 
 def bin_of(p: float) -> int:
@@ -55,11 +57,14 @@ class Drift:
 
     def __init__(self, reference: HeadCalibration, *, window: int = WINDOW) -> None:
         self.reference = reference
+        self.counts: Counter[int] = Counter()
+        """All readings so far, by probability in hundredths, rounded down."""
         self._latest: deque[float] = deque(maxlen=window)
 
     def add(self, p: float) -> None:
         """One more reading."""
         self._latest.append(p)
+        self.counts[int(p * HUNDRED)] += 1
 
     @property
     def shift(self) -> float:
@@ -78,3 +83,24 @@ class Drift:
         for p in self._latest:
             found[bin_of(p)] += 1
         return stability_index(self.reference.bins, found)
+
+
+class Support:
+    """How many readings of one mode lie outside the support of its calibration rows."""
+
+    def __init__(self, *, window: int = WINDOW) -> None:
+        self.n = 0
+        """All readings so far."""
+        self.outside = 0
+        self._latest: deque[bool] = deque(maxlen=window)
+
+    def add(self, inside: bool) -> None:
+        """One more reading."""
+        self._latest.append(inside)
+        self.n += 1
+        self.outside += not inside
+
+    @property
+    def share(self) -> float:
+        """Of the latest that lie inside; NaN until there are enough."""
+        return sum(self._latest) / len(self._latest) if len(self._latest) >= LEAST_READINGS else math.nan

@@ -242,8 +242,19 @@ class CalibrationFile(_Part):
 class Calibrators:
     """Turns raw scores into evidence and confidence. Immutable and free of I/O once loaded."""
 
-    def __init__(self, file: CalibrationFile | None, *, matches: bool = True) -> None:
+    def __init__(
+        self,
+        file: CalibrationFile | None,
+        *,
+        matches: bool = True,
+        heads_sha256: str | None = None,
+        dtype: str | None = None,
+    ) -> None:
         self._file = file
+        self.heads_sha256 = heads_sha256 or (file.heads_sha256 if file else None)
+        """Of the heads whose scores come in; None where nobody said."""
+        self.dtype = dtype or (file.dtype if file else None)
+        """Precision of the backbone under them."""
         self._matches = matches and file is not None
         self.id = file.id if file else UNCALIBRATED
         fitted = file.gate if file and isinstance(file.gate, GateCalibration) else None
@@ -276,7 +287,7 @@ class Calibrators:
             held = " and ".join((file.dtype, *file.also_dtypes))
             wrong.append(f"dtype: fitted for {held}, the backbone runs in {dtype}")
         if not wrong:
-            return cls(file)
+            return cls(file, heads_sha256=heads_sha256, dtype=dtype)
         if not allow_uncalibrated:
             raise BundleError(
                 "\n".join(f"{path}: {line}" for line in wrong),
@@ -284,7 +295,8 @@ class Calibrators:
                 "HHH_ROUTER_ALLOW_UNCALIBRATED=true to start with every number labelled uncalibrated",
             )
         _log.warning("%s does not fit (%s): every number is labelled uncalibrated", path, "; ".join(wrong))
-        return cls(file if file.heads_sha256 == heads_sha256 else None, matches=False)
+        own = file.heads_sha256 == heads_sha256
+        return cls(file if own else None, matches=False, heads_sha256=heads_sha256, dtype=dtype)
 
     @classmethod
     def none(cls) -> Calibrators:

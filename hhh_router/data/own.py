@@ -20,18 +20,11 @@ from typing import IO, Any
 from hhh_router.data.examples import Example, normalise
 from hhh_router.errors import DataError
 from hhh_router.policy.values import closest, did_you_mean, either
-from hhh_router.types import Message
+from hhh_router.types import NEED_LABELS, OUTCOMES, Message
 
 MAX_ROWS = 200_000  # about ten times what a recipe trains on: a file past it is most likely the wrong file
 MAX_LINE_BYTES = 1_000_000  # several hundred times what a reader takes in; a longer line is no prompt
-NEED_LABELS: Mapping[str, str] = {
-    "harmful": "harmless",
-    "injection": "injection",
-    "honest": "honest",
-    "helpful": "helpful",
-}
-"""Label in the file → need. A harmful prompt is one that needs harmless behaviour."""
-OUTCOME_LABELS: tuple[str, ...] = ("unsafe", "untruthful", "unhelpful")
+OUTCOME_LABELS: tuple[str, ...] = OUTCOMES
 """Labels that are about the response."""
 
 SOURCE = "own"  # not the file's name: a renamed file is the same data and keeps its hash

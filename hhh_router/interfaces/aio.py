@@ -18,12 +18,14 @@ from hhh_router.pipeline import (
     ChatEvent,
     ChatFinished,
     ChatResult,
+    FeedbackResult,
     GuardResult,
     Pipeline,
     RouteResult,
 )
 from hhh_router.settings import Settings
 from hhh_router.trace.block import Metadata
+from hhh_router.trace.feedback import make_label
 from hhh_router.types import ChatRequest, GuardRequest, ReadRequest, Weights
 
 Prompt = str | Sequence[MessageLike]
@@ -289,6 +291,33 @@ class AsyncHHHRouter:
         name = _policy_name(policy, pipeline)
         results = await pipeline.route([_guard_request(p, None, name) for p, _ in pairs])
         return results if is_list else results[0]
+
+    async def feedback(
+        self,
+        request_id: str,
+        labels: Mapping[str, bool],
+        *,
+        by: str = "",
+        sampled: bool = False,
+        probability: float | None = None,
+    ) -> FeedbackResult:
+        """Say what an earlier request was, or whether it was judged wrongly.
+
+        Args:
+            request_id: ``metadata.request_id`` of its result. In process, requests are remembered where
+                ``HHH_ROUTER_FEEDBACK`` (or ``feedback=``) names a file.
+            labels: Of the prompt ``harmful``, ``injection``, ``honest``, ``helpful``; of the reply ``unsafe``,
+                ``untruthful``, ``unhelpful``; of the decision ``refused_wrongly`` or ``passed_wrongly``.
+            by: Who says so; a labeller's second word on a request takes the place of the first.
+            sampled: The request was drawn at random to be labelled.
+            probability: How likely it was to be drawn; to be told where ``sampled`` is true.
+
+        Raises:
+            RequestError: That cannot be said of this request, or it is not remembered.
+            BackendError: It could not be stored.
+        """
+        pipeline = await self.ready()
+        return await pipeline.feedback(make_label(request_id, labels, by, sampled, probability))
 
     async def aclose(self) -> None:
         """Free the model; calling it again does nothing."""

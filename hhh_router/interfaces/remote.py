@@ -28,6 +28,7 @@ from hhh_router.pipeline import (
     ChatEvent,
     ChatFinished,
     ChatStarted,
+    FeedbackResult,
     GuardResult,
     RouteResult,
     TokenLogprob,
@@ -36,6 +37,7 @@ from hhh_router.pipeline import (
 from hhh_router.settings import Settings
 from hhh_router.tools import as_openai, call_as_openai
 from hhh_router.trace.block import Metadata
+from hhh_router.trace.feedback import Label
 from hhh_router.types import ChatRequest, GuardRequest, Message, ToolCall, Toolset
 
 RETRIES = 2
@@ -107,6 +109,19 @@ class RemotePipeline:
     async def route(self, requests: Sequence[GuardRequest]) -> list[RouteResult]:
         """As `Pipeline.route`."""
         return [RouteResult(metadata=m) for m in await self._judged("route", requests)]
+
+    async def feedback(self, label: Label, *, key: str = "") -> FeedbackResult:
+        """As `Pipeline.feedback`; the key is the one of the settings."""
+        body: dict[str, Any] = {"request_id": label.request_id, "labels": dict(label.labels), "by": label.by}
+        if label.probability is not None:
+            body |= {"sampled": True, "probability": label.probability}
+        async with self._sent("feedback", body) as response:
+            found = _json(await response.aread())
+        try:
+            told = {name: found[name] for name in ("request_id", "by", "labels", "status", "durable")}
+        except KeyError as error:
+            raise _foreign(error) from error
+        return FeedbackResult(**told)
 
     async def aclose(self) -> None:
         """Close the connections."""

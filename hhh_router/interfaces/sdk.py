@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, Unpack, overload
@@ -16,7 +16,7 @@ from hhh_router.interfaces.aio import (
     WeightsLike,
 )
 from hhh_router.interfaces.loop import LoopThread
-from hhh_router.pipeline import ChatDelta, ChatResult, GuardResult, Pipeline, RouteResult
+from hhh_router.pipeline import ChatDelta, ChatResult, FeedbackResult, GuardResult, Pipeline, RouteResult
 from hhh_router.trace.block import Metadata
 
 __all__ = ["AsyncChatStream", "AsyncHHHRouter", "ChatArgs", "ChatStream", "HHHRouter"]
@@ -149,6 +149,20 @@ class HHHRouter:
     def route(self, prompt: Any, policy: PolicyLike = None) -> Any:
         """Needs, posterior and weights of a prompt; arguments, results and errors as in `AsyncHHHRouter.route`."""
         return self._loop.run(self._router.route(prompt, policy))
+
+    def feedback(
+        self,
+        request_id: str,
+        labels: Mapping[str, bool],
+        *,
+        by: str = "",
+        sampled: bool = False,
+        probability: float | None = None,
+    ) -> FeedbackResult:
+        """Say what an earlier request was; arguments, results and errors as in `AsyncHHHRouter.feedback`."""
+        return self._loop.run(
+            self._router.feedback(request_id, labels, by=by, sampled=sampled, probability=probability)
+        )
 
     def close(self) -> None:
         """Free the model; calling it again does nothing."""

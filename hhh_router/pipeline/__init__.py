@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import replace
 
 from hhh_router.calibration import Calibrators
+from hhh_router.errors import InvalidRequest
 from hhh_router.pipeline.chat import run_chat
 from hhh_router.pipeline.guard import run_guard, run_route
 from hhh_router.pipeline.parts import Parts
@@ -15,6 +16,7 @@ from hhh_router.pipeline.results import (
     ChatFinished,
     ChatResult,
     ChatStarted,
+    FeedbackResult,
     GuardResult,
     RouteResult,
     Usage,
@@ -24,6 +26,8 @@ from hhh_router.protocols import Generator, Load, Reader, TokenLogprob
 from hhh_router.settings import Settings
 from hhh_router.trace import Sink
 from hhh_router.trace.block import BundleRef
+from hhh_router.trace.feedback import Label
+from hhh_router.trace.feedback_store import FeedbackStore
 from hhh_router.types import ChatRequest, GuardRequest
 
 __all__ = [
@@ -32,6 +36,7 @@ __all__ = [
     "ChatFinished",
     "ChatResult",
     "ChatStarted",
+    "FeedbackResult",
     "GuardResult",
     "Pipeline",
     "PolicyStore",
@@ -53,6 +58,7 @@ class Pipeline:
         backbone_sha256: Of the backbone's weights; None where only a revision is pinned.
         sinks: Where the record of each finished request goes.
         settings: Limits and deadlines.
+        memory: Remembers finished requests for `feedback`; closed with the pipeline.
         answers_elsewhere: True when the generator asks an upstream model, so that no mixture is applied.
         closers: Awaited once by `aclose`, in order.
         drain: Takes seconds; nothing new is taken in, and what has not ended by then ends with an error.
@@ -70,6 +76,7 @@ class Pipeline:
         backbone_sha256: str | None,
         sinks: Sequence[Sink],
         settings: Settings,
+        memory: FeedbackStore | None = None,
         answers_elsewhere: bool = False,
         closers: Sequence[Callable[[], Awaitable[None]]] = (),
         drain: Callable[[float], Awaitable[None]] | None = None,
@@ -87,6 +94,7 @@ class Pipeline:
             backbone_sha256=backbone_sha256,
             sinks=tuple(sinks),
             settings=settings,
+            memory=memory,
             answers_elsewhere=answers_elsewhere,
         )
 
@@ -129,6 +137,30 @@ class Pipeline:
         """Send the record of each request that finishes from now on to another place too."""
         self._parts = replace(self._parts, sinks=(*self._parts.sinks, sink))
 
+    def remember_in(self, memory: FeedbackStore) -> None:
+        """Remember requests that finish from now on; it is closed with the pipeline."""
+        self._parts = replace(self._parts, memory=memory)
+
+    async def feedback(self, label: Label, *, key: str = "") -> FeedbackResult:
+        """Keep what somebody says of a finished request.
+
+        Args:
+            label: See `hhh_router.trace.feedback.make_label`.
+            key: Name of the API key that it came with.
+
+        Raises:
+            UnknownRequest: The request is not remembered (any more).
+            InvalidRequest: That cannot be said of it, or nothing is remembered here.
+            Unavailable: It could not be stored.
+        """
+        memory = self._parts.memory
+        if memory is None:
+            raise InvalidRequest("no request is remembered here", hint="name a file with HHH_ROUTER_FEEDBACK")
+        status = await memory.label(label, key=key)
+        return FeedbackResult(
+            request_id=label.request_id, by=label.by, labels=dict(label.labels), status=status, durable=memory.durable
+        )
+
     @property
     def load(self) -> Load:
         """How busy the engine is."""
@@ -143,3 +175,5 @@ class Pipeline:
         """Close what reader and generator hold open; does nothing the second time."""
         while self._closers:
             await self._closers.pop(0)()
+        if self._parts.memory is not None:
+            await self._parts.memory.aclose()

@@ -14,6 +14,7 @@ from hhh_router.protocols import Generator, Reader
 from hhh_router.settings import Settings
 from hhh_router.trace import Sink
 from hhh_router.trace.block import BundleRef
+from hhh_router.trace.feedback_store import FeedbackStore
 
 
 def new_request_id() -> str:
@@ -33,6 +34,8 @@ class Parts:
     backbone_sha256: str | None
     sinks: Sequence[Sink]
     settings: Settings
+    memory: FeedbackStore | None = None
+    """Remembers finished requests, so that people can say what they think of them; None remembers nothing."""
     answers_elsewhere: bool = False
     """True when an upstream answers: no mixture is applied, and role order is the upstream's business."""
     clock: Callable[[], float] = field(default=perf_counter)

@@ -13,7 +13,8 @@ from hhh_router.protocols import Finished, Steered
 from hhh_router.routing import kl_nats
 from hhh_router.trace import build_metadata
 from hhh_router.trace.block import Metadata
-from hhh_router.types import ChatRequest, Decision, Evidence, GuardRequest, Plan, Weights
+from hhh_router.trace.feedback import Remembered, remembered
+from hhh_router.types import ChatRequest, Decision, Evidence, GuardRequest, Plan, Scores, Weights
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ class Record:
         self._not_inspected = list(request.not_inspected)
         self._trajectory: list[tuple[int, Weights]] = []  # completion tokens before, weights from there on
         self._done = False
+        self._read: dict[bool, Scores] = {}  # whether a reply was seen → the latest reading
         self.plan: Plan | None = None
         self.prompt_tokens = 0
 
@@ -43,6 +45,7 @@ class Record:
         self.plan = plan
         self._trajectory = [(0, plan.weights)]
         self._evidence = plan.evidence
+        self._keep(plan.evidence)
         self._confidence = plan.confidence
         self._layers_run = layers_run
         self.prompt_tokens = prompt_tokens
@@ -51,6 +54,7 @@ class Record:
 
     def read_again(self, evidence: Evidence, confidence: float) -> None:
         """A window, or a whole response, was read: it tells outcomes. Needs stay those the weights come from."""
+        self._keep(evidence)
         planned = self.plan.evidence if self.plan else evidence
         self._evidence = replace(
             evidence,
@@ -86,6 +90,7 @@ class Record:
     def begin_again(self) -> None:
         """The reply is thrown away and made once more."""
         self.plan = None
+        self._read.clear()
         self._trajectory.clear()
 
     def finished(self, event: Finished) -> None:
@@ -148,7 +153,24 @@ class Record:
         self._done = True
         for sink in self._parts.sinks:
             sink.write(block, self._request, reply_text)
+        if self._parts.memory is not None:
+            self._parts.memory.remember(self._remembered(block), self._request, reply_text)
         return block
+
+    def _keep(self, evidence: Evidence) -> None:
+        if evidence.scores.needs or evidence.scores.outcomes:  # nothing was read where there are neither
+            self._read[evidence.mode != "prompt"] = evidence.scores
+
+    def _remembered(self, block: Metadata) -> Remembered:
+        calibrators = self._parts.calibrators
+        return remembered(
+            block,
+            time=self._parts.now().timestamp(),
+            prompt=self._read.get(False),
+            reply=self._read.get(True),
+            heads_sha256=calibrators.heads_sha256,
+            dtype=calibrators.dtype,
+        )
 
     def close(self) -> None:
         """The request is over; say so when it never came to its end (an error, or the caller left)."""

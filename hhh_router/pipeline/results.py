@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 from hhh_router.errors import Blocked
 from hhh_router.protocols import FinishReason, TokenLogprob
@@ -169,3 +169,22 @@ class RouteResult(_Result):
     def mixture(self) -> str:
         """The weights in sixteenths, as one name: ``hhh@base-helpful-harmless-honest``."""
         return self.weights.mixture
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeedbackResult:
+    """What became of a label."""
+
+    request_id: str
+    by: str
+    """The labeller."""
+    labels: Mapping[str, bool]
+    """What this labeller now says of the request."""
+    status: Literal["stored", "unchanged", "replaced"]
+    """``unchanged``: this labeller had said the same before; ``replaced``: something else."""
+    durable: bool
+    """False where the label is gone when the server ends, for no file was named."""
+
+    def as_json(self) -> dict[str, Any]:
+        """JSON-ready."""
+        return asdict(self)

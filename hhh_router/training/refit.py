@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hhh_router.bundle import Bundle, CalibratorsSpec, file_sha256, write_manifest
+from hhh_router.bundle import Bundle, CalibratorsSpec, HeadsSpec, file_sha256, write_manifest
 from hhh_router.calibration import CalibrationFile, HeadCalibration
 from hhh_router.calibration import metrics as m
 from hhh_router.calibration.fit import fit_distance_limit, fit_head
@@ -22,6 +22,8 @@ from hhh_router.training.calibrate import CALIBRATORS, Reading
 from hhh_router.training.features import BATCH_TOKENS, encode_cut
 from hhh_router.types import NEEDS, OUTCOMES, Mode, ReadRequest
 
+DIFF = "calibration-diff.json"
+"""A file in a bundle's folder that says what its calibrators changed; no part of another bundle."""
 MAX_TOKENS = 512
 """Longer texts are cut."""
 _SUPPORT_ROWS = 200  # fewer rows say too little about what lies inside the support
@@ -71,14 +73,37 @@ def refit(
         BundleError: The bundle has no heads or calibrators, or ``target`` exists.
         DataError: No head has enough labels.
     """
-    manifest = bundle.manifest
-    if manifest.heads is None or manifest.calibrators is None:
-        raise BundleError(f"{bundle.root}: has no heads or no calibrators", hint="train and calibrate it first")
-    if target.exists():
-        raise BundleError(f"{target}: already there", hint="give another --out, or remove the folder")
+    _check(bundle, target)  # before minutes of reading
     reader, encoder = open_reader(bundle, settings)
-    old = CalibrationFile.read(bundle.root / manifest.calibrators.path)
     readings = _read(examples, reader, encoder, on_progress)
+    return refit_readings(bundle, readings, target, dtype=reader.dtype, data_sha256=data_hash(examples), seed=seed)
+
+
+def refit_readings(
+    bundle: Bundle,
+    readings: Mapping[Mode, Sequence[Reading]],
+    target: Path,
+    *,
+    dtype: str,
+    data_sha256: str,
+    seed: int,
+) -> list[Change]:
+    """`refit` on rows that the bundle's heads have scored already.
+
+    Args:
+        bundle: A calibrated bundle.
+        readings: Rows of each mode; labels of what was not read in it are left out of them.
+        target: New folder.
+        dtype: Precision of the backbone under these scores.
+        data_sha256: Names the rows.
+        seed: Of the folds.
+
+    Raises:
+        BundleError: The bundle has no heads or calibrators, or ``target`` exists.
+        DataError: No head has enough labels.
+    """
+    heads, calibrators = _check(bundle, target)
+    old = CalibrationFile.read(bundle.root / calibrators.path)
     changes: list[Change] = []
     modes = dict(old.modes)
     for mode, rows in readings.items():
@@ -97,11 +122,20 @@ def refit(
             hint="label more rows of both classes, at least 30 with 5 of the rarer one",
         )
     file = CalibrationFile.create(
-        heads_sha256=manifest.heads.sha256, dtype=reader.dtype, data_sha256=data_hash(examples), seed=seed,
+        heads_sha256=heads.sha256, dtype=dtype, data_sha256=data_sha256, seed=seed,
         train_prior=old.posterior_prior(), modes=modes, gate=old.gate,
     )  # fmt: skip
     _write(bundle, target, file)
     return changes
+
+
+def _check(bundle: Bundle, target: Path) -> tuple[HeadsSpec, CalibratorsSpec]:
+    manifest = bundle.manifest
+    if manifest.heads is None or manifest.calibrators is None:
+        raise BundleError(f"{bundle.root}: has no heads or no calibrators", hint="train and calibrate it first")
+    if target.exists():
+        raise BundleError(f"{target}: already there", hint="give another --out, or remove the folder")
+    return manifest.heads, manifest.calibrators
 
 
 def _read(
@@ -167,7 +201,7 @@ def _write(bundle: Bundle, target: Path, file: CalibrationFile) -> None:
     """The bundle with other calibrators, without the figures of the old ones; complete, or not there."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    measured = shutil.ignore_patterns("figures.json", "CARD.md", "report.*", QUANTISATION)
+    measured = shutil.ignore_patterns("figures.json", "CARD.md", "report.*", DIFF, QUANTISATION)
     shutil.copytree(bundle.root, partial, ignore=measured)
     file.write(partial / CALIBRATORS)
     spec = CalibratorsSpec(path=CALIBRATORS, sha256=file_sha256(partial / CALIBRATORS))

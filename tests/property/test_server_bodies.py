@@ -16,6 +16,9 @@ from hhh_router.interfaces.server.app import create_app
 from hhh_router.interfaces.server.guardrail import PATH
 from hhh_router.interfaces.server.openapi import document
 from hhh_router.testing import FakeGenerator, FakeReader, fake_pipeline
+from hhh_router.trace.feedback_store import FeedbackStore
+from hhh_router.types import ReadRequest
+from tests.unit.test_feedback_store import seen
 
 PART = {"type": "text", "text": "Hi"}
 TURNS = [
@@ -97,6 +100,10 @@ BODIES: dict[str, dict[str, Any]] = {
     },
     "/v1/guard": {"items": [{"prompt": TURNS, "policy": "balanced"}, {"response": "No."}], "policy": "balanced"},
     "/v1/route": {"prompt": "Hi", "policy": "balanced"},
+    "/v1/feedback": {
+        "request_id": "known", "labels": {"harmful": True, "passed_wrongly": True, "unsafe": False}, "by": "me",
+        "sampled": True, "probability": 0.5,
+    },
 }  # fmt: skip
 """Path → a body that is answered, with as many fields as there can be."""
 CALLS: dict[str, dict[str, Any]] = {
@@ -125,6 +132,9 @@ ODD: tuple[Any, ...] = (
 def served() -> Iterator[TestClient]:
     reader = FakeReader({"Go": {"needs.honest": 2.0}})
     pipeline = fake_pipeline(reader=reader, generator=FakeGenerator("one two", reader=reader))
+    store = FeedbackStore()
+    store.remember(seen("known", reply=True, time=1e12), ReadRequest(), None)
+    pipeline.remember_in(store)
     with TestClient(create_app(pipeline), raise_server_exceptions=False) as made:
         yield made
 

@@ -10,7 +10,7 @@ import pytest
 from starlette.routing import Route
 from starlette.testclient import TestClient
 
-from hhh_router.interfaces.server import anthropic, guardrail, moderations, native, openai, responses
+from hhh_router.interfaces.server import anthropic, feedback, guardrail, moderations, native, openai, responses
 from hhh_router.interfaces.server.app import create_app
 from hhh_router.interfaces.server.endpoints import ENDPOINTS
 from hhh_router.interfaces.server.openapi import document
@@ -30,6 +30,7 @@ BODIES: dict[str, Any] = {
     guardrail.PATH: {"input_type": "request", "texts": ["bomb"]},
     "/v1/guard": {"items": [{"prompt": "Hello"}, {"response": "poison"}]},
     "/v1/route": {"prompt": "Hello"},
+    "/v1/feedback": {"labels": {"harmful": False}, "by": "me", "sampled": True, "probability": 0.5},
 }
 """Path → a body that is answered."""
 
@@ -69,6 +70,7 @@ def test_every_route_is_described_and_nothing_else() -> None:
         ("/v1/moderations", moderations.FIELDS),
         ("/v1/guard", native.ITEM_FIELDS | {"items"}),
         ("/v1/route", native.ITEM_FIELDS | {"items"}),
+        ("/v1/feedback", set(feedback.FIELDS)),
     ],
 )
 def test_every_field_that_is_read_or_refused_is_described(path: str, fields: set[str]) -> None:
@@ -85,8 +87,12 @@ def test_every_endpoint_that_takes_a_body_is_answered_as_described(served: TestC
     for endpoint in ENDPOINTS:
         told = described["paths"][endpoint.path][endpoint.method.lower()]
         if endpoint.takes is not None:
-            jsonschema.validate(BODIES[endpoint.path], {**body_of(described, endpoint.path), **_parts(described)})
-            reply = served.post(endpoint.path, json=BODIES[endpoint.path])
+            body = BODIES[endpoint.path]
+            if endpoint.path == "/v1/feedback":  # about a request that was answered
+                earlier = served.post("/v1/guard", json={"prompt": "Hello"}).json()["hhh"]["request_id"]
+                body = {**body, "request_id": earlier}
+            jsonschema.validate(body, {**body_of(described, endpoint.path), **_parts(described)})
+            reply = served.post(endpoint.path, json=body)
         else:
             reply = served.get(endpoint.path)
         assert reply.status_code == 200, (endpoint.path, reply.text)

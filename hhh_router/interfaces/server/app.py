@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -10,16 +11,19 @@ from functools import partial
 from typing import Any, TypeVar
 
 from starlette.applications import Starlette
+from starlette.background import BackgroundTask
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from hhh_router.assemble import open_memory
 from hhh_router.interfaces.server import anthropic, completions, decisions, guardrail, native, openai, responses
 from hhh_router.interfaces.server.chat import ChatResponse
 from hhh_router.interfaces.server.choices import ChoicesResponse
 from hhh_router.interfaces.server.endpoints import ENDPOINTS, Wire
+from hhh_router.interfaces.server.feedback import Monitor, feedback
 from hhh_router.interfaces.server.http import (
     Failure,
     JsonReply,
@@ -54,6 +58,9 @@ def create_app(pipeline: Pipeline) -> Starlette:
     started = int(time.time())
     metrics = Metrics(lambda: pipeline.load, pipeline.parts.calibrators.references())
     pipeline.add_sink(metrics)
+    if pipeline.parts.memory is None:
+        pipeline.remember_in(open_memory(settings))
+    monitor = Monitor(pipeline, metrics)
 
     keys = KeyRing.open(settings)
     replies = Replies()
@@ -120,6 +127,14 @@ def create_app(pipeline: Pipeline) -> Starlette:
     async def route(request: Request) -> Response:
         return await native.route(request, pipeline)
 
+    async def say(request: Request) -> Response:
+        reply = await feedback(request, pipeline)
+        reply.background = BackgroundTask(monitor.look, again=True)  # nobody waits for the figures
+        return reply
+
+    async def drift(request: Request) -> Response:
+        return JsonReply(monitor.told(await monitor.look()))
+
     async def policies(request: Request) -> Response:
         return JsonReply({"object": "list", "data": native.listed(pipeline)})
 
@@ -129,6 +144,7 @@ def create_app(pipeline: Pipeline) -> Starlette:
         return JsonReply(described)
 
     async def scrape(request: Request) -> Response:
+        await monitor.look()
         return metrics.page()
 
     async def live(request: Request) -> Response:
@@ -150,7 +166,10 @@ def create_app(pipeline: Pipeline) -> Starlette:
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncGenerator[None, None]:
+        watching = asyncio.create_task(monitor.watch())
         yield
+        watching.cancel()
+        await asyncio.wait([watching])
         await pipeline.aclose()
 
     work: dict[str, Handler] = {
@@ -166,6 +185,8 @@ def create_app(pipeline: Pipeline) -> Starlette:
         guardrail.PATH: litellm,
         "/v1/guard": guard,
         "/v1/route": route,
+        "/v1/feedback": say,
+        "/v1/drift": drift,
         "/v1/policies": policies,
         "/v1/schema": native.schema,
         "/openapi.json": openapi_json,

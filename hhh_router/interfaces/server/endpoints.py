@@ -107,6 +107,28 @@ _POLICY = _whole(
     }
 )
 _READY = _whole({"status": _TEXT, "policy": _TEXT, "bundle": _TEXT, "engine": {"type": "object"}})
+_FEEDBACK = _whole(
+    {
+        "object": {"const": "feedback"},
+        "request_id": _TEXT,
+        "by": _TEXT,
+        "labels": {"type": "object", "additionalProperties": FLAG},
+        "status": {"enum": ["stored", "unchanged", "replaced"]},
+        "durable": FLAG,
+    }
+)
+_NUMBER = maybe({"type": "number"})
+_FIGURE = _whole(
+    {
+        "name": _TEXT,
+        "of": _TEXT,
+        "n": _COUNT,
+        **dict.fromkeys(("value", "low", "high", "least", "most"), _NUMBER),
+        "level": _SHARE,
+        "state": {"enum": ["inside", "outside", "open", "unbounded"]},
+        "also": _COUNT,
+    }
+)
 
 
 def _list(of: Schema) -> Schema:
@@ -235,6 +257,21 @@ ENDPOINTS: Final = (
         takes=fields.JUDGED,
         gives={"anyOf": [_ROUTE, _list(_ROUTE)]},
         door="judge",
+    ),
+    Endpoint(
+        method="POST",
+        path="/v1/feedback",
+        does="say whether an earlier request was harmful, or judged wrongly",
+        takes=fields.FEEDBACK,
+        gives=_FEEDBACK,
+        door="feedback",
+    ),
+    Endpoint(
+        method="GET",
+        path="/v1/drift",
+        does="which figures have left their bounds, on readings and on labels",
+        gives=_whole({"object": {"const": "drift"}, "labelled": _COUNT, "outside": _COUNT, "figures": listed(_FIGURE)}),
+        door="metrics",
     ),
     Endpoint(method="GET", path="/v1/policies", does="the policies a caller may pick", gives=_list(_POLICY)),
     Endpoint(

@@ -26,6 +26,7 @@ from hhh_router.pipeline.validate import (
     MAX_TOP_LOGPROBS,
     ROLES,
 )
+from hhh_router.trace.feedback import LABELS, LEAST_PROBABILITY, MAX_ID, MAX_NAME
 from hhh_router.types import EXPERTS
 
 Schema = dict[str, Any]
@@ -268,4 +269,20 @@ LITELLM: Schema = an_object(
         "additional_provider_specific_params": maybe(an_object({"policy": maybe(POLICY)})),
     },
     ["input_type"],
+)
+FEEDBACK: Schema = an_object(
+    {
+        "request_id": {
+            "type": "string",
+            "minLength": 1,
+            "maxLength": MAX_ID,
+            "description": "hhh.request_id of a reply",
+        },
+        "labels": an_object(dict.fromkeys(LABELS, FLAG), additionalProperties=False, minProperties=1),
+        "by": maybe({"type": "string", "maxLength": MAX_NAME, "description": "the labeller"}),
+        "sampled": maybe({"type": "boolean", "description": "the request was drawn at random to be labelled"}),
+        "probability": maybe({"type": "number", "minimum": LEAST_PROBABILITY, "maximum": 1}),
+    },
+    ["request_id", "labels"],
+    additionalProperties=False,
 )

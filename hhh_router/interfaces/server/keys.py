@@ -24,8 +24,9 @@ from hhh_router.pipeline import Pipeline
 from hhh_router.settings import Settings
 from hhh_router.types import Caller, GuardRequest
 
-Door = Literal["chat", "judge", "metrics"]
-"""``chat``: what generates; ``judge``: guard, route, moderations, decisions and LiteLLM's guardrail."""
+Door = Literal["chat", "judge", "feedback", "metrics"]
+"""``chat``: what generates; ``judge``: guard, route, moderations, decisions and LiteLLM's guardrail; ``feedback``:
+labels of requests, anybody's whose id the caller knows; ``metrics``: figures of the whole deployment."""
 MINUTE = 60.0
 _ANYTHING = "everything"
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Final
 
@@ -13,7 +11,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hhh_router.calibration import HeadCalibration
-from hhh_router.calibration.drift import LEAST_READINGS, WINDOW, Drift
+from hhh_router.calibration.drift import Drift, Support
+from hhh_router.calibration.monitor import Figure
 from hhh_router.protocols import Load
 from hhh_router.trace.block import Metadata
 from hhh_router.trace.sinks import Request
@@ -63,8 +62,13 @@ class Metrics:
         self._over = counter("expected_over_refusals", "Of these, expected to need no refusal", "kind", "policy")
         self._passed = counter("passed", "Calibrated requests that were not stopped", "kind", "policy")
         self._harm = counter("expected_harm_passed", "Of these, expected to be harmful", "kind", "policy")
-        self._support = {mode: deque[bool](maxlen=WINDOW) for mode in dict.fromkeys(mode for mode, _ in references)}
-        self._drift = {place: Drift(reference) for place, reference in references.items()}
+        self.support = {mode: Support() for mode in dict.fromkeys(mode for mode, _ in references)}
+        """What was read in each mode since the start, beside the calibration rows' support."""
+        self.drift = {place: Drift(reference) for place, reference in references.items()}
+        """The same of each head in each mode, beside those rows' probabilities."""
+        figure = ("figure", "of")
+        self._figure = Gauge("hhh:drift_value", "Figure that GET /v1/drift tells", figure, registry=self.registry)
+        self._left = Gauge("hhh:drift_outside", "1 where it has left its bound", figure, registry=self.registry)
         self._responses = counter("http_responses", "HTTP replies", "path", "status")
         for name, told, of in (
             ("num_requests_running", "Replies being decoded", lambda: load().rows),
@@ -116,22 +120,22 @@ class Metrics:
         shift = gauge("calibration_shift", "Mean of the latest probabilities minus that", "head", "mode")
         index = gauge("calibration_psi", "Stability index of the latest against those rows", "head", "mode")
         inside = gauge("in_distribution_share", "Of the latest readings; 0.99 of the calibration rows", "mode")
-        for (mode, head), drift in self._drift.items():
+        for (mode, head), drift in self.drift.items():
             reference.labels(head, mode).set(drift.reference.base_rate)
             shift.labels(head, mode).set_function(lambda drift=drift: drift.shift)  # type: ignore[misc]
             if drift.reference.bins is not None:
                 index.labels(head, mode).set_function(lambda drift=drift: drift.index)  # type: ignore[misc]
-        for mode, latest in self._support.items():
-            inside.labels(mode).set_function(lambda latest=latest: _share(latest))  # type: ignore[misc]
+        for mode, latest in self.support.items():
+            inside.labels(mode).set_function(lambda latest=latest: latest.share)  # type: ignore[misc]
 
     def _watch(self, kind: str, metadata: Metadata) -> None:
         """What a calibrated reading says of both errors, and of drift."""
         mode, policy = metadata.mode, metadata.policy.name
         for place, p in _probabilities(metadata):
-            if (drift := self._drift.get((mode, place))) is not None:
+            if (drift := self.drift.get((mode, place))) is not None:
                 drift.add(p)
-        if mode in self._support:
-            self._support[mode].append(metadata.calibration.in_distribution)
+        if mode in self.support:
+            self.support[mode].add(metadata.calibration.in_distribution)
         stops = [d.checkpoint for d in metadata.decisions if Action(d.action).stops]
         harm = max((metadata.needs[need] for need in _REASONS if need in metadata.needs), default=None)
         if "input" in stops and harm is not None:
@@ -142,6 +146,15 @@ class Metrics:
             if passed is not None:
                 self._passed.labels(kind, policy).inc()
                 self._harm.labels(kind, policy).inc(passed)
+
+    def show(self, figures: Iterable[Figure]) -> None:
+        """Take over what the monitors found last."""
+        for gauge in (self._figure, self._left):
+            gauge.clear()
+        for figure in figures:
+            if figure.value is not None:
+                self._figure.labels(figure.name, figure.of).set(figure.value)
+            self._left.labels(figure.name, figure.of).set(float(figure.state == "outside"))
 
     def answered(self, path: str, status: int) -> None:
         """Count an HTTP reply."""
@@ -156,10 +169,6 @@ def _probabilities(metadata: Metadata) -> Iterator[tuple[str, float]]:
     for kind, heads in (("needs", metadata.needs), ("outcomes", metadata.outcomes)):
         for head, p in heads.items():
             yield f"{kind}.{head}", p
-
-
-def _share(latest: Sequence[bool]) -> float:
-    return sum(latest) / len(latest) if len(latest) >= LEAST_READINGS else math.nan
 
 
 class CountReplies:
