@@ -80,7 +80,7 @@ class RawClient:
             headers: Exactly those that are sent, but for ``Host`` and the framing of the body.
             body: As the client sent it.
             connect_s: Longest wait for a connection, in seconds.
-            first_byte_s: Longest wait for the head of the answer.
+            first_byte_s: Longest wait for the head of the answer, from the last piece of the body on.
             idle_s: Longest silence in its body.
 
         Raises:
@@ -91,17 +91,27 @@ class RawClient:
         target = URL(url, encoded=True)
         shown = target.authority.rpartition("@")[2]
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=connect_s, sock_read=idle_s)
+        clock = asyncio.get_running_loop().time
+        waiting: asyncio.Timeout | None = None
+
+        async def sent(pieces: AsyncIterable[bytes]) -> AsyncGenerator[bytes, None]:
+            async for piece in pieces:
+                yield piece
+                if waiting is not None:  # a long upload is no silence of the upstream's
+                    waiting.reschedule(clock() + first_byte_s)
+
         try:
-            async with asyncio.timeout(first_byte_s):
+            async with asyncio.timeout(first_byte_s) as waiting:
                 response = await self._open().request(
                     method,
                     target,
                     headers=CIMultiDict([(k.decode("latin-1"), _text(v)) for k, v in headers]),
-                    data=body,
+                    data=sent(body) if isinstance(body, AsyncIterable) else body,
                     skip_auto_headers=_NO_HEADERS_OF_ITS_OWN,
                     allow_redirects=False,
                     timeout=timeout,
                 )
+                waiting = None
         except (aiohttp.ConnectionTimeoutError, aiohttp.ClientConnectorError) as error:
             raise NotReached(
                 f"upstream {shown} cannot be reached ({_why(error)})",

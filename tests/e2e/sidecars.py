@@ -146,11 +146,13 @@ def ask(
     path: str = "/v1/chat/completions",
     body: bytes | dict[str, Any] | None = None,
     headers: list[tuple[str, str]] | None = None,
+    *,
+    timeout_s: float = 20,
 ) -> tuple[int, list[tuple[str, str]], bytes]:
     """Ask with nothing added but Host and the body's length."""
     host, port = url.removeprefix("http://").split(":")
     data = json.dumps(body).encode() if isinstance(body, dict) else body
-    connection = http.client.HTTPConnection(host, int(port), timeout=20)
+    connection = http.client.HTTPConnection(host, int(port), timeout=timeout_s)
     try:
         connection.putrequest(method, path, skip_accept_encoding=True)
         sent = headers if headers is not None else [("Content-Type", "application/json")]

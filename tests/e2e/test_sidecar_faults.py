@@ -301,10 +301,11 @@ def test_a_hundred_megabytes_pass_unread_paths_and_are_refused_where_they_cannot
     size = 100_000_000
     stub[0].answer = Said(pieces=[b"{}"])
     with sidecar(route_to(stub[1], mode="enforce")) as (url, _):
-        ask(url, "POST", "/v1/files", bytes(size), [("Content-Type", "application/octet-stream")])
+        headers = [("Content-Type", "application/octet-stream")]
+        ask(url, "POST", "/v1/files", bytes(size), headers, timeout_s=200)
         assert len(stub[0].asked[0].body) == size
         try:
-            status = ask(url, body=b'{"messages": "' + b"x" * size)[0]
+            status = ask(url, body=b'{"messages": "' + b"x" * size, timeout_s=200)[0]
         except OSError:  # the connection was cut while it still sent
             status = 413
     assert status == 413
@@ -513,3 +514,18 @@ def test_no_byte_leaves_without_an_intent_whenever_the_process_is_killed(
     assert got
     assert got <= {r.request_id for r in read_rows(path) if r.kind == "intent"}
     assert (found.broken_at, found.unfinished) == (None, 0)
+
+
+def test_an_upload_may_take_longer_than_the_wait_for_an_answer(stub: tuple[Stub, str]) -> None:
+    stub[0].answer = Said(pieces=[b"{}"])
+    with sidecar(route_to(stub[1], timeouts=SHORT)) as (url, _):
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=10) as raw:
+            raw.sendall(b"POST /v1/files HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\nConnection: close\r\n\r\n")
+            for _ in range(10):
+                time.sleep(0.15)
+                raw.sendall(b"x")
+            head = raw.recv(4096)
+
+    assert head.startswith(b"HTTP/1.1 200")
+    assert stub[0].asked[0].body == b"x" * 10
