@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.integration]
 COMMAND = str(Path(sys.executable).with_name("hhh-router"))
 RULES = """
   tool_result:
-    - when: {tool.name: fetch, needs.injection: ">= 0"}
+    - when: {text: "page fine", needs.injection: ">= 0"}
       then: block
       message: measured
     - then: allow

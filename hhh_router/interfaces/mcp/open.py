@@ -25,6 +25,7 @@ from mcp_types import INTERNAL_ERROR, ErrorData, JSONRPCError, JSONRPCRequest
 from hhh_router.assemble import build_pipeline, check_upstream
 from hhh_router.errors import HHHRouterError, MissingExtra, ReaderError, SettingsError
 from hhh_router.interfaces.held import HeldCalls, default_queue
+from hhh_router.interfaces.holding import Holding
 from hhh_router.interfaces.mcp.checks import Checks, Session, check_policy, needs_reading
 from hhh_router.interfaces.mcp.reading import Guards
 from hhh_router.interfaces.mcp.relay import Deployment, Relay
@@ -128,13 +129,11 @@ async def deployed(plan: McpPlan, guards: Guards | None = None, *, over_http: bo
     checks = Checks(plan.policy, guards)
     webhook = Webhook(plan.settings.webhook_secret)
     try:
+        holding = Holding(HeldCalls(plan.queue), webhook, hold_s=plan.settings.hold_s, url=plan.settings.hold_webhook)
         yield Deployment(
             checks=checks,
             audit=audit,
-            held=HeldCalls(plan.queue),
-            webhook=webhook,
-            hold_s=plan.settings.hold_s,
-            hold_webhook=plan.settings.hold_webhook,
+            holding=holding,
             server=plan.server,
             handshake_only=over_http or plan.url is not None,
         )

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,7 +20,6 @@ from mcp_types import (
     INVALID_REQUEST,
     METHOD_NOT_FOUND,
     PARSE_ERROR,
-    ErrorData,
     JSONRPCError,
     JSONRPCMessage,
     JSONRPCNotification,
@@ -29,14 +28,13 @@ from mcp_types import (
     RequestId,
 )
 
-from hhh_router.errors import BackendError, HHHRouterError
+from hhh_router.errors import BackendError
 from hhh_router.interfaces.held import Asked as AskedToHold
-from hhh_router.interfaces.held import HeldCall, HeldCalls
-from hhh_router.interfaces.mcp import texts
+from hhh_router.interfaces.held import HeldCall
+from hhh_router.interfaces.holding import Holding
+from hhh_router.interfaces.mcp import answers, texts
 from hhh_router.interfaces.mcp.checks import Checks, Judged, Session
-from hhh_router.interfaces.webhook import Webhook
 from hhh_router.pipeline.parts import new_request_id
-from hhh_router.policy.decide import DEFAULT_MESSAGES
 from hhh_router.trace.audit import Audit
 from hhh_router.types import Action, Decision
 
@@ -44,9 +42,6 @@ _log = logging.getLogger(__name__)
 
 MOST_AT_ONCE = 256
 """Calls of one session that are read, held or answered at the same time."""
-BEAT_S = 5.0
-"""While a call is held its client hears so often that it still is, if it asked for progress."""
-_NEEDED_APPROVAL = "This call needed a person's approval."
 _SERVER_LEFT = "the server left"
 _TINY = 1e-9
 """Progress has to grow from message to message, and the server's own begins after ours."""
@@ -74,10 +69,7 @@ class Deployment:
 
     checks: Checks
     audit: Audit
-    held: HeldCalls
-    webhook: Webhook
-    hold_s: float
-    hold_webhook: str | None = None
+    holding: Holding
     server: str = ""
     """What stands behind, for the audit."""
     handshake_only: bool = False
@@ -138,9 +130,9 @@ class Relay:
 
                 async def from_server() -> None:
                     nonlocal ended
-                    async with anyio.create_task_group() as answers:  # what it said before it left is still told
+                    async with anyio.create_task_group() as replies:  # what it said before it left is still told
                         async for item in self._from_server:
-                            await self._on_server(item, answers)
+                            await self._on_server(item, replies)
                     ended = _SERVER_LEFT
                     work.cancel_scope.cancel()
 
@@ -159,7 +151,7 @@ class Relay:
     async def _on_client(self, item: SessionMessage | Exception, work: anyio.abc.TaskGroup) -> None:
         if isinstance(item, Exception):
             _log.warning("a message of the client's was no JSON-RPC (%s)", type(item).__name__)
-            return await self._tell(_error(None, PARSE_ERROR, "the message is no JSON-RPC"))
+            return await self._tell(answers.error(None, PARSE_ERROR, "the message is no JSON-RPC"))
         message = item.message
         if isinstance(message, JSONRPCNotification) and message.method == "notifications/cancelled":
             return await self._cancelled(message)
@@ -167,9 +159,9 @@ class Relay:
             return await self._pass(message)
         key = _key(message.id)
         if key in self._under_way:
-            return await self._tell(_error(message.id, INVALID_REQUEST, "a request with this id is under way"))
+            return await self._tell(answers.error(message.id, INVALID_REQUEST, "a request with this id is under way"))
         if message.method == "server/discover" and self._all.handshake_only:
-            return await self._tell(_error(message.id, METHOD_NOT_FOUND, "use initialize"))
+            return await self._tell(answers.error(message.id, METHOD_NOT_FOUND, "use initialize"))
         asked = _Asked(method=message.method, progress=_progress_token(message), over=_over(item))
         if message.method != "tools/call":
             if message.method == "tasks/result" or message.method == "tasks/get":
@@ -181,9 +173,9 @@ class Relay:
         name, arguments = params.get("name"), params.get("arguments")
         if not isinstance(name, str) or not isinstance(arguments, dict | None):
             said = "tools/call: 'name' is a text and 'arguments' an object"
-            return await self._tell(_error(message.id, INVALID_PARAMS, said))
+            return await self._tell(answers.error(message.id, INVALID_PARAMS, said))
         if sum(a.method == "tools/call" for a in self._under_way.values()) >= MOST_AT_ONCE:
-            return await self._tell(_error(message.id, INTERNAL_ERROR, f"{MOST_AT_ONCE} calls are under way"))
+            return await self._tell(answers.error(message.id, INTERNAL_ERROR, f"{MOST_AT_ONCE} calls are under way"))
         asked.tool, asked.arguments = name, arguments or {}
         asked.scope = anyio.CancelScope()
         self._under_way[key] = asked
@@ -215,7 +207,7 @@ class Relay:
             except (anyio.BrokenResourceError, anyio.ClosedResourceError):
                 return  # the server has left; the end of the session answers
             except Exception as error:  # a door: nothing that breaks here may let a call through
-                answer = _broken(message.id, error)
+                answer = answers.broken(message.id, error)
                 asked.outcome["error"] = type(error).__name__
         if answer is None:  # the client has cancelled it
             asked.outcome["ended"] = "cancelled"
@@ -241,7 +233,7 @@ class Relay:
             if held.status == "approved":
                 return None
         asked.outcome["ended"] = "refused"
-        return JSONRPCResponse(jsonrpc="2.0", id=message.id, result=_refusal(decision, held))
+        return JSONRPCResponse(jsonrpc="2.0", id=message.id, result=answers.refusal(decision, held))
 
     async def _hold(self, request_id: RequestId, asked: _Asked, decision: Decision) -> HeldCall:
         policy = self._checks.policy
@@ -255,12 +247,14 @@ class Relay:
             rule=decision.rule,
             reason=decision.reason,
         )
-        call = await self._all.held.put(wanted, wait_s=self._all.hold_s)
-        _log.warning("call of %s is held: hhh-router queue approve %s", asked.tool, call.id)
-        if self._all.hold_webhook is not None:
-            self._all.webhook.tell(self._all.hold_webhook, {"event": "held", "call": call.as_json()})
-        async with self._beating(request_id, asked, call):
-            settled = await self._all.held.wait(call)
+
+        async def beat(call: HeldCall, n: int) -> None:
+            said = {"progressToken": asked.progress, "progress": n * _TINY, "message": f"held as {call.id}"}
+            await self._tell(
+                JSONRPCNotification(jsonrpc="2.0", method="notifications/progress", params=said), about=request_id
+            )
+
+        settled = await self._all.holding.hold(wanted, beat=None if asked.progress is None else beat)
         asked.outcome["held"] = {
             "id": settled.id,
             "status": settled.status,
@@ -269,30 +263,9 @@ class Relay:
         }
         return settled
 
-    @asynccontextmanager
-    async def _beating(self, request_id: RequestId, asked: _Asked, call: HeldCall) -> AsyncIterator[None]:
-        """Say from time to time that the call still waits, so that a client that can wait does."""
-
-        async def beat() -> None:
-            n = 0
-            while asked.progress is not None:
-                n += 1
-                said = {"progressToken": asked.progress, "progress": n * _TINY, "message": f"held as {call.id}"}
-                await self._tell(
-                    JSONRPCNotification(jsonrpc="2.0", method="notifications/progress", params=said), about=request_id
-                )
-                await anyio.sleep(BEAT_S)
-
-        async with anyio.create_task_group() as beats:
-            beats.start_soon(beat)
-            try:
-                yield
-            finally:
-                beats.cancel_scope.cancel()
-
     # -- from the server ----------------------------------------------------------------------------------------------
 
-    async def _on_server(self, item: SessionMessage | Exception, answers: anyio.abc.TaskGroup) -> None:
+    async def _on_server(self, item: SessionMessage | Exception, replies: anyio.abc.TaskGroup) -> None:
         if isinstance(item, Exception):
             _log.warning("a message of the server's was no JSON-RPC (%s); it was left out", type(item).__name__)
             return
@@ -307,10 +280,10 @@ class Relay:
             return
         if asked.method in ("tools/call", "tasks/result", "tasks/get"):
             asked.scope = anyio.CancelScope()  # a second answer is none
-            answers.start_soon(self._answered, message, asked)
+            replies.start_soon(self._answered, message, asked)
         elif asked.method == "tools/list" and isinstance(message, JSONRPCResponse):
             asked.scope = anyio.CancelScope()
-            answers.start_soon(self._listed, message, asked)
+            replies.start_soon(self._listed, message, asked)
         else:
             if asked.method == "initialize" and isinstance(message, JSONRPCResponse):
                 version = message.result.get("protocolVersion")
@@ -341,9 +314,9 @@ class Relay:
             self._tell_of(judged.decision, asked)
             if self._checks.enforced and judged.decision.action.stops:
                 asked.outcome["ended"] = "withheld"
-                answer = JSONRPCResponse(jsonrpc="2.0", id=message.id, result=_refusal(judged.decision, None))
+                answer = JSONRPCResponse(jsonrpc="2.0", id=message.id, result=answers.refusal(judged.decision, None))
         except Exception as error:  # a door: nothing that breaks here may let a result through
-            answer = _broken(message.id, error)
+            answer = answers.broken(message.id, error)
             asked.outcome["error"] = type(error).__name__
         await self._tell(answer)
         await self._over(_key(message.id))
@@ -355,8 +328,10 @@ class Relay:
             tools = message.result.get("tools")
             if isinstance(tools, list):
                 shown = []
-                for tool in tools:
-                    judged = await self._checks.definition(self._session, tool) if isinstance(tool, dict) else None
+                verdicts = await asyncio.gather(
+                    *(self._definition(tool) for tool in tools)
+                )  # so that they are read together
+                for tool, judged in zip(tools, verdicts, strict=True):
                     if judged is None or not judged.decision.action.stops or not self._checks.enforced:
                         shown.append(tool)
                     if judged is not None and judged.decision.action is not Action.ALLOW:
@@ -364,9 +339,12 @@ class Relay:
                 if len(shown) < len(tools):
                     answer = JSONRPCResponse(jsonrpc="2.0", id=message.id, result={**message.result, "tools": shown})
         except Exception as error:  # a door
-            answer = _broken(message.id, error)
+            answer = answers.broken(message.id, error)
         await self._tell(answer)
         await self._over(_key(message.id))
+
+    async def _definition(self, tool: Any) -> Judged | None:
+        return await self._checks.definition(self._session, tool) if isinstance(tool, dict) else None
 
     def _belongs_to(self, message: JSONRPCMessage) -> RequestId | None:
         """The request that a message of the server's own is about: over HTTP it takes that one's stream."""
@@ -404,9 +382,9 @@ class Relay:
             "session": self._session.id,
             "policy": f"{policy.name}@{policy.version}",
             "tool": asked.tool,
-            **_decision(decision),
+            **answers.told(decision),
         }
-        self._all.webhook.tell(decision.webhook, told)
+        self._all.holding.webhook.tell(decision.webhook, told)
 
     def _intent(self, asked: _Asked, decision: Decision) -> dict[str, Any]:
         policy = self._checks.policy
@@ -425,8 +403,8 @@ class Relay:
 
     def _record(self, asked: _Asked, judged: Judged) -> None:
         block = asked.outcome.setdefault("hhh", {"decisions": [], "shadow": [], "readings": {}, "not_inspected": []})
-        block["decisions"].append(_decision(judged.decision))
-        block["shadow"] += [_decision(d) for d in judged.decision.shadow]
+        block["decisions"].append(answers.told(judged.decision))
+        block["shadow"] += [answers.told(d) for d in judged.decision.shadow]
         block["not_inspected"] += judged.not_inspected
         if judged.reading is not None:
             block["readings"][judged.decision.checkpoint] = judged.reading.as_json()
@@ -460,44 +438,8 @@ class Relay:
             asked = self._under_way[key]
             asked.outcome.setdefault("ended", ended)
             if ended == _SERVER_LEFT and "cancelled" not in asked.outcome:
-                await self._tell(_error(key[1], CONNECTION_CLOSED, "the MCP server has ended"))
+                await self._tell(answers.error(key[1], CONNECTION_CLOSED, "the MCP server has ended"))
             await self._over(key)
-
-
-def _refusal(decision: Decision, held: HeldCall | None) -> dict[str, Any]:
-    """A result that tells the model why there is none."""
-    said = decision.message or DEFAULT_MESSAGES.get(decision.action, "Blocked.")
-    if held is not None:
-        said = _NEEDED_APPROVAL if said == DEFAULT_MESSAGES[Action.HOLD] else said
-        why = "It was denied" if held.status == "denied" else "Nobody approved it in time"
-        said = f"{said} {why}{f': {held.note}' if held.note else '.'}"
-    block = {**_decision(decision), **({"held": {"id": held.id, "status": held.status}} if held else {})}
-    return {
-        "content": [{"type": "text", "text": said}],
-        "isError": True,
-        "resultType": "complete",
-        "_meta": {"hhh": block},
-    }
-
-
-def _decision(decision: Decision) -> dict[str, Any]:
-    return {
-        "checkpoint": decision.checkpoint,
-        "action": str(decision.action),
-        "rule": decision.rule,
-        "reason": decision.reason,
-    }
-
-
-def _error(request_id: RequestId | None, code: int, message: str) -> JSONRPCError:
-    return JSONRPCError(jsonrpc="2.0", id=request_id, error=ErrorData(code=code, message=f"hhh-router: {message}"))
-
-
-def _broken(request_id: RequestId, error: Exception) -> JSONRPCError:
-    if isinstance(error, HHHRouterError):
-        return _error(request_id, INTERNAL_ERROR, error.message)
-    _log.error("unexpected %s", type(error).__name__, exc_info=error)
-    return _error(request_id, INTERNAL_ERROR, f"unexpected {type(error).__name__}")
 
 
 def _progress_token(message: JSONRPCRequest) -> str | int | None:
