@@ -383,6 +383,8 @@ def _write_record(folder: Path, spec: BackboneSpec) -> None:
         "versions": {name: v for name in ("hhh-router", *_VERSIONS_OF) if (v := _version(name))},
     }
     (folder / BACKBONE_RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    for file in files:  # safetensors writes for its owner alone, and a cache may be another user's
+        shutil.copymode(folder / BACKBONE_RECORD, file)
 
 
 def _recorded_problems(folder: Path, *, deep: bool) -> list[str]:

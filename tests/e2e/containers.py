@@ -42,7 +42,9 @@ for path in $VISIBLE; do
 done
 mkdir -p "$new/opt/hhh-router" "$new/etc/hhh-router" "$new/run/secrets/hhh-router" "$new/var/lib/hhh-router"
 for entry in "$PREFIX"/*; do ln -s "$entry" "$new/opt/hhh-router/"; done
-ln -s "$CACHE" "$new/opt/hhh-router/cache"
+mkdir "$new/opt/hhh-router/cache"
+cp -r "$CACHE/backbones" "$new/opt/hhh-router/cache/"  # safetensors writes for its owner alone
+chmod -R a+rX "$new/opt/hhh-router/cache"
 cp "$HEALTH" "$new/opt/hhh-router/health.py"
 mount --bind "$CONFIG" "$new/etc/hhh-router"
 mount -o remount,ro,bind "$new/etc/hhh-router"
@@ -156,14 +158,13 @@ def container(
         "setpriv", f"--reuid={uid}", f"--regid={gid}", *_HARDENED,
         "env", "-i", f"--chdir={workdir}", *(f"{k}={v}" for k, v in given.items()),
     )  # fmt: skip
-    backbones = Settings.load().cache_dir.expanduser().resolve()
-    visible = dict.fromkeys(map(str, (ROOT, sys.base_prefix, sys.prefix, backbones)))
+    visible = dict.fromkeys(map(str, (ROOT, sys.base_prefix, sys.prefix)))
     surroundings = {
         "PATH": os.environ["PATH"],
         "BASE": str(base),
         "VISIBLE": " ".join(visible),
         "PREFIX": sys.prefix,
-        "CACHE": str(backbones),
+        "CACHE": str(Settings.load().cache_dir.expanduser()),
         "HEALTH": str(DEPLOY / "health.py"),
         "CONFIG": str(config),
         "SECRETS": str(kept),

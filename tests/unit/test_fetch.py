@@ -151,6 +151,16 @@ def test_another_precision_is_another_folder(placed: Path, cache: Path) -> None:
     assert (full / "model.safetensors").read_bytes().endswith(b"float32")
 
 
+def test_whoever_may_read_the_record_may_read_the_weights(placed: Path, cache: Path) -> None:
+    def sealed(gguf: Path, target: Path, dtype: str) -> None:
+        convert(gguf, target, dtype)
+        (target / "model.safetensors").chmod(0o600)
+
+    folder = fetch_backbone(spec_for(), cache, converter=sealed)
+
+    assert len({file.stat().st_mode for file in folder.iterdir()}) == 1
+
+
 def test_a_ready_folder_is_found_in_a_cache_that_cannot_be_written(placed: Path, cache: Path) -> None:
     folder = fetch_backbone(spec_for(), cache, converter=convert)
     for part in ("locks", "downloads"):  # a file in a folder's place cannot be written into, not even by root
