@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 
-from hhh_router.interfaces.server import anthropic, openai, responses
+from hhh_router.interfaces.server import anthropic, completions, openai, responses
 from hhh_router.interfaces.server.app import create_app
 from hhh_router.interfaces.server.guardrail import PATH
 from hhh_router.interfaces.server.openapi import document
@@ -60,6 +60,10 @@ BODIES: dict[str, dict[str, Any]] = {
         "response_format": FORMAT, "moderation": {"model": "hhh-auto"}, "stream": False,
         "stream_options": {"include_usage": True}, "hhh": OURS, "n": 1, "tools": [], "user": "me",
     },
+    "/v1/completions": {
+        "model": "hhh-auto", "prompt": ["a", "b"], "max_tokens": 8, "n": 2, "seed": 1, "stop": "x", "logprobs": 1,
+        "stream_options": {"include_usage": True}, "temperature": 0.5, "logit_bias": {"5": 1}, "hhh": OURS,
+    },
     "/v1/responses": {
         "model": "hhh-auto:balanced", "input": [{"type": "message", **turn} for turn in TURNS[1:]],
         "instructions": "Be brief.", "max_output_tokens": 8, "text": {"format": {"type": "text"}},
@@ -107,7 +111,7 @@ BODIES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 """Path → a body that is answered, with as many fields as there can be."""
 CALLS: dict[str, dict[str, Any]] = {
-    "/v1/chat/completions": {"model": "hhh-auto", "messages": CALLED, **TOOLS},
+    "/v1/chat/completions": {"model": "hhh-auto", "messages": CALLED, "n": 2, "seed": 5, **TOOLS},
     "/v1/responses": {"model": "hhh-auto", "input": [TURNS[1], *FLAT_CALLED], **FLAT_TOOLS},
     "/v1/messages": {"model": "hhh-auto", "messages": [TURNS[1], *THEIR_CALLED], "max_tokens": 8, **THEIR_TOOLS},
     "/v1/messages/count_tokens": {"model": "hhh-auto", "messages": [TURNS[1], *THEIR_CALLED], **THEIR_TOOLS},
@@ -117,11 +121,12 @@ CASES = [pytest.param(path, body, id=path) for path, body in BODIES.items()]
 CASES += [pytest.param(path, body, id=f"{path} with tools") for path, body in CALLS.items()]
 WIRES = {
     "/v1/chat/completions": (openai.READ_FIELDS, openai.NEUTRAL_VALUES),
+    "/v1/completions": (completions.READ_FIELDS, completions.NEUTRAL_VALUES),
     "/v1/responses": (responses.READ_FIELDS, responses.NEUTRAL_VALUES),
     "/v1/messages": (anthropic.READ_FIELDS, anthropic.NEUTRAL_VALUES),
 }
 ODD: tuple[Any, ...] = (
-    None, True, False, 0, -1, 0.5, 10**400, -(10**19), 1e308, float("1e-320"), "", " ", "\x00", "\ud800", "hhh-auto",
+    None, True, False, 0, 2, -1, 0.5, 10**400, -(10**19), 1e308, float("1e-320"), "", " ", "\x00", "\ud800", "hhh-auto",
     "text", "x" * 5000, [], {}, [[]], [None], [""], [{}], {"": None}, {"type": None}, {"type": {}}, {"type": []},
     {"role": "user"}, {"role": [], "content": {}}, {"type": "text", "text": {}}, {"type": "json_schema"},
 )  # fmt: skip
