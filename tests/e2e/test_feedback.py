@@ -75,7 +75,7 @@ def test_labels_become_drift_and_calibrators_that_are_served(tmp_path: Path) -> 
     assert len(drawn) == ROWS + 1
     ours = {result.metadata.request_id: i for i, result in enumerate(judged)}
     for row in drawn:
-        i = ours.get(row["request_id"], 0)
+        i = ours.get(row["request_id"], 1)  # of the chat ann says what the user says
         row["labels"] = {"harmful": i % 3 == 0} | ({"unsafe": i % 4 == 0} if row["request_id"] in ours else {})
     labels.write_text("\n".join(map(json.dumps, drawn)))
 
