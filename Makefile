@@ -17,9 +17,9 @@ chat: $(STAMP)  ## answer PROMPT="…" and show weights, needs, confidence and d
 
 install: $(STAMP)  ## set up .venv, pinned by constraints.txt
 
-test: $(STAMP)  ## run the whole default suite, on the real default model
+test: $(STAMP)  ## run the whole default suite, on the real default model, in two processes of one thread each
 	$(BIN)/hhh-router doctor --fetch
-	$(BIN)/python -m pytest -m "not gpu and not processes"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not processes"
 
 policy-report: $(STAMP)  ## measure every shipped policy on eval prompts; HHH_ROUTER_DATA names the folder of data sets
 	$(BIN)/hhh-router policy report --out policies/library/figures.json
