@@ -152,8 +152,13 @@ def test_a_recipes_formulation_is_what_the_router_trains(found: tuple[Formulatio
 
     *_, by_recipe = train_heads(*rows(240), PLAN.model_copy(update={"formulation": options}), 3)
 
+    *_, other = train_heads(*rows(240), PLAN, 3)
+
     assert isinstance(by_recipe, Heads)
-    assert by_recipe.out.weight.equal(heads.out.weight)
+    assert isinstance(other, Heads)
+    # to the bit only where memory lies alike, which another test in the same process may change
+    torch.testing.assert_close(by_recipe.out.weight, heads.out.weight, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(other.out.weight, heads.out.weight, rtol=1e-3, atol=1e-4)
 
 
 def test_a_killed_training_goes_on_to_the_same_result(tmp_path: Path) -> None:
