@@ -323,8 +323,6 @@ class ChatRequest:
     """What the client sent that nobody read, such as ``messages[0].content[1]: image_url``."""
     passthrough: Mapping[str, Any] = field(default_factory=dict)
     """Fields of the client's body that only an upstream understands, kept as they came."""
-    authorization: str | None = field(default=None, repr=False, compare=False)
-    """The client's own ``Authorization`` header, for an upstream. Never logged, hashed or traced."""
     caller: Caller = field(default_factory=Caller)
     """Who asks, for the policy's conditions."""
 

@@ -22,7 +22,7 @@ from hhh_router.pipeline.plan import make_plan
 from hhh_router.pipeline.situation import asked_situation
 from hhh_router.policy import Policy
 from hhh_router.policy.doors import SITUATIONS
-from hhh_router.policy.lock import FITTED, fitted_rule, limit_of, locked, with_limit
+from hhh_router.policy.lock import FITTED, fitted_rule, locked, with_limit
 from hhh_router.policy.quantities import row_of
 from hhh_router.policy.rules import Rule, When
 from hhh_router.policy.schema import Lock
@@ -200,12 +200,6 @@ def attainable(ranked: Ranked, level: float | None, points: int = 12) -> list[At
         )
         for limit, refused, passed in frontier(ranked.scores, ranked.harmful, points)
     ]
-
-
-def current_limit(policy: Policy) -> float:
-    """The limit as the policy's file has it."""
-    i, j = fitted_rule(policy)
-    return limit_of(policy.checkpoints["input"][i], j)
 
 
 def _budget(policy: Policy) -> RiskBudget:

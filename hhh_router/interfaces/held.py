@@ -26,8 +26,6 @@ from hhh_router.trace.redact import Patterns, redact
 Status = Literal["waiting", "approved", "denied", "expired", "abandoned"]
 """``expired``: nobody decided in time; ``abandoned``: whoever asked for the call has gone."""
 
-HOLD_S = 120.0
-"""How long a call waits where nobody says otherwise."""
 POLL_S = 0.25
 MAX_ARGUMENT_BYTES = 256_000
 """A larger call cannot be shown to whoever decides, so it cannot be held."""

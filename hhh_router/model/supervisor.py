@@ -126,7 +126,7 @@ class Supervisor:
     ) -> Ticket:
         """See `hhh_router.model.engine.Engine.chat`."""
         number = next(self._numbers)
-        sent = changed(request, authorization=None, passthrough={})  # neither is the model's business
+        sent = changed(request, passthrough={})  # not the model's business
         message = ("chat", number, sent, window_tokens, steer is not None)
         return self._put(_Work(number, chat_digest(sent), message, end, tell, planner, steer))
 

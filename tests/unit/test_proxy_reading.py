@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from hhh_router.errors import UpstreamError
 from hhh_router.interfaces.proxy.frames import Frames
 from hhh_router.interfaces.proxy.wires import find_wire
+from hhh_router.interfaces.proxy.wires.chat import ChatReply
 from hhh_router.interfaces.proxy.wires.reading import readable
 from hhh_router.types import Message
 
@@ -182,3 +183,13 @@ def test_an_event_that_nobody_can_read_is_an_error(event: dict[str, object]) -> 
     reply = wire.reply()
     with pytest.raises(UpstreamError):
         reply.event(event)
+
+
+def test_the_text_of_an_event_is_where_clients_look_for_it_and_the_rest_is_told_as_unread() -> None:
+    # Whoever reads the kind words in "message" would clear the others, which clients show.
+    reply = ChatReply()
+
+    new = reply.event({"choices": [{"index": 0, "message": {"content": "kind"}, "delta": {"content": "unkind"}}]})
+
+    assert (new, reply.text) == ("unkind", "unkind")
+    assert list(reply.unread) == ["choices[0].message"]

@@ -12,7 +12,8 @@ from starlette.testclient import TestClient
 from hhh_router.errors import UpstreamError
 from hhh_router.interfaces.server.app import create_app
 from hhh_router.interfaces.server.choices import together, variants
-from hhh_router.interfaces.server.completions import parse_completion
+from hhh_router.interfaces.server.completions import _texts, parse_completion
+from hhh_router.protocols import TokenLogprob
 from hhh_router.testing import FakeGenerator, FakeReader, fake_pipeline
 from hhh_router.types import ChatRequest, Message, Sampling
 
@@ -142,10 +143,7 @@ def test_what_is_wrong_is_named(served: TestClient, change: dict[str, Any], said
     assert said in reply.json()["error"]["message"]
 
 
-def test_characters_that_several_tokens_spell_come_with_the_last(served: TestClient) -> None:
-    from hhh_router.interfaces.server.completions import _texts
-    from hhh_router.protocols import TokenLogprob
-
+def test_characters_that_several_tokens_spell_come_with_the_last() -> None:
     told = [TokenLogprob(token="x", logprob=-1.0, bytes=(byte,)) for byte in "é!".encode()]
     bad = [TokenLogprob(token="x", logprob=-1.0, bytes=(0xFF,))]
 

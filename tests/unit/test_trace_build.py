@@ -184,7 +184,6 @@ def test_what_decides_the_answer_changes_the_hash_and_nothing_else_does():
     base = request_sha256(ChatRequest(messages=(turn,)))
     same = [
         ChatRequest(messages=(turn,), request_id="x", policy="balanced", not_inspected=("a",)),
-        ChatRequest(messages=(turn,), authorization="Bearer secret"),
         ChatRequest(messages=(turn,), sampling=Sampling(top_logprobs=5)),
     ]
     other = [

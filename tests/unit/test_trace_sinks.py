@@ -20,7 +20,6 @@ REPLY = "here is a CANARY-REPLY"
 ASKED = ChatRequest(
     messages=(Message(role="user", content=f"{PROMPT} with sk-canarycanarycanary1"),),
     passthrough={"extra_headers": {"Authorization": "Bearer canarycanary"}},
-    authorization="Bearer canary-of-the-client",
 )
 
 

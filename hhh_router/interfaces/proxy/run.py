@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
 from collections.abc import Callable
 
-import uvicorn
-
 from hhh_router.interfaces.proxy.app import Sidecar
-from hhh_router.interfaces.server.connection import MAX_HEAD_BYTES, Connection
+from hhh_router.interfaces.server.run import DrainingServer, url_of
 
 CUT_S = 10
 """After answers under way were told to end, their connections are cut."""
@@ -23,40 +20,17 @@ def run(sidecar: Sidecar, listening: socket.socket, *, on_ready: Callable[[str],
         listening: From `interfaces.server.run.listen`.
         on_ready: Called with the base URL once requests are taken.
     """
-    host, port = listening.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    make_server(sidecar, on_ready=lambda: on_ready(f"http://{shown}:{port}")).run(sockets=[listening])
+    url = url_of(listening)
+    make_server(sidecar, on_ready=lambda: on_ready(url)).run(sockets=[listening])
 
 
-def make_server(sidecar: Sidecar, *, on_ready: Callable[[], None] = lambda: None) -> uvicorn.Server:
+def make_server(sidecar: Sidecar, *, on_ready: Callable[[], None] = lambda: None) -> DrainingServer:
     """A server that is not running yet; give its ``run`` or ``serve`` a socket."""
-    config = uvicorn.Config(
+    drain_s = sidecar.config.drain_s
+    return DrainingServer(
         sidecar,
-        http=Connection,
-        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
-        ws="none",
-        log_level="warning",
-        access_log=False,
-        server_header=False,
+        lambda: sidecar.drain(drain_s),
+        on_ready,
+        grace_s=int(drain_s) + CUT_S,
         date_header=False,  # the upstream's own passes
-        timeout_graceful_shutdown=int(sidecar.config.drain_s) + CUT_S,
     )
-    return _Server(config, sidecar, on_ready)
-
-
-class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, sidecar: Sidecar, on_ready: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._sidecar = sidecar
-        self._on_ready = on_ready
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        if self.started:
-            self._on_ready()
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stop listening and let answers under way end; what takes too long ends with an error of its wire."""
-        async with asyncio.TaskGroup() as both:
-            both.create_task(self._sidecar.drain(self._sidecar.config.drain_s))
-            both.create_task(super().shutdown(sockets))

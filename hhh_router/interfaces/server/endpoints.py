@@ -41,7 +41,6 @@ _CHAT = _whole(
         "hhh": HHH,
     }
 )
-_PROXIED = an_object({"choices": listed({"type": "object"}), "hhh": HHH}, ["hhh"])
 _COMPLETION = _whole(
     {
         "id": _TEXT,

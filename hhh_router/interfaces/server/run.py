@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 import uvicorn
+from starlette.types import ASGIApp
 
 from hhh_router.errors import SettingsError
 from hhh_router.interfaces.server.app import create_app
@@ -51,39 +53,63 @@ def run(pipeline: Pipeline, listening: socket.socket, *, on_ready: Callable[[str
         listening: From `listen`.
         on_ready: Called with the base URL once requests are taken.
     """
+    url = url_of(listening)
+    make_server(pipeline, on_ready=lambda: on_ready(url)).run(sockets=[listening])
+
+
+def url_of(listening: socket.socket) -> str:
+    """The address at which a bound socket is reached."""
     host, port = listening.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    make_server(pipeline, on_ready=lambda: on_ready(f"http://{shown}:{port}")).run(sockets=[listening])
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
 
 
 def make_server(pipeline: Pipeline, *, on_ready: Callable[[], None] = lambda: None) -> uvicorn.Server:
     """A server that is not running yet; give its ``run`` or ``serve`` a socket from `listen`."""
-    config = uvicorn.Config(
-        create_app(pipeline),
-        http=Connection,
-        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
-        ws="none",
-        log_level="warning",  # one line a request comes from the pipeline's own log
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=GRACE_S,
-    )
-    return _Server(config, pipeline, on_ready)
+    return DrainingServer(create_app(pipeline), lambda: pipeline.drain(DRAIN_S), on_ready, grace_s=GRACE_S)
 
 
-class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, pipeline: Pipeline, on_ready: Callable[[], None]) -> None:
-        super().__init__(config)
-        self._pipeline = pipeline
+class DrainingServer(uvicorn.Server):
+    """Uvicorn as all doors run it; it lets replies under way end before it stops."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        drain: Callable[[], Coroutine[Any, Any, None]],
+        on_ready: Callable[[], None],
+        *,
+        grace_s: int,
+        **config: Any,
+    ) -> None:
+        """Not running yet; give its ``run`` or ``serve`` a socket.
+
+        Args:
+            app: Answers.
+            drain: Takes nothing new and lets what is under way end; what takes too long ends with an error.
+            on_ready: Called once requests are taken.
+            grace_s: Seconds until connections are cut.
+            config: Further settings of uvicorn's.
+        """
+        settings: dict[str, Any] = {
+            "http": Connection,
+            "h11_max_incomplete_event_size": MAX_HEAD_BYTES,
+            "ws": "none",
+            "log_level": "warning",  # one line a request comes from the pipeline's own log
+            "access_log": False,
+            "server_header": False,
+            "timeout_graceful_shutdown": grace_s,
+        }
+        super().__init__(uvicorn.Config(app, **settings, **config))
+        self._drain = drain
         self._on_ready = on_ready
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, and say so."""
         await super().startup(sockets)
         if self.started:
             self._on_ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Let replies under way end while uvicorn waits for their connections; what is too long ends with an error."""
+        """Drain while uvicorn waits for the connections."""
         async with asyncio.TaskGroup() as both:
-            both.create_task(self._pipeline.drain(DRAIN_S))
+            both.create_task(self._drain())
             both.create_task(super().shutdown(sockets))

@@ -7,12 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from hhh_router.errors import UpstreamError
+from hhh_router.interfaces.proxy.wires.choices import ChoicesReply, sealed
 from hhh_router.interfaces.proxy.wires.reading import (
     Asked,
-    Reply,
     called,
-    count,
     described,
     flag,
     parts,
@@ -21,26 +19,14 @@ from hhh_router.interfaces.proxy.wires.reading import (
     short,
     turns,
 )
-from hhh_router.interfaces.server.dialect import event
-from hhh_router.interfaces.server.http import dump
-from hhh_router.interfaces.server.openai import DONE, Call
+from hhh_router.interfaces.server.openai import Call
 from hhh_router.pipeline import ChatFinished
-from hhh_router.protocols import FinishReason
 from hhh_router.types import ChatRequest, Message
 
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _SPOKEN = ("content", "refusal", "reasoning_content", "reasoning")
 _KNOWN_TURN = frozenset({"role", "content", "refusal", "name", "tool_calls", "function_call", "tool_call_id"})
-_KNOWN_BODY = frozenset({"id", "object", "created", "model", "choices", "usage", "system_fingerprint", "service_tier"})
-_KNOWN_CHOICE = frozenset({"index", "finish_reason"})
 _KNOWN_FIELDS = frozenset({"role", "tool_calls", "function_call", *_SPOKEN})
-FINISH_REASONS: Mapping[str, FinishReason] = {
-    "stop": "stop",
-    "length": "length",
-    "tool_calls": "tool_calls",
-    "function_call": "tool_calls",
-    "content_filter": "content_filter",
-}
 
 
 class ChatWire:
@@ -87,82 +73,48 @@ class ChatWire:
 
 
 @dataclass(slots=True)
-class ChatReply(Reply):
+class ChatReply(ChoicesReply):
     """See `reading.Reply`."""
 
+    whole_part, event_part = "message", "delta"
+
     head: dict[str, Any] = field(default_factory=lambda: {"object": "chat.completion.chunk"})
-    open: dict[int, bool] = field(default_factory=dict)
-    """Choices that came up → whether they have not ended yet."""
     calling: dict[int, tuple[object, object, str]] = field(default_factory=dict)
     """Choice → place, id and name of the call under way in it."""
-
-    def whole(self, body: Mapping[str, Any]) -> str:
-        """See `reading.Reply`."""
-        return self._take(body, "message")
-
-    def event(self, body: Mapping[str, Any]) -> str:
-        """See `reading.Reply`."""
-        if "error" in body:
-            raise UpstreamError(f"the upstream broke off: {told(body)}", body=body)
-        self.head |= {k: body[k] for k in ("id", "created", "model") if k in body}
-        return self._take(body, "delta")
-
-    def ends(self, body: Mapping[str, Any]) -> bool:
-        """See `reading.Reply`."""
-        return all(choice.get("finish_reason") is not None for choice in rows(body.get("choices")))
-
-    @property
-    def is_over(self) -> bool:
-        """See `reading.Reply`. Some servers leave the mark out."""
-        return self.over or (bool(self.open) and not any(self.open.values()))
 
     def ending(self, message: str, done: ChatFinished) -> list[bytes]:
         """See `reading.Reply`."""
         self.head.setdefault("created", int(time.time()))
-        still = [index for index, is_open in sorted(self.open.items()) if is_open] or [0]
-        chunks = [self._chunk(i, {"content": f"\n\n{message}", "refusal": message}, None) for i in still]
-        chunks += [self._chunk(i, {}, "content_filter") for i in still]
-        chunks[-1] = {**chunks[-1], "hhh": done.metadata.as_json()}
-        return [*(event(None, dump(chunk)) for chunk in chunks), *DONE]
+        chunks = [self._chunk(i, {"content": f"\n\n{message}", "refusal": message}, None) for i in self.still_open]
+        chunks += [self._chunk(i, {}, "content_filter") for i in self.still_open]
+        return sealed(chunks, done)
 
     def _chunk(self, index: int, delta: Mapping[str, Any], reason: str | None) -> dict[str, Any]:
         choice = {"index": index, "delta": dict(delta), "logprobs": None, "finish_reason": reason}
         return {**self.head, "choices": [choice]}
 
-    def _take(self, body: Mapping[str, Any], part: str) -> str:
-        if isinstance(usage := body.get("usage"), dict):
-            self.usage = count(usage.get("prompt_tokens")), count(usage.get("completion_tokens"))
-        self.note("", body, _KNOWN_BODY)
-        new = ""
-        for i, choice in enumerate(rows(body.get("choices"))):
-            index = choice.get("index", i)
-            if not isinstance(index, int):
-                raise UpstreamError("the upstream's answer has a choice whose index is no number")
-            if (reason := choice.get("finish_reason")) is not None:
-                self.finish_reason = FINISH_REASONS.get(str(reason), self.finish_reason)
-            self.open[index] = reason is None
-            self.note(f"choices[{index}].", choice, _KNOWN_CHOICE | {part})
-            [fields] = rows([choice.get(part) or {}])
-            if fields.get("content"):
+    def said(self, index: int, part: Any, where: str) -> str:
+        """See `choices.ChoicesReply`."""
+        [fields] = rows([part or {}])
+        if fields.get("content"):
+            self._called(index)
+        new = "".join(self.add((index, name), fields.get(name)) for name in _SPOKEN)
+        for j, call in enumerate(rows(fields.get("tool_calls"))):
+            function = call.get("function") or call.get("custom") or {}
+            at = call.get("index", j)
+            if self.calling.get(index, (at,))[0] != at:
                 self._called(index)
-            for name in _SPOKEN:
-                new += self.add((index, name), fields.get(name))
-            for j, call in enumerate(rows(fields.get("tool_calls"))):
-                function = call.get("function") or call.get("custom") or {}
-                at = call.get("index", j)
-                if self.calling.get(index, (at,))[0] != at:
-                    self._called(index)
-                _, given, named = self.calling.get(index, (at, None, ""))
-                said = str(function.get("name") or "") if isinstance(function, dict) else ""
-                self.calling[index] = at, given or call.get("id"), named + said
-                new += self._call((index, "tool", at), function)
-            if isinstance(function := fields.get("function_call"), dict):
-                named = self.calling.get(index, (None, None, ""))[2] + str(function.get("name") or "")
-                self.calling[index] = None, None, named
-                new += self._call((index, "function"), function)
-            if reason is not None:
-                self._called(index)
-            self.note(f"choices[{index}].{part}.", fields, _KNOWN_FIELDS)
+            _, given, named = self.calling.get(index, (at, None, ""))
+            name = str(function.get("name") or "") if isinstance(function, dict) else ""
+            self.calling[index] = at, given or call.get("id"), named + name
+            new += self._call((index, "tool", at), function)
+        if isinstance(function := fields.get("function_call"), dict):
+            named = self.calling.get(index, (None, None, ""))[2] + str(function.get("name") or "")
+            self.calling[index] = None, None, named
+            new += self._call((index, "function"), function)
+        if not self.open[index]:
+            self._called(index)
+        self.note(where, fields, _KNOWN_FIELDS)
         return new
 
     @property
@@ -181,10 +133,3 @@ class ChatReply(Reply):
             at, given, name = begun
             where = (index, "function") if at is None else (index, "tool", at)
             self.call(given, name, "".join(self.texts.get((*where, "arguments"), ())))
-
-
-def told(body: Mapping[str, Any]) -> str:
-    """The words of an error body."""
-    error = body.get("error")
-    said = error.get("message") if isinstance(error, Mapping) else error
-    return str(said)[:500] if said else "no message"

@@ -6,20 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hhh_router.errors import InvalidRequest, UpstreamError
+from hhh_router.errors import InvalidRequest
 from hhh_router.interfaces.parse import kind_of
-from hhh_router.interfaces.proxy.wires.chat import FINISH_REASONS, told
-from hhh_router.interfaces.proxy.wires.reading import Asked, Reply, count, flag, readable, rows
+from hhh_router.interfaces.proxy.wires.choices import ChoicesReply, sealed
+from hhh_router.interfaces.proxy.wires.reading import Asked, flag, readable
 from hhh_router.interfaces.server.completions import Call, Writer
-from hhh_router.interfaces.server.dialect import event
-from hhh_router.interfaces.server.http import dump
-from hhh_router.interfaces.server.openai import DONE
 from hhh_router.pipeline import ChatDelta, ChatFinished
 from hhh_router.trace.block import Metadata
 from hhh_router.types import ChatRequest, Message
-
-_KNOWN_BODY = frozenset({"id", "object", "created", "model", "choices", "usage", "system_fingerprint"})
-_KNOWN_CHOICE = frozenset({"index", "text", "finish_reason"})
 
 
 class CompletionsWire:
@@ -67,67 +61,26 @@ class CompletionsWire:
 
 
 @dataclass(slots=True)
-class CompletionsReply(Reply):
+class CompletionsReply(ChoicesReply):
     """See `reading.Reply`."""
 
+    whole_part = event_part = "text"
+
     head: dict[str, Any] = field(default_factory=lambda: {"object": "text_completion"})
-    open: dict[int, bool] = field(default_factory=dict)
-
-    def whole(self, body: Mapping[str, Any]) -> str:
-        """See `reading.Reply`."""
-        return self._take(body)
-
-    def event(self, body: Mapping[str, Any]) -> str:
-        """See `reading.Reply`."""
-        if "error" in body:
-            raise UpstreamError(f"the upstream broke off: {told(body)}", body=body)
-        self.head |= {k: body[k] for k in ("id", "created", "model") if k in body}
-        return self._take(body)
-
-    def ends(self, body: Mapping[str, Any]) -> bool:
-        """See `reading.Reply`."""
-        return all(choice.get("finish_reason") is not None for choice in rows(body.get("choices")))
 
     @property
     def is_calling(self) -> bool:
         """See `reading.Reply`: there are no calls on this wire."""
         return False
 
-    @property
-    def is_over(self) -> bool:
-        """See `reading.Reply`. Some servers leave the mark out."""
-        return self.over or (bool(self.open) and not any(self.open.values()))
-
     def ending(self, message: str, done: ChatFinished) -> list[bytes]:
         """See `reading.Reply`."""
-        still = [index for index, is_open in sorted(self.open.items()) if is_open] or [0]
-        chunks: list[dict[str, Any]] = [
-            {
-                **self.head,
-                "choices": [
-                    {"index": i, "text": f"\n\n{message}", "logprobs": None, "finish_reason": "content_filter"}
-                ],
-            }
-            for i in still
-        ]
-        chunks[-1] = {**chunks[-1], "hhh": done.metadata.as_json()}
-        return [*(event(None, dump(chunk)) for chunk in chunks), *DONE]
+        last = {"text": f"\n\n{message}", "logprobs": None, "finish_reason": "content_filter"}
+        return sealed([{**self.head, "choices": [{"index": i, **last}]} for i in self.still_open], done)
 
-    def _take(self, body: Mapping[str, Any]) -> str:
-        if isinstance(usage := body.get("usage"), dict):
-            self.usage = count(usage.get("prompt_tokens")), count(usage.get("completion_tokens"))
-        self.note("", body, _KNOWN_BODY)
-        new = ""
-        for i, choice in enumerate(rows(body.get("choices"))):
-            index = choice.get("index", i)
-            if not isinstance(index, int):
-                raise UpstreamError("the upstream's answer has a choice whose index is no number")
-            if (reason := choice.get("finish_reason")) is not None:
-                self.finish_reason = FINISH_REASONS.get(str(reason), self.finish_reason)
-            self.open[index] = reason is None
-            self.note(f"choices[{index}].", choice, _KNOWN_CHOICE)
-            new += self.add((index,), choice.get("text"))
-        return new
+    def said(self, index: int, part: Any, where: str) -> str:
+        """See `choices.ChoicesReply`."""
+        return self.add((index,), part)
 
 
 class _Call(Call):

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from hhh_router.errors import UpstreamError
-from hhh_router.interfaces.proxy.wires.chat import told
 from hhh_router.interfaces.proxy.wires.reading import (
     Asked,
     Reply,
@@ -20,6 +19,7 @@ from hhh_router.interfaces.proxy.wires.reading import (
     readable,
     rows,
     short,
+    told,
     turns,
 )
 from hhh_router.interfaces.server.anthropic import Call

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
@@ -32,7 +33,7 @@ class Asked:
 
 
 @dataclass(slots=True)
-class Reply:
+class Reply(ABC):
     """The upstream's answer so far. Each wire has its own, made anew for every answer."""
 
     finish_reason: FinishReason = "stop"
@@ -52,34 +53,34 @@ class Reply:
         """Everything that was said, as it is read."""
         return "\n".join(text for pieces in self.texts.values() if (text := "".join(pieces)))
 
+    @abstractmethod
     def whole(self, body: Mapping[str, Any]) -> str:
         """Take a body that is not streamed; returns the text that is new.
 
         Raises:
             UpstreamError: It is not built as this wire has it.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def event(self, body: Mapping[str, Any]) -> str:
         """Take an event of a stream; returns the text that is new.
 
         Raises:
             UpstreamError: It is not built as this wire has it, or tells that the answer failed.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def ends(self, body: Mapping[str, Any]) -> bool:
         """Whether an event belongs to the end of the stream, which waits for the final metadata."""
-        raise NotImplementedError
 
     def carries(self, body: Mapping[str, Any]) -> bool:
         """Whether clients look for metadata in an event of the end."""
         return self.ends(body)
 
     @property
+    @abstractmethod
     def is_calling(self) -> bool:
         """Whether a call has begun and is not whole yet."""
-        raise NotImplementedError
 
     def take_calls(self) -> tuple[ToolCall, ...]:
         """Calls that have become whole since this was asked last."""
@@ -100,12 +101,12 @@ class Reply:
         """An event with the metadata block where clients of this wire find it."""
         return {**body, "hhh": block}
 
+    @abstractmethod
     def ending(self, message: str, done: ChatFinished) -> list[bytes]:
         """Frames that end a stream of the upstream's with the policy's message.
 
         This reply has to hold exactly what the client has got of it.
         """
-        raise NotImplementedError
 
     def add(self, where: tuple[object, ...], text: object) -> str:
         """Take a piece of text; returns it."""
@@ -315,3 +316,10 @@ def short(name: object) -> str:
 def count(value: object) -> int | None:
     """A number of tokens, where it is one."""
     return value if isinstance(value, int) and not isinstance(value, bool) else None
+
+
+def told(body: Mapping[str, Any]) -> str:
+    """The words of an error body."""
+    error = body.get("error")
+    said = error.get("message") if isinstance(error, Mapping) else error
+    return str(said)[:500] if said else "no message"

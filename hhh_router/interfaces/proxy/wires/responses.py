@@ -9,7 +9,7 @@ from typing import Any
 
 from hhh_router.errors import InvalidRequest, UpstreamError
 from hhh_router.interfaces.parse import kind_of
-from hhh_router.interfaces.proxy.wires.chat import TEXT_PARTS, told
+from hhh_router.interfaces.proxy.wires.chat import TEXT_PARTS
 from hhh_router.interfaces.proxy.wires.reading import (
     Asked,
     Reply,
@@ -21,6 +21,7 @@ from hhh_router.interfaces.proxy.wires.reading import (
     readable,
     rows,
     short,
+    told,
     turns,
 )
 from hhh_router.interfaces.server.dialect import event
