@@ -54,7 +54,7 @@ class Handling:
         self._scope = scope
         self._request_id = app.pipeline.parts.new_id()
         self._in = Incoming(scope, receive)
-        self._entry = Entry(app.audit, self._request_id, app.config.audit_failure)
+        self._entry = Entry(app.audit, self._request_id, app.config.audit_failure, app.keep)
         self._out = Out(send, self._entry.stored)
         self._wire: Wire | None = None
         self._call_failure: Callable[[Exception], Failure] = (
@@ -356,6 +356,7 @@ class Handling:
             guard_timeout_s=self._app.config.guard_timeout_s,
             max_bytes=settings.max_body_bytes,
         )
+        self._entry.hear(self._asked.messages, lambda: exchange.reply.text)
         longest = max(u.timeouts.first_byte_s + u.timeouts.idle_s for u in self._app.config.upstreams())
         parts = replace(
             parts,
