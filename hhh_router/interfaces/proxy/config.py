@@ -26,6 +26,7 @@ from hhh_router.interfaces.proxy.upstreams import (
 from hhh_router.policy.tree import MAX_BYTES, Listing, Mistake, Node, Place, Table, join, read_tree, show
 from hhh_router.policy.values import did_you_mean
 from hhh_router.settings import Settings, read_secret
+from hhh_router.trace.redact import Redactor
 
 OWN = "hhh"
 """Names the deployment's own mixture among fallbacks."""
@@ -116,6 +117,8 @@ class AuditFile(_Part):
     """SQLite file; ``none`` keeps nothing."""
     on_failure: Literal["closed", "open"] = "closed"
     """What holds when it cannot be written."""
+    content: Literal["hashes", "full"] = "hashes"
+    """``full`` keeps the texts of prompts and answers too, secrets replaced."""
     redact: list[str] = []
     """Regular expressions of further secrets, which reach no record."""
 
@@ -216,6 +219,8 @@ def make_config(file: ProxyFile, *, environ: Mapping[str, str] | None = None, mo
         drain_s=file.drain_s,
         observe_queue=file.observe_queue,
         audit_failure=file.audit.on_failure,
+        audit_content=file.audit.content,
+        redactor=Redactor(patterns=patterns(file)),
     )
 
 

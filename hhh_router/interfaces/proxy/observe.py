@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from hhh_router.errors import HHHRouterError, InvalidRequest
+from hhh_router.interfaces.proxy.entry import Keep
 from hhh_router.interfaces.proxy.frames import Frame, Frames, decoded
 from hhh_router.interfaces.proxy.headers import Headers, find
 from hhh_router.interfaces.proxy.policies import shadowed
@@ -75,6 +76,7 @@ class Observer:
         record: Gets each verdict with its request's id.
         most_waiting: Exchanges that may wait; one more is not read.
         max_bytes: Largest body that is read.
+        keep: Keeps texts beside the verdict; None keeps none.
     """
 
     def __init__(
@@ -84,11 +86,13 @@ class Observer:
         *,
         most_waiting: int,
         max_bytes: int,
+        keep: Keep | None = None,
     ) -> None:
         self._pipeline = pipeline
         self._record = record
         self._most = most_waiting
         self._max_bytes = max_bytes
+        self._keep = keep
         self._queue: asyncio.Queue[Seen] = asyncio.Queue()
         self._bytes = 0
         self._task: asyncio.Task[None] | None = None
@@ -147,6 +151,7 @@ class Observer:
         text = reply.text if reply else ""
         if not asked.messages and not text.strip():
             return {"unread": unread or ["nothing that is text"]}
+        content = {} if self._keep is None else {"content": self._keep(asked.messages, text or None)}
         request = GuardRequest(
             read=ReadRequest(messages=asked.messages, response=text if text.strip() else None),
             policy=seen.policy,
@@ -157,8 +162,8 @@ class Observer:
         try:
             [result] = await run_guard(shadowed(self._pipeline.parts), [request])
         except HHHRouterError as error:
-            return {"unread": [*unread, f"{error.code}: {error.message}"]}
-        return {"hhh": result.metadata.as_json()}
+            return {"unread": [*unread, f"{error.code}: {error.message}"], **content}
+        return {"hhh": result.metadata.as_json(), **content}
 
     def _asked(self, seen: Seen) -> Asked:
         return seen.wire.asked(parsed(seen.body, seen.body_encoding, max_bytes=self._max_bytes, strict=False))
