@@ -20,7 +20,7 @@ from hhh_router.interfaces.proxy.headers import encoded, find, passing, replaced
 from hhh_router.interfaces.proxy.incoming import Incoming, Out
 from hhh_router.interfaces.proxy.instruct import instructed
 from hhh_router.interfaces.proxy.observe import Seen, Tee, parsed
-from hhh_router.interfaces.proxy.policies import escalated, rules_of, shadowed
+from hhh_router.interfaces.proxy.policies import compared, escalated, rules_of, shadowed
 from hhh_router.interfaces.proxy.routes import Route, find_route
 from hhh_router.interfaces.proxy.upstreams import BREAKS, KEYS, RETRIED, Answer, Asking, Outgoing, Upstream
 from hhh_router.interfaces.proxy.wires import Asked, Wire, find_wire
@@ -204,6 +204,7 @@ class Handling:
                     request_id=self._request_id,
                     wire=self._wire,
                     policy=self._route.policy,
+                    candidate=self._route.candidate,
                     caller=self._caller(self._app.pipeline.policies.get(self._route.policy)),
                     body=self._body,
                     body_encoding=find(self._in.headers, b"content-encoding"),
@@ -325,13 +326,13 @@ class Handling:
             metadata = await self._guarded(policy, self._route, enforce=enforce)
         finally:
             if metadata is not None:
-                self._entry.outcome["hhh"] = metadata.as_json()
+                self._entry.outcome["hhh"] = metadata.recorded.as_json()
 
     async def _guarded(
         self, policy: str | None, route: Route, *, enforce: bool, escalating: Upstream | None = None
     ) -> Metadata | None:
         assert self._wire is not None
-        parts = self._app.pipeline.parts
+        parts = compared(self._app.pipeline.parts, route.policy, route.candidate)
         settings = parts.settings
         applied = parts.policies.get(policy)
         extra = {"x-hhh-upstream": "-"}
@@ -414,7 +415,10 @@ class Handling:
 
     def _caller(self, policy: Policy) -> Caller:
         """What policies may ask of whoever sent this; of headers only those that this one reads."""
-        wanted = {name.encode() for name in headers_read(policy)}
+        policies, route = self._app.pipeline.policies, self._route
+        name = (route.candidate if route else None) or self._app.pipeline.parts.candidate
+        asked = [policy] if name is None else [policy, policies.candidate(name)]
+        wanted = {header.encode() for p in asked for header in headers_read(p)}
         headers = {n.decode("latin-1"): v.decode("latin-1") for n, v in self._in.headers if n in wanted}
         return replace(as_caller(self._key, self._scope["path"]), model=self._asked.model, headers=headers)
 
