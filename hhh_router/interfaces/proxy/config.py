@@ -109,6 +109,8 @@ class RouteFile(_Part):
     """Globs on the body's ``model``."""
     mode: Mode | None = None
     policy: str | None = None
+    candidate: str | None = None
+    """Asked beside the route's policy and recorded; never acts."""
     to: Annotated[list[TargetFile], BeforeValidator(_one_name), Field(min_length=1)]
     """One name, or several upstreams with their weights."""
     fallback: list[Name] = []
@@ -138,6 +140,8 @@ class ProxyFile(_Part):
     version: Literal[1]
     mode: Mode = "enforce"
     policy: str | None = None
+    candidate: str | None = None
+    """Asked beside that policy and recorded; never acts."""
     block: Literal["body", "headers", "none"] = "body"
     unread_paths: Literal["pass", "refuse"] = "pass"
     guard_timeout_s: Seconds = 30.0
@@ -229,6 +233,7 @@ def make_config(
                 models=tuple(route.models),
                 mode=mode or route.mode or file.mode,
                 policy=route.policy,
+                candidate=route.candidate,
                 to=tuple((upstreams[t.upstream], t.weight) for t in route.to),
                 fallback=tuple(upstreams[name] for name in route.fallback if name != OWN),
                 answer_here=OWN in route.fallback,
