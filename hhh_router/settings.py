@@ -59,6 +59,8 @@ class Settings(BaseSettings):
     """PEM file of the Ed25519 private key that signs receipts."""
     cache_dir: Path = Field(default_factory=default_cache_dir)
     """Where converted backbones are kept."""
+    redact_file: Path | None = None
+    """File of further secrets, one regular expression a line; what matches reaches no log, record, span or webhook."""
     threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
     """Threads the model may use; more than there are cores is very slow."""
     device: str = "cpu"

