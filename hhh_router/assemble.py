@@ -22,6 +22,7 @@ from hhh_router.settings import Settings
 from hhh_router.trace import LogSink, Sink
 from hhh_router.trace.block import BundleRef
 from hhh_router.trace.feedback_store import FeedbackStore
+from hhh_router.trace.pii import find_pii
 from hhh_router.trace.redact import Redactor, read_patterns
 
 if TYPE_CHECKING:
@@ -80,18 +81,23 @@ def build_pipeline(
     )
 
 
-def open_redactor(settings: Settings, patterns: Sequence[re.Pattern[str]] = ()) -> Redactor:
+def open_redactor(
+    settings: Settings, patterns: Sequence[re.Pattern[str]] = (), entities: Sequence[str] = ()
+) -> Redactor:
     """What a deployment replaces before anything is kept: the usual secrets, and what its settings add.
 
     Args:
-        settings: Name the file of patterns.
-        patterns: More of them.
+        settings: Name the file of patterns, and what says who somebody is.
+        patterns: More of the former.
+        entities: More of the latter.
 
     Raises:
-        SettingsError: The file cannot be read or has mistakes.
+        SettingsError: The file cannot be read or has mistakes, or nobody can find what is named.
+        MissingExtra: What says who somebody is is to be found, and Presidio is not installed.
     """
+    named = tuple(dict.fromkeys((*settings.redact_pii, *entities)))
     own = () if settings.redact_file is None else read_patterns(settings.redact_file)
-    return Redactor(patterns=(*own, *patterns))
+    return Redactor(patterns=(*own, *patterns), also=find_pii(named) if named else None)
 
 
 def open_memory(settings: Settings) -> FeedbackStore:

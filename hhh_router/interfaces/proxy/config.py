@@ -28,6 +28,7 @@ from hhh_router.policy.tree import MAX_BYTES, Mistake, Node, read_tree, show
 from hhh_router.policy.values import did_you_mean
 from hhh_router.settings import Settings, read_secret
 from hhh_router.trace.audit import Retention
+from hhh_router.trace.pii import RECOGNISERS
 
 OWN = "hhh"
 """Names the deployment's own mixture among fallbacks."""
@@ -136,6 +137,8 @@ class AuditFile(_Part):
     """The oldest rows are removed when all take more than so many megabytes."""
     redact: list[str] = []
     """Regular expressions of further secrets, which reach no record of any kind."""
+    pii: list[str] = []
+    """What says who somebody is and reaches no record either, such as ``EMAIL_ADDRESS``; needs the extra ``pii``."""
 
 
 class ProxyFile(_Part):
@@ -338,6 +341,11 @@ def _check_names(file: ProxyFile, root: Node, mistakes: list[Mistake]) -> None:
             check(name, ("routes", i, "fallback", j), [*names, OWN])
         if route.escalate_to is not None:
             check(route.escalate_to, ("routes", i, "escalate_to"), names)
+    for i, entity in enumerate(file.audit.pii):
+        if entity not in RECOGNISERS:
+            loc = ("audit", "pii", i)
+            said = f"{entity!r} is not known{did_you_mean(entity, RECOGNISERS)}; use {', '.join(RECOGNISERS)}"
+            mistakes.append(Mistake(place_of(root, loc), path_of(loc), said))
     for i, pattern in enumerate(file.audit.redact):
         try:
             re.compile(pattern)

@@ -80,6 +80,7 @@ def plan_sidecar(
     chosen = cast("Mode | None", mode)
     kept = Retention()
     own: Patterns = ()
+    entities: list[str] = []
     if upstream is not None:
         if not upstream.startswith(PREFIX):
             check_upstream(upstream)
@@ -90,7 +91,7 @@ def plan_sidecar(
         file = read_proxy_file(config)
         settings = Settings.load(policy=policy or file.policy, candidate=candidate or file.candidate, bundle=bundle)
         made, where = make_config(file, mode=chosen, max_bytes=settings.max_body_bytes), audit or file.audit.path
-        kept, own = retention(file), patterns(file)
+        kept, own, entities = retention(file), patterns(file), file.audit.pii
     names = {u.name for u in made.upstreams()}
     store = PolicyStore.from_settings(settings, door=SIDECAR)
     named = [name for route in made.routes for name in (route.policy, route.candidate) if name is not None]
@@ -107,7 +108,7 @@ def plan_sidecar(
         config=made,
         audit=where or str(default_audit()),
         retention=kept,
-        redactor=open_redactor(settings, own),
+        redactor=open_redactor(settings, own, entities),
     )
 
 
