@@ -27,6 +27,7 @@ from hhh_router.interfaces.proxy.upstreams import (
 from hhh_router.policy.tree import MAX_BYTES, Mistake, Node, read_tree, show
 from hhh_router.policy.values import did_you_mean
 from hhh_router.settings import Settings, read_secret
+from hhh_router.trace.audit import Retention
 from hhh_router.trace.redact import Redactor
 
 OWN = "hhh"
@@ -125,11 +126,15 @@ class AuditFile(_Part):
     """What is kept of requests."""
 
     path: str | None = None
-    """SQLite file; ``none`` keeps nothing."""
+    """SQLite file, or ``postgresql://…`` without a password; ``none`` keeps nothing."""
     on_failure: Literal["closed", "open"] = "closed"
     """What holds when it cannot be written."""
     content: Literal["hashes", "full"] = "hashes"
     """``full`` keeps the texts of prompts and answers too, secrets replaced."""
+    keep_days: float | None = Field(default=None, gt=0, le=36_500)
+    """Older rows are removed; without it none are."""
+    keep_mb: float | None = Field(default=None, ge=1, le=1e7)
+    """The oldest rows are removed when all take more than so many megabytes."""
     redact: list[str] = []
     """Regular expressions of further secrets, which reach no record."""
 
@@ -273,6 +278,11 @@ def simple_config(url: str, settings: Settings, *, mode: Mode = "enforce") -> Pr
         otherwise={"authorization": f"Bearer {key.get_secret_value()}"} if key and translator is None else {},
     )
     return ProxyConfig(routes=[Route(name="all", mode=mode, to=((upstream, 1.0),))])
+
+
+def retention(file: ProxyFile) -> Retention:
+    """How long the audit's rows are kept."""
+    return Retention(days=file.audit.keep_days, megabytes=file.audit.keep_mb)
 
 
 def patterns(file: ProxyFile) -> tuple[re.Pattern[str], ...]:
