@@ -97,7 +97,7 @@ def open_sidecar(plan: SidecarPlan) -> Sidecar:
         ConfigError: The bundle is wrong, or the audit cannot be written.
         MissingExtra: torch or aiohttp is not installed.
     """
-    client = open_raw_client()
+    client = open_raw_client(2 * plan.config.max_requests)  # a request may ask two upstreams at once
     audit: Audit = NoAudit() if plan.audit is None else SqliteAudit(plan.audit, patterns=plan.patterns)
     pipeline = build_pipeline(plan.settings, serving=True, door=SIDECAR)
     for route in plan.config.routes:
