@@ -142,6 +142,9 @@ class Sidecar:
         await send({"type": "lifespan.startup.complete"})
         await receive()
         await self.upstreams.aclose()
+        for upstream in self.config.upstreams():
+            if upstream.translator is not None:
+                await upstream.translator.aclose()
         await self.pipeline.aclose()
         await self.audit.aclose()
         await send({"type": "lifespan.shutdown.complete"})

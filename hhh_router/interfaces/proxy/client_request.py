@@ -124,8 +124,11 @@ class ClientRequest:
         return policy
 
     def caller(self, policy: Policy) -> Caller:
-        """What policies may ask of whoever sent this; of headers only those that this one reads."""
-        wanted = {name.encode() for name in headers_read(policy)}
+        """What policies may ask of whoever sent this; of headers only those that this one reads, or the candidate."""
+        policies = self.app.pipeline.policies
+        name = (self._route.candidate if self._route else None) or self.app.pipeline.parts.candidate
+        asked = [policy] if name is None else [policy, policies.candidate(name)]
+        wanted = {header.encode() for p in asked for header in headers_read(p)}
         headers = {n.decode("latin-1"): v.decode("latin-1") for n, v in self.incoming.headers if n in wanted}
         return replace(as_caller(self.key, self.scope["path"]), model=self.asked.model, headers=headers)
 

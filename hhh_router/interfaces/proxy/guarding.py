@@ -13,7 +13,7 @@ from hhh_router.interfaces.proxy.exchange import Exchange
 from hhh_router.interfaces.proxy.guarded import Guarded
 from hhh_router.interfaces.proxy.headers import passing
 from hhh_router.interfaces.proxy.passing import Passing
-from hhh_router.interfaces.proxy.policies import escalated, rules_of, shadowed
+from hhh_router.interfaces.proxy.policies import compared, escalated, rules_of, shadowed
 from hhh_router.interfaces.proxy.upstreams import Answer, Upstream
 from hhh_router.interfaces.server.http import WireError
 from hhh_router.policy import asks
@@ -58,14 +58,14 @@ class Guarding:
             metadata = await self._guarded(policy, enforce=enforce)
         finally:
             if metadata is not None:
-                client.entry.outcome["hhh"] = metadata.as_json()
+                client.entry.outcome["hhh"] = metadata.recorded.as_json()
 
     async def _guarded(
         self, policy: str | None, *, enforce: bool, escalating: Upstream | None = None
     ) -> Metadata | None:
         client, route = self._client, self._client.route
         assert client.wire is not None
-        parts = self._app.pipeline.parts
+        parts = compared(self._app.pipeline.parts, route.policy, route.candidate)
         settings = parts.settings
         applied = parts.policies.get(policy)
         extra = {"x-hhh-upstream": "-"}

@@ -54,7 +54,6 @@ async def race(
     second: Callable[[], Awaitable[Answer]],
     *,
     after_s: float,
-    may_start: Callable[[], bool],
     turned_away: Callable[[Answer], bool],
 ) -> tuple[Answer, bool]:
     """The answer of the first, or that of the second where it comes sooner, and whether it is the second's.
@@ -65,7 +64,6 @@ async def race(
         first: Asks.
         second: Asks somebody else.
         after_s: The second is asked when the first has said nothing for so long.
-        may_start: Whether the second may be asked when it is time.
         turned_away: Whether an answer only says that the request was not taken up; then the other one is waited for.
 
     Raises:
@@ -75,7 +73,7 @@ async def race(
     winner: asyncio.Future[Answer] | None = None
     try:
         await asyncio.wait(asked, timeout=after_s)
-        if not asked[0].done() and may_start():
+        if not asked[0].done():
             asked.append(asyncio.ensure_future(second()))
         pending = set(asked)
         while pending and winner is None:

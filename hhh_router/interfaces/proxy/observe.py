@@ -13,7 +13,7 @@ from hhh_router.errors import HHHRouterError, InvalidRequest
 from hhh_router.interfaces.proxy.entry import Keep
 from hhh_router.interfaces.proxy.frames import Frame, Frames, decoded
 from hhh_router.interfaces.proxy.headers import Headers, find
-from hhh_router.interfaces.proxy.policies import shadowed
+from hhh_router.interfaces.proxy.policies import compared, shadowed
 from hhh_router.interfaces.proxy.wires import Asked, Wire
 from hhh_router.interfaces.proxy.wires.reading import Reply
 from hhh_router.pipeline import Pipeline
@@ -57,6 +57,8 @@ class Seen:
     request_id: str
     wire: Wire
     policy: str | None
+    candidate: str | None
+    """Asked beside it."""
     caller: Caller
     """Who asked; the model that was named is found when it is read."""
     body: bytes
@@ -160,10 +162,11 @@ class Observer:
             not_inspected=tuple(unread),
         )
         try:
-            [result] = await run_guard(shadowed(self._pipeline.parts), [request])
+            parts = compared(shadowed(self._pipeline.parts), seen.policy, seen.candidate)
+            [result] = await run_guard(parts, [request])
         except HHHRouterError as error:
             return {"unread": [*unread, f"{error.code}: {error.message}"], **content}
-        return {"hhh": result.metadata.as_json(), **content}
+        return {"hhh": result.metadata.recorded.as_json(), **content}
 
     def _asked(self, seen: Seen) -> Asked:
         return seen.wire.asked(parsed(seen.body, seen.body_encoding, max_bytes=self._max_bytes, strict=False))

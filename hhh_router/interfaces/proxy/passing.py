@@ -62,6 +62,7 @@ class Passing:
                     request_id=client.request_id,
                     wire=client.wire,
                     policy=client.route.policy,
+                    candidate=client.route.candidate,
                     caller=client.caller(self._app.pipeline.policies.get(client.route.policy)),
                     body=client.body,
                     body_encoding=client.encoding,

@@ -30,6 +30,8 @@ class Route:
     mode: Mode = "enforce"
     policy: str | None = None
     """Name in the deployment's policies; None takes the default."""
+    candidate: str | None = None
+    """Name in the deployment's policies of what is asked beside the route's policy, and never acts."""
     to: tuple[tuple[Upstream, float], ...]
     """Upstreams with their weights; one of them is drawn for each request."""
     fallback: tuple[Upstream, ...] = ()
