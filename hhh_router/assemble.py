@@ -83,8 +83,8 @@ def open_memory(settings: Settings) -> FeedbackStore:
     )
 
 
-def open_raw_client() -> RawClient:
-    """Connections to upstreams for a sidecar.
+def open_raw_client(max_connections: int = 1024) -> RawClient:
+    """Connections to upstreams for a sidecar, so many at a time.
 
     Raises:
         MissingExtra: aiohttp is not installed.
@@ -93,7 +93,7 @@ def open_raw_client() -> RawClient:
         from hhh_router.upstream.raw import RawClient
     except ImportError as error:
         raise MissingExtra("serve", needed_for="an upstream") from error
-    return RawClient()
+    return RawClient(max_connections=max_connections)
 
 
 def open_litellm(

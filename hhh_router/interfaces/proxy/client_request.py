@@ -13,6 +13,7 @@ from hhh_router.errors import InvalidRequest
 from hhh_router.interfaces.parse import our_fields
 from hhh_router.interfaces.proxy.entry import Entry
 from hhh_router.interfaces.proxy.headers import find
+from hhh_router.interfaces.proxy.hedging import Hedge, may_be_asked_twice
 from hhh_router.interfaces.proxy.incoming import Incoming, Out
 from hhh_router.interfaces.proxy.observe import parsed
 from hhh_router.interfaces.proxy.routes import Mode, Route
@@ -89,6 +90,16 @@ class ClientRequest:
             limit = self.app.pipeline.settings.max_body_bytes
             self._parsed = parsed(self.body or b"", self.encoding, max_bytes=limit, strict=strict)
         return self._parsed
+
+    def hedge(self) -> Hedge | None:
+        """Who else may be asked for an answer, where the route has somebody and the body is one that allows it."""
+        if self.route.hedge is None or self.wire is None or self.body is None:
+            return None
+        try:
+            allowed = may_be_asked_twice(self.wire.name, self.object())
+        except InvalidRequest:
+            return None
+        return self.route.hedge if allowed else None
 
     def own_policy(self) -> str | None:
         """Which policy the caller picks in ``hhh``, or else the route's.

@@ -76,9 +76,13 @@ class Guarding:
             words += [r.steering for r in rules_of(applied) if enforce and r.place == exchange.rule]
             told = "\n\n".join(w for w in words if w) or None
             answer = await self._passing.ask_one_of(
-                order, lambda u: self._passing.outgoing(u, self._passing.body_for(u, told))
+                order,
+                lambda u: self._passing.outgoing(u, self._passing.body_for(u, told)),
+                may_hedge=escalating is None,
             )
             extra["x-hhh-upstream"] = client.asking.answered_by or "-"
+            if client.asking.hedge is not None:
+                extra["x-hhh-hedge"] = client.asking.hedge
             return answer
 
         exchange = Exchange(
