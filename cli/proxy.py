@@ -22,6 +22,10 @@ def proxy(
         typer.Option("--config", metavar="FILE", help="A proxy.yaml with named upstreams and routes, in its place."),
     ] = None,
     policy: Annotated[str | None, typer.Option("--policy", metavar="NAME|FILE", help="The policy to apply.")] = None,
+    candidate: Annotated[
+        str | None,
+        typer.Option("--candidate", metavar="NAME|FILE", help="A policy to ask beside it and record; never acts."),
+    ] = None,
     mode: Annotated[
         str | None,
         typer.Option(
@@ -49,5 +53,6 @@ def proxy(
     from .listen import run_proxy
 
     run_proxy(
-        host=host, port=port, policy=policy, bundle=bundle, upstream=upstream, config=config, mode=mode, audit=audit
-    )
+        host=host, port=port, policy=policy, candidate=candidate, bundle=bundle, upstream=upstream, config=config,
+        mode=mode, audit=audit,
+    )  # fmt: skip

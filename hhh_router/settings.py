@@ -47,6 +47,10 @@ class Settings(BaseSettings):
     """Default policy: the name of a shipped one, or a path to a YAML file."""
     allowed_policies: Annotated[tuple[str, ...] | None, NoDecode] = None
     """Policies a caller may pick besides the default, comma-separated; None allows every shipped one."""
+    candidate: str | None = None
+    """Policy that is asked beside the default one and recorded, and never acts: a shipped one's name, or a path."""
+    candidate_told: bool = False
+    """Tell clients too what the candidate would have decided, in their ``hhh`` block."""
     policy_reload_s: float = Field(default=2.0, ge=0)
     """Seconds between two looks at the policies' files; a changed one is taken over once it is valid. 0 never looks."""
     receipts_file: Path | None = None
@@ -80,6 +84,8 @@ class Settings(BaseSettings):
     """Room for keys and values of all replies together: rows times the longest prompt + reply among them, in tokens."""
     prefix_tokens: int = Field(default=4096, ge=0)
     """Tokens of earlier chats whose keys and values are kept for prompts that begin alike; 0 keeps none."""
+    session_tokens: int = Field(default=32_768, ge=0)
+    """Tokens of others' answers, with their prompts, whose lower keys and values are kept while they are read."""
     max_waiting: int = Field(default=256, ge=1)
     """Chats that may wait for a row; one more is turned away."""
     max_waiting_tokens: int = Field(default=131_072, ge=256)

@@ -9,6 +9,7 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from hhh_router.errors import BackendTimeout, GeneratorError, ReaderError
+from hhh_router.pipeline.candidate import open_beside
 from hhh_router.pipeline.onerror import JUDGING_FAILURES, check_scores, failed_decision, unread_plan
 from hhh_router.pipeline.parts import Parts
 from hhh_router.pipeline.plan import judge_call, judge_output, make_plan
@@ -70,7 +71,8 @@ class _Run:
         self._timeout_s = request.timeout_s
         self._deadline = asyncio.get_running_loop().time() + self._timeout_s
         self._situation = asked_situation(request.messages, request.caller, parts.now())
-        self._record = Record(parts, request, policy)
+        self._beside = open_beside(parts, request, stream=stream)
+        self._record = Record(parts, request, policy, self._beside)
         self._release = Release()
         self._scanner = self._new_scanner()
         self._logprobs: list[float] = []
@@ -81,6 +83,7 @@ class _Run:
         self._verdict: Decision | None = None
         self._finished: Finished | None = None
         self._cleared: list[ChatDelta] = []
+        self._told_calls = False
         self._out = False  # something has reached the caller
         self._regenerated = False
         self._spent_tokens = 0  # by an attempt that was thrown away
@@ -123,6 +126,7 @@ class _Run:
                             yield piece
                         if self._verdict is not None:
                             break
+                    self._beside.catch_up()  # while the model makes what comes next
             if self._verdict is None and self._finished is None:
                 raise GeneratorError("the reply broke off: the generator ended without saying so")
             if self._verdict is None and self._scanner is not None and (rest := self._scanner.end()):
@@ -147,10 +151,16 @@ class _Run:
     def _may_call(self, piece: ChatDelta) -> bool:
         """Whether the calls in a piece may reach the caller; asks the checkpoint tool_call about each."""
         plan = self._record.plan
-        if not piece.tool_calls or plan is None or not asks(self._policy, "tool_call"):
+        self._told_calls = self._told_calls or bool(piece.tool_calls)
+        if not piece.tool_calls or plan is None:
+            return True
+        if not asks(self._policy, "tool_call"):
+            for call in piece.tool_calls:
+                self._beside.called(call, self._situation, None)
             return True
         for call in piece.tool_calls:
-            self._decide(judge_call(call, plan=plan, policy=self._policy, situation=self._situation))
+            decision = judge_call(call, plan=plan, policy=self._policy, situation=self._situation)
+            self._beside.called(call, self._situation, self._decide(decision))
             if self._verdict is not None:
                 return False
         return True
@@ -203,10 +213,12 @@ class _Run:
         for other in event.plan.others:
             self._record.decided(other)
         self._decide(event.plan.decision)
+        self._beside.planned(event.plan, self._situation, (*event.plan.others, event.plan.decision))
 
     def _take_window(self, event: Window) -> list[Delta]:
         plan = self._record.plan
         assert plan is not None
+        situation = answered_situation(self._situation, self._reply(event.completion_tokens))
         with self._record.timed("judge"):
             try:
                 check_scores(event.scores)
@@ -216,13 +228,14 @@ class _Run:
                     policy=self._policy,
                     calibrators=self._parts.calibrators,
                     logprobs=self._logprobs,
-                    situation=answered_situation(self._situation, self._reply(event.completion_tokens)),
+                    situation=situation,
                 )
                 self._record.read_again(evidence, confidence)
             except JUDGING_FAILURES as error:
                 _log.warning("%s: output not judged: %s", self._request.request_id, error)
                 decision = failed_decision(self._policy, "output", error)
-        self._decide(decision)
+        decision = self._decide(decision)
+        self._beside.answered(event.scores, situation, decision, logprobs=self._logprobs, is_final=event.is_final)
         return [] if self._verdict else self._release.clear(covered_tokens=event.completion_tokens)
 
     def _reply(self, covered_tokens: int) -> str:
@@ -241,14 +254,19 @@ class _Run:
             raise GeneratorError("the reply ended before its last part was read")
         return self._release.take_all()  # text-free chunks, such as an upstream's usage
 
-    def _decide(self, decision: Decision) -> None:
-        """Write a decision down and, if it acts, make it the verdict of this attempt. In shadow mode none acts."""
+    def _decide(self, decision: Decision) -> Decision:
+        """Write a decision down and, if it acts, make it the verdict of this attempt. In shadow mode none acts.
+
+        Returns:
+            The decision as it holds: what cannot be made again any more is refused.
+        """
         if decision.action is Action.REGENERATE and (self._regenerated or self._out):
             why = "text was already released" if self._out else "the second reply is no better"
             decision = replace(decision, action=Action.REFUSE, reason=f"{decision.reason}; not regenerated: {why}")
         self._record.decided(decision)
         if self._enforce and (decision.action.stops or decision.action is Action.REGENERATE):
             self._verdict = decision
+        return decision
 
     def _fail(self, error: Exception, *, prompt_tokens: int = 0) -> Decision:
         checkpoint = "input" if self._record.plan is None else "output"
@@ -256,7 +274,8 @@ class _Run:
         if self._record.plan is None:
             plan = unread_plan(self._policy, decision)
             self._record.planned(plan, layers_run=0, read_ms=None, prompt_tokens=prompt_tokens)
-        self._decide(decision)
+        decision = self._decide(decision)
+        self._beside.failed(checkpoint, error, decision)
         return decision
 
     def _planner(self, scores: Scores) -> Plan:
@@ -310,6 +329,8 @@ class _Run:
 
     def _begin_again(self, verdict: Decision) -> None:
         """Throw the reply away and raise the floors: nothing of it has left."""
+        self._beside.ended(f"the rest of the reply, which was made again after {self._release.tokens} tokens")
+        self._beside.catch_up()
         self._regenerated = True
         self._floors = verdict.raises
         self._steered = {}
@@ -320,7 +341,17 @@ class _Run:
         self._logprobs.clear()
         self._record.begin_again()
 
+    def _end_beside(self) -> None:
+        """Say what a candidate could not see, for it was stopped before."""
+        if self._verdict is not None and self._release.tokens:
+            self._beside.ended(f"the rest of the reply, which was stopped after {self._release.tokens} tokens")
+        elif self._verdict is not None:
+            self._beside.ended("no reply was made")
+        if self._finished is not None and self._finished.reason == "tool_calls" and not self._told_calls:
+            self._beside.unseen_calls()
+
     async def _ending(self) -> AsyncGenerator[ChatEvent, None]:
+        self._end_beside()
         refusal = None
         asked = self._request.sampling.top_logprobs is not None
         if self._verdict is not None:

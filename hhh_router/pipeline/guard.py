@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 
 from hhh_router.errors import BackendTimeout, InvalidRequest, ReaderError
+from hhh_router.pipeline.candidate import Beside, open_beside
 from hhh_router.pipeline.onerror import (
     JUDGING_FAILURES,
     check_scores,
@@ -63,12 +64,13 @@ async def _judge_all(parts: Parts, requests: Sequence[GuardRequest]) -> list[Met
         check_guard(request, max_bytes=parts.settings.max_body_bytes, where=_where(i, requests))
     if not requests:
         return []
-    records = [Record(parts, request, policy) for request, policy in zip(requests, policies, strict=True)]
+    besides = [open_beside(parts, request) for request in requests]
+    records = [Record(parts, *its) for its in zip(requests, policies, besides, strict=True)]
     readings = await _read_all(parts, requests)
     judged = []
-    for request, policy, record, reading in zip(requests, policies, records, readings, strict=True):
+    for request, policy, record, reading, beside in zip(requests, policies, records, readings, besides, strict=True):
         record.took("read", reading.took_ms)
-        _judge(parts, request, policy, record, reading)
+        _judge(parts, request, policy, record, reading, beside)
         judged.append(record.finish(request.read.response))
     return judged
 
@@ -133,7 +135,9 @@ async def _read(parts: Parts, wanted: Sequence[ReadRequest], *, timeout_s: float
     return scores
 
 
-def _judge(parts: Parts, request: GuardRequest, policy: Policy, record: Record, reading: _Reading) -> None:
+def _judge(
+    parts: Parts, request: GuardRequest, policy: Policy, record: Record, reading: _Reading, beside: Beside
+) -> None:
     """Ask the checkpoints and write down what they said."""
     first = reading.prompt if reading.prompt is not None else reading.response
     assert first is not None  # check_guard: there is a prompt or a response
@@ -141,9 +145,15 @@ def _judge(parts: Parts, request: GuardRequest, policy: Policy, record: Record, 
     plan = _plan(parts, policy, first, asked, checkpoint="input" if request.read.messages else "output")
     record.planned(plan, layers_run=0 if isinstance(first, ReaderError) else first.layers_run)
     decisions = [*plan.others, plan.decision] if request.read.messages else []
+    beside.planned(plan, asked, tuple(decisions))
     if reading.response is not None:
         answered = answered_situation(asked, request.read.response)
-        decisions.append(_judge_response(parts, policy, record, reading.response, plan, answered))
+        decision = _judge_response(parts, policy, record, reading.response, plan, answered)
+        decisions.append(decision)
+        if isinstance(reading.response, ReaderError):
+            beside.failed("output", reading.response, decision)
+        else:
+            beside.answered(reading.response, answered, decision)
     for decision in decisions:
         record.decided(decision)
 

@@ -36,6 +36,10 @@ class Parts:
     settings: Settings
     memory: FeedbackStore | None = None
     """Remembers finished requests, so that people can say what they think of them; None remembers nothing."""
+    candidate: str | None = None
+    """Names a candidate of ``policies``: asked beside the policy in force, never acting. None where there is none."""
+    candidate_of: str | None = None
+    """The policy that it stands beside; None is the default. A request under another one has no candidate."""
     answers_elsewhere: bool = False
     """True when an upstream answers: no mixture is applied, and role order is the upstream's business."""
     clock: Callable[[], float] = field(default=perf_counter)

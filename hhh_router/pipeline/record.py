@@ -7,12 +7,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from hhh_router.pipeline.candidate import Beside
 from hhh_router.pipeline.parts import Parts
 from hhh_router.policy import Policy
 from hhh_router.protocols import Finished, Steered
 from hhh_router.routing import kl_nats
 from hhh_router.trace import build_metadata
-from hhh_router.trace.block import Metadata
+from hhh_router.trace.block import CandidateRecord, Metadata
 from hhh_router.trace.feedback import Remembered, remembered
 from hhh_router.types import ChatRequest, Decision, Evidence, GuardRequest, Plan, Scores, Weights
 
@@ -22,8 +23,9 @@ _log = logging.getLogger(__name__)
 class Record:
     """Collects measurements, decisions and times of one request. ``finish`` sends it to the sinks, once."""
 
-    def __init__(self, parts: Parts, request: ChatRequest | GuardRequest, policy: Policy) -> None:
+    def __init__(self, parts: Parts, request: ChatRequest | GuardRequest, policy: Policy, beside: Beside) -> None:
         self._parts = parts
+        self._beside = beside
         self._request = request
         self._policy = policy
         self._request_id = request.request_id or parts.new_id()
@@ -117,8 +119,8 @@ class Record:
         """The first piece of the reply leaves."""
         self._timing_ms.setdefault("first_text", (self._parts.clock() - self._begun) * 1000)
 
-    def metadata(self, reply_text: str | None = None) -> Metadata:
-        """The block as it stands now."""
+    def metadata(self, reply_text: str | None = None, *, candidate: CandidateRecord | None = None) -> Metadata:
+        """The block as it stands now, for the caller."""
         plan, evidence = self.plan, self._evidence
         if plan is None or evidence is None:
             raise ValueError("no metadata before the input checkpoint is settled")
@@ -141,21 +143,22 @@ class Record:
             not_inspected=self._not_inspected,
             layers_run=self._layers_run,
             timing_ms=self._timing_ms,
+            candidate=candidate,
         )
         if not evidence.needs:  # nothing was read: say so, and show no share that nobody measured
             block = block.model_copy(update={"posterior": {}})
         return block
 
     def finish(self, reply_text: str | None) -> Metadata:
-        """The final block, sent to every sink."""
+        """The final block for the caller. Every sink gets what is recorded besides."""
         self._timing_ms["total"] = (self._parts.clock() - self._begun) * 1000
-        block = self.metadata(reply_text)
+        block = self.metadata(reply_text, candidate=self._beside.record())
         self._done = True
         for sink in self._parts.sinks:
             sink.write(block, self._request, reply_text)
         if self._parts.memory is not None:
             self._parts.memory.remember(self._remembered(block), self._request, reply_text)
-        return block
+        return block.told(candidate=self._parts.settings.candidate_told)
 
     def _keep(self, evidence: Evidence) -> None:
         if evidence.scores.needs or evidence.scores.outcomes:  # nothing was read where there are neither

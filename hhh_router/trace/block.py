@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
 from hhh_router.types import Action
 
 SCHEMA: Final = "hhh-router/metadata/1"
+
+Relation = Literal["same", "stricter", "looser", "unknown"]
+"""How a candidate decides beside the policy in force. ``unknown``: alike as far as was measured, which is not all."""
 
 
 class _Block(BaseModel):
@@ -50,6 +53,30 @@ class DecisionRecord(_Block):
     rule: str
     reason: str
     message: str | None = None
+
+
+class Compared(_Block):
+    """What both policies said at one checkpoint: where they first differed, or else lastly."""
+
+    checkpoint: str
+    enforced: str
+    candidate: str
+
+
+class CandidateRecord(_Block):
+    """What a candidate policy would have decided on the same readings; none of it acted."""
+
+    policy: PolicyRef
+    decisions: list[DecisionRecord] = Field(description="about the reply that was given, where it was read")
+    weights: dict[str, float] = Field(description="what it would have applied; sums to 1")
+    confidence: float = Field(ge=0, le=1)
+    compared: list[Compared] = Field(
+        description="the actions of both at each checkpoint; who asks nothing there allows"
+    )
+    relation: Relation = Field(description="stricter or looser where they first differ; unknown: see `unknown`")
+    unknown: list[str] = Field(
+        default_factory=list, description="what it would have needed and was not measured, such as the rest of a reply"
+    )
 
 
 class Receipt(_Block):
@@ -98,12 +125,34 @@ class Metadata(_Block):
     shadow: list[DecisionRecord] = Field(
         default_factory=list, description="what rules in shadow mode would have decided; none of it acted"
     )
+    candidate: CandidateRecord | None = Field(
+        default=None, description="what a candidate policy would have decided; only there where one is asked and told"
+    )
     not_inspected: list[str] = Field(default_factory=list)
     layers_run: int = Field(default=0, description="decoder layers the prompt's pass ran")
     timing_ms: dict[str, float] = Field(default_factory=dict)
     receipt: Receipt
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True)
+
+    _recorded: Metadata | None = PrivateAttr(default=None)
+
+    @property
+    def recorded(self) -> Metadata:
+        """The block as it is recorded: with what the caller is not told."""
+        return self._recorded or self
+
+    def told(self, *, candidate: bool) -> Metadata:
+        """The block as the caller gets it.
+
+        Args:
+            candidate: Tell what the candidate policy would have decided.
+        """
+        if candidate or self.candidate is None:
+            return self
+        told = self.model_copy(update={"candidate": None})
+        told._recorded = self
+        return told
 
     @property
     def action(self) -> str:
@@ -116,7 +165,10 @@ class Metadata(_Block):
 
     def as_json(self) -> dict[str, Any]:
         """JSON-ready dict, keys in the order of the schema."""
-        return self.model_dump(mode="json", by_alias=True)
+        block = self.model_dump(mode="json", by_alias=True)
+        if self.candidate is None:  # whoever has none sees the block as it always was
+            del block["candidate"]
+        return block
 
     def headers(self) -> dict[str, str]:
         """The ``x-hhh-*`` headers that repeat the block's essentials on every reply."""

@@ -9,7 +9,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal, Protocol
 
-from hhh_router.trace.block import BundleRef, CalibrationRef, DecisionRecord, Metadata, PolicyRef, Receipt, WeightsFrom
+from hhh_router.trace.block import (
+    BundleRef,
+    CalibrationRef,
+    CandidateRecord,
+    Compared,
+    DecisionRecord,
+    Metadata,
+    PolicyRef,
+    Receipt,
+    Relation,
+    WeightsFrom,
+)
 from hhh_router.types import (
     ChatRequest,
     Decision,
@@ -78,6 +89,7 @@ def build_metadata(
     not_inspected: Sequence[str] = (),
     layers_run: int = 0,
     timing_ms: Mapping[str, float] | None = None,
+    candidate: CandidateRecord | None = None,
 ) -> Metadata:
     """The block of one request as it stands now.
 
@@ -99,6 +111,7 @@ def build_metadata(
         not_inspected: What the client sent that nobody read.
         layers_run: Decoder layers the prompt's pass ran.
         timing_ms: Stage → milliseconds.
+        candidate: What a candidate policy would have decided.
 
     Raises:
         ValueError: A number is not finite; the block must be JSON.
@@ -107,12 +120,7 @@ def build_metadata(
     return Metadata(
         request_id=request_id,
         mode=evidence.mode,
-        policy=PolicyRef(
-            name=policy.name,
-            version=policy.version,
-            hash=policy.hash[:SHORT_HASH_DIGITS],
-            mode=policy.mode,
-        ),
+        policy=_policy_ref(policy),
         bundle=BundleRef(name=bundle.name, hash=bundle.hash[:SHORT_HASH_DIGITS]),
         calibration=calibration,
         needs=_rounded("needs", evidence.needs),
@@ -127,6 +135,7 @@ def build_metadata(
         confidence=_finite("confidence", confidence),
         decisions=[_recorded(d) for d in decisions],
         shadow=[_recorded(s) for d in decisions for s in d.shadow],
+        candidate=candidate,
         not_inspected=list(not_inspected),
         layers_run=layers_run,
         timing_ms=_rounded("timing_ms", timing_ms or {}, decimals=3),
@@ -139,6 +148,42 @@ def build_metadata(
             calibration_id=calibration.id,
         ),
     )
+
+
+def candidate_record(
+    policy: PolicyIdentity,
+    *,
+    decisions: Sequence[Decision],
+    weights: Weights,
+    confidence: float,
+    compared: Sequence[Compared],
+    relation: Relation,
+    unknown: Sequence[str],
+) -> CandidateRecord:
+    """What a candidate would have decided, as the block has it.
+
+    Args:
+        policy: The candidate.
+        decisions: Its own, in the order they were made.
+        weights: What it would have applied.
+        confidence: P(every verdict of its own is right).
+        compared: Its actions beside those in force.
+        relation: What comes of that.
+        unknown: What it would have needed and was not measured.
+    """
+    return CandidateRecord(
+        policy=_policy_ref(policy),
+        decisions=[_recorded(d) for d in decisions],
+        weights=round_shares(weights),
+        confidence=_finite("candidate.confidence", confidence),
+        compared=list(compared),
+        relation=relation,
+        unknown=list(unknown),
+    )
+
+
+def _policy_ref(policy: PolicyIdentity) -> PolicyRef:
+    return PolicyRef(name=policy.name, version=policy.version, hash=policy.hash[:SHORT_HASH_DIGITS], mode=policy.mode)
 
 
 def _recorded(d: Decision) -> DecisionRecord:
@@ -159,10 +204,10 @@ def canonical_request(request: ChatRequest | GuardRequest | ReadRequest) -> dict
     if isinstance(request, GuardRequest):
         return canonical_request(request.read)
     if isinstance(request, ReadRequest):
-        return {"messages": [_turn(m) for m in request.messages], "response": request.response}
+        return {"messages": [canonical_turn(m) for m in request.messages], "response": request.response}
     sampling = request.sampling
     return {
-        "messages": [_turn(m) for m in request.messages],
+        "messages": [canonical_turn(m) for m in request.messages],
         "response": None,
         "sampling": {
             "max_tokens": sampling.max_tokens,
@@ -215,7 +260,12 @@ def _set_only(sampling: Sampling) -> dict[str, Any]:
     return fields
 
 
-def _turn(message: Message) -> dict[str, Any]:
+def canonical_turn(message: Message) -> dict[str, Any]:
+    """A turn as plain JSON values.
+
+    >>> canonical_turn(Message(role="user", content="Hi"))
+    {'role': 'user', 'content': 'Hi'}
+    """
     turn: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
         turn["tool_calls"] = [asdict(call) for call in message.tool_calls]

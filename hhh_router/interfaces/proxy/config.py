@@ -27,6 +27,7 @@ from hhh_router.interfaces.proxy.upstreams import (
 from hhh_router.policy.tree import MAX_BYTES, Mistake, Node, read_tree, show
 from hhh_router.policy.values import did_you_mean
 from hhh_router.settings import Settings, read_secret
+from hhh_router.trace.redact import Redactor
 
 OWN = "hhh"
 """Names the deployment's own mixture among fallbacks."""
@@ -108,6 +109,8 @@ class RouteFile(_Part):
     """Globs on the body's ``model``."""
     mode: Mode | None = None
     policy: str | None = None
+    candidate: str | None = None
+    """Asked beside the route's policy and recorded; never acts."""
     to: Annotated[list[TargetFile], BeforeValidator(_one_name), Field(min_length=1)]
     """One name, or several upstreams with their weights."""
     fallback: list[Name] = []
@@ -125,6 +128,8 @@ class AuditFile(_Part):
     """SQLite file; ``none`` keeps nothing."""
     on_failure: Literal["closed", "open"] = "closed"
     """What holds when it cannot be written."""
+    content: Literal["hashes", "full"] = "hashes"
+    """``full`` keeps the texts of prompts and answers too, secrets replaced."""
     redact: list[str] = []
     """Regular expressions of further secrets, which reach no record."""
 
@@ -135,6 +140,8 @@ class ProxyFile(_Part):
     version: Literal[1]
     mode: Mode = "enforce"
     policy: str | None = None
+    candidate: str | None = None
+    """Asked beside that policy and recorded; never acts."""
     block: Literal["body", "headers", "none"] = "body"
     unread_paths: Literal["pass", "refuse"] = "pass"
     guard_timeout_s: Seconds = 30.0
@@ -226,6 +233,7 @@ def make_config(
                 models=tuple(route.models),
                 mode=mode or route.mode or file.mode,
                 policy=route.policy,
+                candidate=route.candidate,
                 to=tuple((upstreams[t.upstream], t.weight) for t in route.to),
                 fallback=tuple(upstreams[name] for name in route.fallback if name != OWN),
                 answer_here=OWN in route.fallback,
@@ -242,6 +250,8 @@ def make_config(
         drain_s=file.drain_s,
         observe_queue=file.observe_queue,
         audit_failure=file.audit.on_failure,
+        audit_content=file.audit.content,
+        redactor=Redactor(patterns=patterns(file)),
     )
 
 

@@ -42,6 +42,9 @@ class SidecarPlan:
         for route in self.config.routes:
             names = ", ".join(u.url for u, _ in route.to)
             lines.append(f"route     {route.name}: {route.mode} → {names}")
+        if (name := self.settings.candidate) is not None:
+            candidate = pipeline.policies.candidate(name)
+            lines.insert(1, f"candidate {candidate.name}@{candidate.version} (asked, never acting)")
         lines.append(f"audit     {self.audit or 'none'}")
         return lines
 
@@ -54,6 +57,7 @@ def plan_sidecar(
     config: Path | None,
     mode: str | None,
     audit: str | None,
+    candidate: str | None = None,
 ) -> SidecarPlan:
     """Check every option and file.
 
@@ -75,18 +79,19 @@ def plan_sidecar(
     if upstream is not None:
         if not upstream.startswith(PREFIX):
             check_upstream(upstream)
-        settings = Settings.load(policy=policy, bundle=bundle)
+        settings = Settings.load(policy=policy, candidate=candidate, bundle=bundle)
         made, where = simple_config(upstream, settings, mode=chosen or "enforce"), audit
     else:
         assert config is not None
         file = read_proxy_file(config)
-        settings = Settings.load(policy=policy or file.policy, bundle=bundle)
+        settings = Settings.load(policy=policy or file.policy, candidate=candidate or file.candidate, bundle=bundle)
         made, where = make_config(file, mode=chosen, max_bytes=settings.max_body_bytes), audit or file.audit.path
         own = patterns(file)
     names = {u.name for u in made.upstreams()}
-    for policy_ in [PolicyStore.from_settings(settings, door=SIDECAR).default] + [
-        load_policy(route.policy) for route in made.routes if route.policy is not None
-    ]:
+    store = PolicyStore.from_settings(settings, door=SIDECAR)
+    named = [name for route in made.routes for name in (route.policy, route.candidate) if name is not None]
+    beside = [] if settings.candidate is None else [store.candidate(settings.candidate)]
+    for policy_ in [store.default, *beside, *map(load_policy, named)]:
         check_door(policy_, SIDECAR)
         check_upstreams(policy_, names)
     path = None if where == "none" else Path(where) if where else default_audit()
@@ -106,4 +111,6 @@ def open_sidecar(plan: SidecarPlan) -> Sidecar:
     for route in plan.config.routes:
         if route.policy is not None:
             pipeline.policies.add_file(route.policy)
+        if route.candidate is not None:
+            pipeline.policies.add_candidate(route.candidate)
     return Sidecar(pipeline, plan.config, Upstreams(client), audit)

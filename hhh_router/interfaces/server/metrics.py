@@ -13,8 +13,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from hhh_router.calibration import HeadCalibration
 from hhh_router.calibration.drift import Drift, Support
 from hhh_router.calibration.monitor import Figure
+from hhh_router.pipeline.comparison import Comparisons
 from hhh_router.protocols import Load
-from hhh_router.trace.block import Metadata
+from hhh_router.trace.block import CandidateRecord, Metadata
 from hhh_router.trace.sinks import Request
 from hhh_router.types import Action, ChatRequest, Mode
 
@@ -66,6 +67,13 @@ class Metrics:
         """What was read in each mode since the start, beside the calibration rows' support."""
         self.drift = {place: Drift(reference) for place, reference in references.items()}
         """The same of each head in each mode, beside those rows' probabilities."""
+        self.comparisons = Comparisons()
+        """What a candidate would have decided otherwise, see `hhh_router.pipeline.comparison`."""
+        self._compared = counter("policy_comparisons", "Requests that a candidate was asked about", "checkpoint")
+        self._differing = counter(
+            "policy_disagreements", "Of these, decided otherwise", "checkpoint", "enforced", "candidate"
+        )
+        self._related = counter("policy_compared_requests", "The same, by who is stricter first", "relation")
         figure = ("figure", "of")
         self._figure = Gauge("hhh:drift_value", "Figure that GET /v1/drift tells", figure, registry=self.registry)
         self._left = Gauge("hhh:drift_outside", "1 where it has left its bound", figure, registry=self.registry)
@@ -108,9 +116,19 @@ class Metrics:
             self._need.labels(need).observe(p)
         if metadata.calibration.calibrated:
             self._watch(kind, metadata)
+        if metadata.candidate is not None:
+            self._compare(metadata, metadata.candidate)
         if metadata.mode != "prompt":  # of a prompt alone they say how it might be answered, not how it was
             for outcome, p in metadata.outcomes.items():
                 self._outcome.labels(outcome).observe(p)
+
+    def _compare(self, metadata: Metadata, candidate: CandidateRecord) -> None:
+        self.comparisons.add(metadata)
+        self._related.labels(candidate.relation).inc()
+        for at in candidate.compared:
+            self._compared.labels(at.checkpoint).inc()
+            if at.enforced != at.candidate:
+                self._differing.labels(at.checkpoint, at.enforced, at.candidate).inc()
 
     def _show_drift(self) -> None:
         def gauge(name: str, told: str, *labels: str) -> Gauge:
