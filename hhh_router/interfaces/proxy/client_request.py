@@ -18,6 +18,7 @@ from hhh_router.interfaces.proxy.observe import parsed
 from hhh_router.interfaces.proxy.routes import Mode, Route
 from hhh_router.interfaces.proxy.upstreams import Asking
 from hhh_router.interfaces.proxy.wires import Asked, Wire
+from hhh_router.interfaces.proxy.wires.reading import conversing
 from hhh_router.interfaces.server.keys import Key, as_caller, check_policy
 from hhh_router.policy import Policy, headers_read
 from hhh_router.types import Caller
@@ -116,7 +117,8 @@ class ClientRequest:
         """What policies may ask of whoever sent this; of headers only those that this one reads."""
         wanted = {name.encode() for name in headers_read(policy)}
         headers = {n.decode("latin-1"): v.decode("latin-1") for n, v in self.incoming.headers if n in wanted}
-        return replace(as_caller(self.key, self.scope["path"]), model=self.asked.model, headers=headers)
+        caller = as_caller(self.key, self.scope["path"], self.incoming.headers)
+        return conversing(replace(caller, headers=headers), self.asked)
 
     def start_intent(self, policy: str | None) -> None:
         """Begin to store what is about to be done."""
