@@ -35,7 +35,7 @@ class ClientRequest:
         self.scope = scope
         self.request_id = app.pipeline.parts.new_id()
         self.incoming = Incoming(scope, receive)
-        self.entry = Entry(app.audit, self.request_id, app.config.audit_failure)
+        self.entry = Entry(app.audit, self.request_id, app.config.audit_failure, app.keep)
         self.out = Out(send, self.entry.stored)
         self.asking = Asking()
         self.wire: Wire | None = None

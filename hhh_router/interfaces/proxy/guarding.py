@@ -93,6 +93,7 @@ class Guarding:
             guard_timeout_s=self._app.config.guard_timeout_s,
             max_bytes=settings.max_body_bytes,
         )
+        client.entry.hear(client.asked.messages, lambda: exchange.reply.text)
         longest = max(u.timeouts.first_byte_s + u.timeouts.idle_s for u in self._app.config.upstreams())
         parts = replace(
             parts,
