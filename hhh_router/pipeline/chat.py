@@ -73,6 +73,7 @@ class _Run:
         self._situation = asked_situation(request.messages, request.caller, parts.now())
         self._beside = open_beside(parts, request, stream=stream)
         self._record = Record(parts, request, policy, self._beside)
+        self._record.asked(self._situation, stream=stream)
         self._release = Release()
         self._scanner = self._new_scanner()
         self._logprobs: list[float] = []
@@ -156,9 +157,11 @@ class _Run:
             return True
         if not asks(self._policy, "tool_call"):
             for call in piece.tool_calls:
+                self._record.called(call.name)
                 self._beside.called(call, self._situation, None)
             return True
         for call in piece.tool_calls:
+            self._record.called(call.name)
             decision = judge_call(call, plan=plan, policy=self._policy, situation=self._situation)
             self._beside.called(call, self._situation, self._decide(decision))
             if self._verdict is not None:
@@ -230,9 +233,16 @@ class _Run:
                     logprobs=self._logprobs,
                     situation=situation,
                 )
-                self._record.read_again(evidence, confidence)
+                self._record.read_again(
+                    evidence,
+                    confidence,
+                    reply_tokens=event.completion_tokens,
+                    is_final=event.is_final,
+                    logprobs=self._logprobs,
+                )
             except JUDGING_FAILURES as error:
                 _log.warning("%s: output not judged: %s", self._request.request_id, error)
+                self._record.unread(event.completion_tokens)
                 decision = failed_decision(self._policy, "output", error)
         decision = self._decide(decision)
         self._beside.answered(event.scores, situation, decision, logprobs=self._logprobs, is_final=event.is_final)
@@ -271,7 +281,9 @@ class _Run:
     def _fail(self, error: Exception, *, prompt_tokens: int = 0) -> Decision:
         checkpoint = "input" if self._record.plan is None else "output"
         decision = failed_decision(self._policy, checkpoint, error)
-        if self._record.plan is None:
+        if self._record.plan is not None:
+            self._record.unread(self._release.tokens)
+        else:
             plan = unread_plan(self._policy, decision)
             self._record.planned(plan, layers_run=0, read_ms=None, prompt_tokens=prompt_tokens)
         decision = self._decide(decision)
@@ -348,7 +360,7 @@ class _Run:
         elif self._verdict is not None:
             self._beside.ended("no reply was made")
         if self._finished is not None and self._finished.reason == "tool_calls" and not self._told_calls:
-            self._beside.unseen_calls()
+            self._record.unseen_calls()
 
     async def _ending(self) -> AsyncGenerator[ChatEvent, None]:
         self._end_beside()

@@ -9,7 +9,7 @@ from typing import Any
 
 from hhh_router.calibration import Calibrators
 from hhh_router.errors import ReaderError
-from hhh_router.pipeline.situation import parsed_arguments
+from hhh_router.pipeline.situation import called_situation
 from hhh_router.policy import Bounds, Facts, Policy, asks, attempts, bounds, decide, thresholds
 from hhh_router.policy.schema import SEVERITY
 from hhh_router.protocols import Planner
@@ -24,7 +24,6 @@ from hhh_router.types import (
     Scores,
     Situation,
     ToolCall,
-    ToolFacts,
     Weights,
 )
 
@@ -159,7 +158,7 @@ def judge_output(
         ).value
     except _FAULTS as error:
         raise _unusable(error) from error
-    return evidence, confidence, decide(policy, "output", _facts(evidence, plan.weights, confidence, situation))
+    return evidence, confidence, decide(policy, "output", facts_of(evidence, plan.weights, confidence, situation))
 
 
 def judge_call(call: ToolCall, *, plan: Plan, policy: Policy, situation: Situation) -> Decision:
@@ -171,13 +170,8 @@ def judge_call(call: ToolCall, *, plan: Plan, policy: Policy, situation: Situati
         policy: The same as the plan's.
         situation: What surrounds the prompt.
     """
-    about = replace(
-        situation,
-        text=call.arguments,
-        role="assistant",
-        tool=ToolFacts(name=call.name, arguments=parsed_arguments(call)),
-    )
-    return decide(policy, "tool_call", _facts(plan.evidence, plan.weights, plan.confidence, about))
+    about = called_situation(situation, call)
+    return decide(policy, "tool_call", facts_of(plan.evidence, plan.weights, plan.confidence, about))
 
 
 def explain(
@@ -245,7 +239,7 @@ def _work_out(
         weights=weights,
         policy_shift_nats=shift,
         confidence=confidence,
-        facts=_facts(evidence, weights, confidence, situation),
+        facts=facts_of(evidence, weights, confidence, situation),
     )
 
 
@@ -256,7 +250,8 @@ def _unusable(error: Exception) -> ReaderError:
     )
 
 
-def _facts(evidence: Evidence, weights: Weights, confidence: float, situation: Situation) -> Facts:
+def facts_of(evidence: Evidence, weights: Weights, confidence: float, situation: Situation) -> Facts:
+    """What the rules of a checkpoint may ask about."""
     return Facts(
         needs=evidence.needs,
         outcomes=evidence.outcomes,
