@@ -93,5 +93,5 @@ $(STAMP): pyproject.toml constraints.txt
 $(LITELLM)/.installed: pyproject.toml tests/litellm/constraints.txt
 	@test -x $(LITELLM)/bin/python || $(PYTHON) -m venv $(LITELLM)
 	$(LITELLM)/bin/python -m pip install --quiet --constraint tests/litellm/constraints.txt --editable '.[litellm,model,serve,train]' \
-		'litellm[proxy]' hypothesis jsonschema pytest pytest-asyncio pytest-timeout
+		'litellm[proxy]' anthropic hypothesis jsonschema pytest pytest-asyncio pytest-timeout
 	@touch $@

@@ -22,6 +22,7 @@ from hhh_router.model.engine import EngineGenerator
 from hhh_router.model.fetch import fetch_backbone
 from hhh_router.model.reads import Reads
 from hhh_router.model.rows import ChatJob
+from hhh_router.model.sessions import Sessions
 from hhh_router.model.worker import Worker, load_embedded
 from hhh_router.protocols import Delta, Event, Planner
 from hhh_router.settings import Settings
@@ -100,6 +101,7 @@ class Lab:
     dtype: str
     batcher: Batcher
     reads: Reads
+    sessions: Sessions
     on_step: Callable[[], None] = lambda: None
     """Told after each turn of each side."""
     _errors: list[Exception] = field(default_factory=list)
@@ -128,6 +130,7 @@ class Lab:
             dtype=compute_dtype(bundle.manifest.backbone, device, settings.dtype),
             batcher=worker._batcher,
             reads=worker._reads,
+            sessions=worker._sessions,
         )
 
     @property
@@ -252,7 +255,7 @@ class Lab:
 
     def chats_rate(self, prompts: Sequence[Sequence[Message]], weights: Sequence[Weights], tokens: int) -> float:
         """Tokens/s over all chats, asked at once through the worker's thread, from the first put to the last event."""
-        worker = Worker(self.reads, self.batcher)
+        worker = Worker(self.reads, self.sessions, self.batcher)
         generator = EngineGenerator(worker)
 
         async def chat(prompt: Sequence[Message], own: Weights) -> int:

@@ -11,7 +11,11 @@ import typer
 def proxy(
     upstream: Annotated[
         str | None,
-        typer.Option("--upstream", metavar="URL", help="Base URL of the server that answers, such as https://host/v1."),
+        typer.Option(
+            "--upstream",
+            metavar="URL",
+            help="Base URL of the server that answers, such as https://host/v1; or litellm:PROVIDER/MODEL, translated.",
+        ),
     ] = None,
     config: Annotated[
         Path | None,

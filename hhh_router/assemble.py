@@ -24,6 +24,7 @@ from hhh_router.trace.feedback_store import FeedbackStore
 
 if TYPE_CHECKING:
     from hhh_router.model.engine import EmbeddedModel
+    from hhh_router.upstream.litellm import LiteLLM
     from hhh_router.upstream.raw import RawClient
 
 _log = logging.getLogger(__name__)
@@ -93,6 +94,32 @@ def open_raw_client() -> RawClient:
     except ImportError as error:
         raise MissingExtra("serve", needed_for="an upstream") from error
     return RawClient()
+
+
+def open_litellm(
+    model: str, *, place: str, api_key: str | None = None, api_base: str | None = None, drop_params: bool = False
+) -> LiteLLM:
+    """A model of any provider that LiteLLM knows. Importing LiteLLM takes seconds.
+
+    Args:
+        model: As LiteLLM names it.
+        place: Where it is named, for messages.
+        api_key: See `LiteLLM`.
+        api_base: Likewise.
+        drop_params: Likewise.
+
+    Raises:
+        MissingExtra: LiteLLM is not installed.
+        SettingsError: It knows no such provider.
+    """
+    try:
+        from hhh_router.upstream.litellm import LiteLLM
+
+        return LiteLLM(model, api_key=api_key, api_base=api_base, drop_params=drop_params)
+    except ImportError as error:
+        raise MissingExtra("litellm", needed_for=place) from error
+    except SettingsError as error:
+        raise SettingsError(f"{place}: {error.message}", hint=error.hint) from error
 
 
 def _receipts(settings: Settings) -> tuple[Sink, ...]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from hhh_router.errors import ReaderError
-from hhh_router.types import ChatRequest, Plan, ReadRequest, Scores, ToolCall, Weights
+from hhh_router.types import ChatRequest, Message, Plan, ReadRequest, Scores, Tool, ToolCall, Weights
 
 FinishReason = Literal["stop", "length", "tool_calls", "content_filter"]
 
@@ -30,6 +30,34 @@ class Reader(Protocol):
             ContextTooLong: A text does not fit the model's window.
             ReaderError: The reading failed; nothing may be concluded from it.
         """
+        ...
+
+
+class ReadingSession(Protocol):
+    """One conversation that is read again and again while its answer grows."""
+
+    async def read(self, response: str | None) -> Scores:
+        """Score the prompt alone (None), or with the answer so far; one call after another.
+
+        What comes out is what `Reader.read` gives of the same texts, but for rounding; what was read before need not be
+        read again.
+
+        Raises:
+            ContextTooLong, ReaderError: As `Reader.read`.
+        """
+        ...
+
+    def close(self) -> None:
+        """Drop what is kept. Any number of times, and it does not wait."""
+        ...
+
+
+@runtime_checkable
+class SessionReader(Reader, Protocol):
+    """A reader that need not read the beginning of a text again when more of it comes."""
+
+    def open(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> ReadingSession:
+        """Begin to read a conversation; nothing is read yet. It has to be closed."""
         ...
 
 

@@ -84,6 +84,8 @@ class Settings(BaseSettings):
     """Room for keys and values of all replies together: rows times the longest prompt + reply among them, in tokens."""
     prefix_tokens: int = Field(default=4096, ge=0)
     """Tokens of earlier chats whose keys and values are kept for prompts that begin alike; 0 keeps none."""
+    session_tokens: int = Field(default=32_768, ge=0)
+    """Tokens of others' answers, with their prompts, whose lower keys and values are kept while they are read."""
     max_waiting: int = Field(default=256, ge=1)
     """Chats that may wait for a row; one more is turned away."""
     max_waiting_tokens: int = Field(default=131_072, ge=256)

@@ -90,12 +90,20 @@ class Encoder:
         prompt_tokens = len(ids)
         if request.response is not None:
             ids += self.response_ids(request.response)
-        if len(ids) > self.context_tokens:
+        self.check_length(len(ids))
+        return Encoded(ids=tuple(ids), prompt_tokens=prompt_tokens, focus=focus, has_prompt=bool(request.messages))
+
+    def check_length(self, tokens: int) -> None:
+        """Whether a text can be read.
+
+        Raises:
+            ContextTooLong: More tokens than the model's window.
+        """
+        if tokens > self.context_tokens:
             raise ContextTooLong(
-                f"the text is {len(ids)} tokens, the model's window is {self.context_tokens}",
+                f"the text is {tokens} tokens, the model's window is {self.context_tokens}",
                 hint="shorten the conversation or the document",
             )
-        return Encoded(ids=tuple(ids), prompt_tokens=prompt_tokens, focus=focus, has_prompt=bool(request.messages))
 
     def prompt(self, request: ChatRequest) -> Encoded:
         """Tokens of what a reply is to follow.
@@ -124,6 +132,11 @@ class Encoder:
     def response_ids(self, text: str) -> list[int]:
         """Tokens of a reply, without an end marker; an empty reply is one end-of-text token, so that it can be read."""
         return self._plain_ids(text) or [self.end_id]
+
+    def plain(self, text: str) -> tuple[list[int], list[int]]:
+        """Tokens of text in which nothing is a special token, and where each of them ends, in characters."""
+        found = self.tokenizer(text, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
+        return list(found["input_ids"]), [end for _, end in found["offset_mapping"]]
 
     @property
     def end_id(self) -> int:

@@ -6,14 +6,16 @@ No torch here: an engine may run on a thread of this process or in a process of 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
+from uuid import uuid4
 
-from hhh_router.errors import GeneratorError, HHHRouterError
+from hhh_router.errors import ContextTooLong, GeneratorError, HHHRouterError, ReaderError
 from hhh_router.protocols import Event, Load, Planner, Steerer
-from hhh_router.types import ChatRequest, ReadRequest, Scores
+from hhh_router.types import ChatRequest, Message, ReadRequest, Scores, Tool
 
 _log = logging.getLogger(__name__)
 _UNREAD_EVENTS = 4096  # a caller that far behind is not reading; its reply would pile up in memory
@@ -31,6 +33,28 @@ class Ticket(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReadStep:
+    """What an engine is told of an answer that it reads while it grows: what is new, and nothing twice."""
+
+    session: str
+    """Names the reading, until it is closed."""
+    opens: ReadRequest | None
+    """The prompt, in the first step; None for a session that is open."""
+    kept: int
+    """Characters of the answer told before that still hold, from its first on."""
+    added: str | None
+    """What follows them; None where the prompt alone is to be read."""
+    digest: str
+    """Names the whole text, as `hhh_router.model.quarantine` knows suspects."""
+
+
+class SessionLost(ReaderError):
+    """The engine does not know the session: it made room for others, or was started again. To be told anew."""
+
+    code = "session_lost"
+
+
 class Engine(Protocol):
     """Reads texts and answers chats, many at once. Its methods may be called from any thread.
 
@@ -45,6 +69,18 @@ class Engine(Protocol):
 
     def read(self, requests: Sequence[ReadRequest], end: EndRead) -> Ticket:
         """Score texts; ``end`` takes all scores in order, or what went wrong, on a thread of the engine."""
+        ...
+
+    def read_on(self, step: ReadStep, end: EndRead) -> Ticket:
+        """Score a text of which most was read before; ``end`` takes one reading, or what went wrong.
+
+        Steps of one session come one after another. One that went wrong or was cancelled leaves a session that can only
+        be closed.
+        """
+        ...
+
+    def close_session(self, session: str) -> None:
+        """Drop what is kept of a reading; does nothing where nothing is."""
         ...
 
     def chat(
@@ -84,22 +120,65 @@ class EngineReader:
             ReaderError: The reading failed.
             Unavailable: The engine is starting again, or shutting down.
         """
-        loop = asyncio.get_running_loop()
-        done: asyncio.Future[list[Scores]] = loop.create_future()
+        return await _read(lambda end: self._engine.read(requests, end))
 
-        def settle(found: list[Scores] | Exception) -> None:
-            if done.done():
-                return
-            if isinstance(found, Exception):
-                done.set_exception(found)
-            else:
-                done.set_result(found)
+    def open(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> EngineSession:
+        """See `hhh_router.protocols.SessionReader.open`."""
+        return EngineSession(self._engine, ReadRequest(messages=tuple(messages), tools=tuple(tools)))
 
-        ticket = self._engine.read(requests, lambda found: _call(loop, settle, found))
+
+class EngineSession:
+    """`ReadingSession` on an engine, which keeps what it has read of this conversation and is told only what is new."""
+
+    def __init__(self, engine: Engine, prompt: ReadRequest) -> None:
+        self._engine = engine
+        self._prompt = prompt
+        self._hash = hashlib.sha256(repr(prompt).encode("utf-8", "replace"))
+        self._name: str | None = None
+        self._told = ""  # of the answer
+        self._too_long: tuple[str, ContextTooLong] | None = None
+
+    async def read(self, response: str | None) -> Scores:
+        """Score the prompt alone, or with the answer so far.
+
+        Raises:
+            ContextTooLong, InvalidRequest, Overloaded, ReaderError, Unavailable: As `EngineReader.read`.
+        """
+        if self._too_long is not None and (response or "").startswith(self._too_long[0]):
+            raise self._too_long[1]  # nor is it read again to find that out
         try:
-            return await done
-        finally:
-            ticket.cancel()
+            return await self._step(response)
+        except SessionLost:
+            return await self._step(response)
+        except ContextTooLong as error:
+            self._too_long = (response or "", error)
+            raise
+
+    def close(self) -> None:
+        """Let the engine drop what it keeps; what is read afterwards is read whole."""
+        name, self._name, self._told = self._name, None, ""
+        if name is not None:
+            self._engine.close_session(name)
+
+    async def _step(self, response: str | None) -> Scores:
+        opens = None
+        if self._name is None:
+            self._name, opens = uuid4().hex, self._prompt
+        text = self._told if response is None else response
+        kept = len(self._told) if text.startswith(self._told) else _same(self._told, text)
+        digest = self._hash.copy()
+        digest.update(repr(response).encode("utf-8", "replace"))
+        step = ReadStep(
+            session=self._name, opens=opens, kept=kept, added=None if response is None else text[kept:],
+            digest=digest.hexdigest(),
+        )  # fmt: skip
+        try:
+            [scores] = await _read(lambda end: self._engine.read_on(step, end))
+        except BaseException:  # also where nobody waits any more: what the engine has of it by now is not known
+            self.close()
+            raise
+        self._told = text
+        return scores
 
 
 class EngineGenerator:
@@ -182,6 +261,31 @@ def known(error: Exception, kind: type[HHHRouterError]) -> HHHRouterError:
     wrapped = kind(f"the model failed: {type(error).__name__}: {error}")
     wrapped.__cause__ = error
     return wrapped
+
+
+def _same(old: str, new: str) -> int:
+    """Characters that two texts begin with alike."""
+    return next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+
+
+async def _read(start: Callable[[EndRead], Ticket]) -> list[Scores]:
+    """Start a reading and wait for it; it is cancelled where nobody waits any more."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[list[Scores]] = loop.create_future()
+
+    def settle(found: list[Scores] | Exception) -> None:
+        if done.done():
+            return
+        if isinstance(found, Exception):
+            done.set_exception(found)
+        else:
+            done.set_result(found)
+
+    ticket = start(lambda found: _call(loop, settle, found))
+    try:
+        return await done
+    finally:
+        ticket.cancel()
 
 
 _END = object()

@@ -1,8 +1,8 @@
 """The engine's own process: ``python -m hhh_router.model.process FD``, started by `hhh_router.model.supervisor`.
 
 Messages are tuples whose first part is their name, pickled over a socket pair that only parent and child hold. In:
-``chat``, ``read``, ``answer``, ``cancel``, ``close``. Out: ``ready`` or ``failed`` once, then ``event``, ``end``,
-``scores``, ``plan?``, ``steer?`` and ``beat``.
+``chat``, ``read``, ``read_on``, ``close_session``, ``answer``, ``cancel``, ``close``. Out: ``ready`` or ``failed``
+once, then ``event``, ``end``, ``scores``, ``plan?``, ``steer?`` and ``beat``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hhh_router.errors import GeneratorError, HHHRouterError, ReaderError
-from hhh_router.model.engine import Ticket
+from hhh_router.model.engine import EndRead, ReadStep, Ticket
 from hhh_router.protocols import Event
 from hhh_router.types import ChatRequest, Plan, ReadRequest, Scores, Weights
 
@@ -91,12 +91,21 @@ class _Served:
         )
 
     def _read(self, number: int, requests: Sequence[ReadRequest]) -> None:
+        self._scored(number, lambda end: self._worker.read(requests, end))
+
+    def _read_on(self, number: int, step: ReadStep) -> None:
+        self._scored(number, lambda end: self._worker.read_on(step, end))
+
+    def _close_session(self, session: str) -> None:
+        self._worker.close_session(session)
+
+    def _scored(self, number: int, start: Callable[[EndRead], Ticket]) -> None:
         def end(found: list[Scores] | Exception) -> None:
             self._over(number)
             self._send("scores", number, _sendable(found, ReaderError) if isinstance(found, Exception) else found)
 
         self._tickets[number] = None
-        self._taken(number, self._worker.read(requests, end))
+        self._taken(number, start(end))
 
     def _taken(self, number: int, ticket: Ticket) -> None:
         """Remember work, unless it came to its end while it was handed over."""

@@ -84,6 +84,11 @@ class HeadReader:
         for layer in self.read_layers:
             yield self.stack.run(state, layer)
 
+    def opening(self, text: Encoded) -> Cache | None:
+        """Lower keys and values of the tokens that open a text, where they are kept for all that begin alike."""
+        shared = _shared([text]) if self.stack.attends_to_all else ()
+        return self._prefix(shared, 1) if shared else None
+
     def prompt(self, layers: Sequence[Tensor], text: Encoded, offset: int = 0) -> Pooled:
         """The prompt's side of one text whose pass, of batch size 1, has reached l_r without its first tokens."""
         return self.heads.pool(_slices(layers, [text.prompt_span], offset), "prompt")

@@ -50,6 +50,27 @@ class _Waiting:
     text: Encoded = field(compare=False)
 
 
+class Remembered:
+    """The latest readings. Used by one thread, the model's own."""
+
+    def __init__(self, most: int = _REMEMBERED) -> None:
+        self._most = most
+        self._known: OrderedDict[bytes, Scores] = OrderedDict()
+
+    def get(self, text: Encoded) -> Scores | None:
+        """How a text was read before."""
+        name = _name(text)
+        if name in self._known:
+            self._known.move_to_end(name)
+        return self._known.get(name)
+
+    def put(self, text: Encoded, scores: Scores) -> None:
+        """Remember a reading."""
+        self._known[_name(text)] = scores
+        while len(self._known) > self._most:
+            self._known.popitem(last=False)
+
+
 class Reads:
     """Scores texts in batches of like length, whoever they came from. Used by one thread, the model's own."""
 
@@ -69,7 +90,7 @@ class Reads:
         self._arriving: deque[tuple[ReadJob, int]] = deque()  # not yet encoded
         self._by_length: list[_Waiting] = []
         self._by_age: deque[_Waiting] = deque()
-        self._known: OrderedDict[bytes, Scores] = OrderedDict()
+        self.remembered = Remembered()
         self._arrived = 0
 
     @property
@@ -108,9 +129,7 @@ class Reads:
             if isinstance(scores, Exception):
                 self._fail(entry.job, scores)
                 continue
-            self._known[_name(entry.text)] = scores
-            while len(self._known) > _REMEMBERED:
-                self._known.popitem(last=False)
+            self.remembered.put(entry.text, scores)
             self._settle(entry.job, entry.index, scores)
 
     def _encode(self) -> None:
@@ -127,7 +146,7 @@ class Reads:
             except Exception as error:  # a seam: it must reach its caller, not kill the thread
                 self._fail(job, error)
                 continue
-            if (scores := self._remembered(text)) is not None:
+            if (scores := self.remembered.get(text)) is not None:
                 self._settle(job, index, scores)
                 continue
             self._arrived += 1
@@ -192,12 +211,6 @@ class Reads:
             if len(job.requests) == 1:
                 raise
             raise type(error)(f"text {index} of {len(job.requests)}: {error.message}", hint=error.hint) from error
-
-    def _remembered(self, text: Encoded) -> Scores | None:
-        name = _name(text)
-        if name in self._known:
-            self._known.move_to_end(name)
-        return self._known.get(name)
 
     @staticmethod
     def _finish(job: ReadJob) -> None:

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from hhh_router.errors import BundleError
+from hhh_router.model.extension import Extension
 from hhh_router.model.slots import Opening, Slots, Step
 
 SUPPORTED_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")
@@ -35,7 +36,7 @@ class Pass:
     """Layer type → attention mask as the family's layers want it."""
     rotary: dict[str, tuple[Tensor, Tensor]]
     """Layer type → cosines and sines."""
-    cache: Cache | Opening | Step | None
+    cache: Cache | Opening | Step | Extension | None
     next_layer: int = 0
 
 
@@ -171,6 +172,24 @@ class DecoderStack:
         embeds = self.text.embed_tokens(torch.tensor(tokens, device=self.device)[:, None])
         cache = slots.step(rows)
         position_ids = torch.tensor(cache.lengths, device=self.device)[:, None]
+        kinds = set(self._layer_types)
+        return Pass(
+            hidden=embeds,
+            position_ids=position_ids,
+            masks={kind: self._mask(cache.visible(self._windows[kind], self.device), embeds.dtype) for kind in kinds},
+            rotary={kind: self._rotary(embeds, position_ids, kind) for kind in kinds},
+            cache=cache,
+        )
+
+    def extend(self, rows: Sequence[Sequence[int]], cache: Extension) -> Pass:
+        """Embed further tokens of several texts, and prepare masks; no layer has run yet."""
+        ids, _ = self.padded(rows)
+        if not any(cache.past) and len(set(cache.lengths)) == 1:  # attention needs no mask then, and is faster
+            state = self.begin(ids)
+            state.cache = cache
+            return state
+        embeds = self.text.embed_tokens(ids)
+        position_ids = cache.positions(self.device)
         kinds = set(self._layer_types)
         return Pass(
             hidden=embeds,

@@ -24,7 +24,7 @@ from typing import Any
 
 from hhh_router.bundle import Bundle
 from hhh_router.errors import GeneratorError, HHHRouterError, MissingExtra, Unavailable
-from hhh_router.model.engine import EmbeddedModel, EndChat, EndRead, TellEvent, Ticket
+from hhh_router.model.engine import EmbeddedModel, EndChat, EndRead, ReadStep, TellEvent, Ticket
 from hhh_router.model.quarantine import Quarantine, chat_digest, read_digest
 from hhh_router.protocols import Load, Planner, Steerer
 from hhh_router.settings import Settings
@@ -113,6 +113,17 @@ class Supervisor:
         """See `hhh_router.model.engine.Engine.read`."""
         number = next(self._numbers)
         return self._put(_Work(number, read_digest(requests), ("read", number, requests), end))
+
+    def read_on(self, step: ReadStep, end: EndRead) -> Ticket:
+        """See `hhh_router.model.engine.Engine.read_on`; a process that was started again knows no session."""
+        number = next(self._numbers)
+        return self._put(_Work(number, step.digest, ("read_on", number, step), end))
+
+    def close_session(self, session: str) -> None:
+        """See `hhh_router.model.engine.Engine.close_session`."""
+        with self._lock:
+            if self._child is not None:
+                self._child.send("close_session", session)
 
     def chat(
         self,

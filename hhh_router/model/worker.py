@@ -1,7 +1,7 @@
 """The only thread that touches the model: an `Engine` in this process.
 
-The thread takes turns: one batch of texts that are only to be read, then one decode step of all replies under way, so
-that a guard call waits for a step, not for a chat.
+The thread takes turns: some tokens of answers that are read while they grow, one batch of texts that are only to be
+read, then one decode step of all replies under way, so that a guard call waits for a step, not for a chat.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 
@@ -22,7 +21,7 @@ from hhh_router.errors import BundleError, GeneratorError, Overloaded, ReaderErr
 from hhh_router.model.base import compute_dtype, load_backbone
 from hhh_router.model.batcher import Batcher
 from hhh_router.model.encode import Encoder
-from hhh_router.model.engine import EmbeddedModel, EndChat, EndRead, TellEvent, Ticket
+from hhh_router.model.engine import EmbeddedModel, EndChat, EndRead, ReadStep, TellEvent, Ticket
 from hhh_router.model.experts import load_experts
 from hhh_router.model.fetch import fetch_backbone
 from hhh_router.model.heads import Heads
@@ -34,6 +33,7 @@ from hhh_router.model.reader import HeadReader
 from hhh_router.model.reads import ReadJob, Reads
 from hhh_router.model.rows import ChatJob
 from hhh_router.model.serving import install_serving
+from hhh_router.model.sessions import CloseSession, Sessions, StepJob
 from hhh_router.model.skipping import require_skipping
 from hhh_router.protocols import Load, Planner, Steerer
 from hhh_router.settings import Settings
@@ -42,23 +42,26 @@ from hhh_router.types import ChatRequest, ReadRequest
 _log = logging.getLogger(__name__)
 _POLL_S = 0.02  # between looks whether a draining engine is idle
 _ARRIVING = 4096  # pieces of work that may come in while a turn runs
+_Job = ReadJob | StepJob | ChatJob
 _END_S = 30  # for a turn to end when the thread is to stop
 
 
 class Worker:
     """Runs reads and replies on one thread, a turn each. See `hhh_router.model.engine.Engine`."""
 
-    def __init__(self, reads: Reads, batcher: Batcher, *, name: str = "hhh-router-model") -> None:
+    def __init__(self, reads: Reads, sessions: Sessions, batcher: Batcher, *, name: str = "hhh-router-model") -> None:
         """Start the thread.
 
         Args:
             reads: Texts to be scored.
+            sessions: Answers of others that are read while they grow.
             batcher: Replies under way.
             name: Of the thread.
         """
         self._reads = reads
+        self._sessions = sessions
         self._batcher = batcher
-        self._inbox: queue.SimpleQueue[ReadJob | ChatJob | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Job | CloseSession | None] = queue.SimpleQueue()
         self._open = threading.Lock()
         self._refusal: str | None = None  # what new work is told, once none is taken
         self._put_in = self._taken_out = 0  # of the inbox
@@ -71,13 +74,26 @@ class Worker:
     def load(self) -> Load:
         """How busy it is; read from any thread, so a moment old."""
         state = "draining" if self._refusal else "ready"
-        return replace(self._batcher.load, waiting_texts=self._reads.waiting, state=state)
+        waiting = self._reads.waiting + self._sessions.waiting
+        return replace(self._batcher.load, waiting_texts=waiting, state=state)
 
     def read(self, requests: Sequence[ReadRequest], end: EndRead) -> Ticket:
         """See `hhh_router.model.engine.Engine.read`."""
         job = ReadJob(requests=requests, end=end)
         self._put(job)
         return job
+
+    def read_on(self, step: ReadStep, end: EndRead) -> Ticket:
+        """See `hhh_router.model.engine.Engine.read_on`."""
+        job = StepJob(step=step, end=end)
+        self._put(job)
+        return job
+
+    def close_session(self, session: str) -> None:
+        """See `hhh_router.model.engine.Engine.close_session`."""
+        with self._open:
+            self._put_in += 1
+            self._inbox.put(CloseSession(session))  # never turned away: it makes room
 
     def chat(
         self,
@@ -116,7 +132,7 @@ class Worker:
         began = self._began
         return time.monotonic() - began if began else 0.0
 
-    def _put(self, job: ReadJob | ChatJob) -> None:
+    def _put(self, job: _Job) -> None:
         with self._open:
             if self._refusal is None and self._inbox.qsize() < _ARRIVING:
                 self._put_in += 1
@@ -131,7 +147,7 @@ class Worker:
         while True:
             try:
                 while True:
-                    self._turning = self._reads.busy or self._batcher.busy
+                    self._turning = self._reads.busy or self._sessions.busy or self._batcher.busy
                     job = self._inbox.get(block=not self._turning)
                     self._turning = True
                     if job is None:
@@ -143,18 +159,27 @@ class Worker:
                 pass
             self._began = time.monotonic()
             try:
+                self._sessions.turn()
                 self._reads.turn()
                 self._batcher.turn()
             except Exception as error:  # a fault of ours, not of one request: end what is open and go on from nothing
                 _log.exception("the engine failed; everything under way is lost")
                 lost = f"the engine failed: {type(error).__name__}: {error}"
                 self._reads.close(ReaderError(lost))
+                self._sessions.close(ReaderError(lost))
                 self._batcher.close(GeneratorError(lost))
             self._began = 0.0
 
-    def _take(self, job: ReadJob | ChatJob) -> None:
-        part: Any = self._reads if isinstance(job, ReadJob) else self._batcher
-        part.put(job)
+    def _take(self, job: _Job | CloseSession) -> None:
+        match job:
+            case ReadJob():
+                self._reads.put(job)
+            case StepJob():
+                self._sessions.put(job)
+            case CloseSession():
+                self._sessions.close_session(job.session)
+            case ChatJob():
+                self._batcher.put(job)
 
     def _end(self) -> None:
         """End what is under way and what has arrived since."""
@@ -167,6 +192,7 @@ class Worker:
                 self._taken_out += 1
                 self._take(job)
         self._reads.close(closed)
+        self._sessions.close(closed)
         self._batcher.close(closed)
         self._turning = False
 
@@ -222,9 +248,18 @@ def load_embedded(bundle: Bundle, settings: Settings) -> EmbeddedModel:
         max_waiting_tokens=settings.max_waiting_tokens,
         free_bytes=partial(free_bytes, stack.device),
     )
-    reads = Reads(reader, encoder, settings.guard_batch_tokens, max_waiting=2 * settings.max_batch_items)
+    waiting = 2 * settings.max_batch_items
+    reads = Reads(reader, encoder, settings.guard_batch_tokens, max_waiting=waiting)
+    sessions = Sessions(
+        reader,
+        encoder,
+        reads.remembered,
+        batch_tokens=settings.guard_batch_tokens,
+        max_tokens=settings.session_tokens,
+        max_waiting=waiting,
+    )
     return EmbeddedModel(
-        engine=Worker(reads, batcher),
+        engine=Worker(reads, sessions, batcher),
         description={
             "layers": stack.depth,
             "first_adapted_layer": reader.first_adapted_layer,

@@ -42,7 +42,7 @@ from hhh_router.protocols import (
 from hhh_router.settings import Settings
 from hhh_router.trace import NullSink, Sink
 from hhh_router.trace.block import BundleRef
-from hhh_router.types import NEEDS, OUTCOMES, ChatRequest, Mode, ReadRequest, Scores, Weights
+from hhh_router.types import NEEDS, OUTCOMES, ChatRequest, Message, Mode, ReadRequest, Scores, Tool, Weights
 
 QUIET = -4.0
 """The logit of everything a test does not raise: a probability of about 0.02."""
@@ -94,12 +94,20 @@ class FakeReader:
         self._rules = rules or {}
         self.calls: list[list[ReadRequest]] = []
         """What was read, one list a call."""
+        self.sessions: list[FakeSession] = []
+        """What was opened, in order."""
 
     async def read(self, requests: Sequence[ReadRequest]) -> list[Scores]:
         """Scores of each text, in order."""
         self.calls.append(list(requests))
         await asyncio.sleep(0)
         return [self.score(request) for request in requests]
+
+    def open(self, messages: Sequence[Message], tools: Sequence[Tool] = ()) -> FakeSession:
+        """A session; what it reads is in ``calls`` too."""
+        session = FakeSession(self, messages, tools)
+        self.sessions.append(session)
+        return session
 
     def score(self, request: ReadRequest) -> Scores:
         """Scores of one text. The later of two rules that name the same head wins."""
@@ -111,6 +119,24 @@ class FakeReader:
         for part, raised in self._rules.items():
             logits |= {head: x for head, x in raised.items() if part in (prompt if head.startswith("needs.") else text)}
         return make_scores(logits, mode=request.mode, tokens=len(text.split()))
+
+
+class FakeSession:
+    """A session of a `FakeReader`, which reads everything every time."""
+
+    def __init__(self, reader: FakeReader, messages: Sequence[Message], tools: Sequence[Tool]) -> None:
+        self._reader = reader
+        self._prompt = ReadRequest(messages=tuple(messages), tools=tuple(tools))
+        self.closed = False
+
+    async def read(self, response: str | None) -> Scores:
+        """Scores of the prompt, or of prompt and answer."""
+        [scores] = await self._reader.read([replace(self._prompt, response=response)])
+        return scores
+
+    def close(self) -> None:
+        """Remember that it was closed."""
+        self.closed = True
 
 
 class FakeGenerator:

@@ -208,10 +208,10 @@ def canonical_request(request: ChatRequest | GuardRequest | ReadRequest) -> dict
     if isinstance(request, GuardRequest):
         return canonical_request(request.read)
     if isinstance(request, ReadRequest):
-        return {"messages": [_turn(m) for m in request.messages], "response": request.response}
+        return {"messages": [canonical_turn(m) for m in request.messages], "response": request.response}
     sampling = request.sampling
     return {
-        "messages": [_turn(m) for m in request.messages],
+        "messages": [canonical_turn(m) for m in request.messages],
         "response": None,
         "sampling": {
             "max_tokens": sampling.max_tokens,
@@ -264,7 +264,12 @@ def _set_only(sampling: Sampling) -> dict[str, Any]:
     return fields
 
 
-def _turn(message: Message) -> dict[str, Any]:
+def canonical_turn(message: Message) -> dict[str, Any]:
+    """A turn as plain JSON values.
+
+    >>> canonical_turn(Message(role="user", content="Hi"))
+    {'role': 'user', 'content': 'Hi'}
+    """
     turn: dict[str, Any] = {"role": message.role, "content": message.content}
     if message.tool_calls:
         turn["tool_calls"] = [asdict(call) for call in message.tool_calls]

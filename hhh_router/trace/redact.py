@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 _SECRET_NAMES = (
@@ -56,6 +57,42 @@ Patterns = Sequence[re.Pattern[str]]
 """Further secrets of a deployment."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Redactor:
+    """What one deployment replaces before anything is stored, logged or told."""
+
+    patterns: Patterns = ()
+    """Replaced too, as ``[redacted:own]``."""
+    emails: bool = False
+    """Replace e-mail addresses too."""
+
+    def text(self, text: str) -> str:
+        """A copy of the text with whatever looks like a secret replaced.
+
+        >>> Redactor(patterns=[re.compile("CASE-[0-9]+")]).text("CASE-12: use sk-aaaabbbbccccdddd")
+        '[redacted:own]: use [redacted:api-key]'
+        """
+        for kind, pattern in _PATTERNS:
+            keep = r"\g<1>" if pattern.groups else ""
+            text = pattern.sub(f"{keep}[redacted:{kind}]", text)
+        for pattern in self.patterns:
+            text = pattern.sub("[redacted:own]", text)
+        return _EMAIL.sub("[redacted:email]", text) if self.emails else text
+
+    def value(self, value: Any) -> Any:
+        """A copy of a JSON-like value: strings under a secret's name are replaced whole, all others as in `text`."""
+        if isinstance(value, str):
+            return self.text(value)
+        if isinstance(value, Mapping):
+            return {
+                self.text(str(k)): "[redacted:key]" if v and _is_secret(str(k)) else self.value(v)
+                for k, v in value.items()
+            }
+        if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
+            return [self.value(v) for v in value]
+        return value
+
+
 def redact(value: Any, *, emails: bool = False, patterns: Patterns = ()) -> Any:
     """A copy of a JSON-like value with every secret replaced by ``[redacted:kind]``.
 
@@ -65,18 +102,7 @@ def redact(value: Any, *, emails: bool = False, patterns: Patterns = ()) -> Any:
     >>> redact({"max_tokens": 5, "api_key": "abc", "text": "use sk-aaaabbbbccccdddd"})
     {'max_tokens': 5, 'api_key': '[redacted:key]', 'text': 'use [redacted:api-key]'}
     """
-    if isinstance(value, str):
-        return redact_text(value, emails=emails, patterns=patterns)
-    if isinstance(value, Mapping):
-        return {
-            redact_text(str(k), emails=emails, patterns=patterns): "[redacted:key]"
-            if v and _is_secret(str(k))
-            else redact(v, emails=emails, patterns=patterns)
-            for k, v in value.items()
-        }
-    if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
-        return [redact(v, emails=emails, patterns=patterns) for v in value]
-    return value
+    return Redactor(patterns=patterns, emails=emails).value(value)
 
 
 def redact_text(text: str, *, emails: bool = False, patterns: Patterns = ()) -> str:
@@ -90,12 +116,7 @@ def redact_text(text: str, *, emails: bool = False, patterns: Patterns = ()) -> 
     >>> redact_text("Authorization: Bearer abc.def-123, then AKIAABCDEFGHIJKLMNOP")
     'Authorization:[redacted:authorization], then [redacted:aws-key]'
     """
-    for kind, pattern in _PATTERNS:
-        keep = r"\g<1>" if pattern.groups else ""
-        text = pattern.sub(f"{keep}[redacted:{kind}]", text)
-    for pattern in patterns:
-        text = pattern.sub("[redacted:own]", text)
-    return _EMAIL.sub("[redacted:email]", text) if emails else text
+    return Redactor(patterns=patterns, emails=emails).text(text)
 
 
 def _is_secret(name: str) -> bool:

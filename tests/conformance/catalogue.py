@@ -106,7 +106,7 @@ CLIENTS = (
         slug="promptfoo",
         name="promptfoo",
         script="promptfoo.mjs",
-        packages=("promptfoo@0.121.20",),
+        packages=("promptfoo@0.123.1", "node@22.23.3"),
         servers=("bundle",),
     ),
     Client(

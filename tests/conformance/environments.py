@@ -33,7 +33,7 @@ def prepare(client: Client, folder: Path) -> Path:
     if not python and not shutil.which("npm"):
         raise Obstacle("there is no npm here")
     if stamp.exists() and json.loads(stamp.read_text("utf-8")) == list(client.packages):
-        return interpreter
+        return _brought(root) or interpreter
     root.mkdir(parents=True, exist_ok=True)
     if python:
         if not interpreter.exists():
@@ -43,7 +43,13 @@ def prepare(client: Client, folder: Path) -> Path:
         (root / "package.json").write_text('{"private": true}', "utf-8")
         _install(["npm", "install", "--no-audit", "--no-fund", "--loglevel=error", *client.packages], root)
     stamp.write_text(json.dumps(client.packages), "utf-8")
-    return interpreter
+    return _brought(root) or interpreter
+
+
+def _brought(root: Path) -> Path | None:
+    """The Node that came among a client's packages (npm's ``node``), for one that wants a newer one than is here."""
+    node = root / "node_modules" / ".bin" / "node"
+    return node if node.exists() else None
 
 
 def _install(command: list[str], folder: Path) -> None:

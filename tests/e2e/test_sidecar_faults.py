@@ -23,7 +23,7 @@ from hhh_router.interfaces.proxy.upstreams import Breaker, Timeouts, Upstream
 from hhh_router.trace.audit import SqliteAudit, read_rows, verify
 
 from .loopback import served_app
-from .sidecars import Said, Stub, ask, closed_port, route_to, sidecar, sse, tcp
+from .sidecars import Said, Stub, ask, closed_port, raise_file_limit, route_to, sidecar, sse, tcp
 from .test_sidecar_guarded import EVENTS, GOOD, Model, by_chat, user
 
 pytestmark = pytest.mark.e2e
@@ -313,9 +313,10 @@ def test_a_hundred_megabytes_pass_unread_paths_and_are_refused_where_they_cannot
 
 
 def test_a_thousand_idle_connections_keep_nobody_waiting(stub: tuple[Stub, str]) -> None:
+    raise_file_limit(4096)  # both ends of them are in this process
     with sidecar(route_to(stub[1], mode="observe")) as (url, _):
         host, port = url.removeprefix("http://").split(":")
-        idle = [socket.create_connection((host, int(port)), timeout=10) for _ in range(900)]
+        idle = [socket.create_connection((host, int(port)), timeout=10) for _ in range(1000)]
         status = ask(url, body=BODY)[0]
         for connection in idle:
             connection.close()
@@ -351,6 +352,42 @@ def test_the_intent_is_stored_before_the_first_byte_and_the_outcome_after(
     assert outcome["whole"] or mode == "observe"  # a client may hang up after the last event
     told = next(json.loads(r.record)["hhh"] for r in read_rows(path) if "hhh" in r.record)
     assert [d["checkpoint"] for d in told["decisions"]] == ["input", "output"]
+
+
+class Late:
+    """An audit whose rows are stored when a test says so."""
+
+    def __init__(self) -> None:
+        self.may_store = threading.Event()
+
+    async def write(self, kind: str, request_id: str, record: Any) -> None:
+        await asyncio.to_thread(self.may_store.wait, 20)
+
+    async def aclose(self) -> None:
+        self.may_store.set()
+
+
+@modes
+def test_the_upstream_works_while_the_intent_is_being_stored(stub: tuple[Stub, str], mode: str) -> None:
+    audit = Late()
+    with sidecar(route_to(stub[1], mode=mode), audit=audit) as (url, _):
+        host, port = url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port)), timeout=20) as raw:
+            data = json.dumps(BODY).encode()
+            head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: %d\r\n\r\n"
+            raw.sendall(head % len(data) + data)
+            end = time.monotonic() + 20
+            while not stub[0].sent and time.monotonic() < end:
+                time.sleep(0.01)
+            asked = len(stub[0].asked)
+            raw.settimeout(0.3)
+            with pytest.raises(TimeoutError):
+                raw.recv(1)
+            audit.may_store.set()
+            raw.settimeout(20)
+            first = raw.recv(12)
+
+    assert (asked, first) == (1, b"HTTP/1.1 200")
 
 
 @pytest.mark.parametrize(("failure", "status"), [("closed", 503), ("open", 200)])

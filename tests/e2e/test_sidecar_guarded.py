@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -324,6 +326,40 @@ def test_without_the_block_in_the_body_every_byte_is_the_upstreams(
         assert through == direct
         assert any(n.startswith("x-hhh-") for n, _ in headers) is (block == "headers")
     assert stub[0].asked[-1].body == stub[0].asked[0].body
+
+
+@streams
+@pytest.mark.parametrize("prompt", ["Capital?", "trouble", "a bomb"])
+def test_one_session_reads_prompt_and_answer_and_is_closed_however_it_ends(
+    watchful: Policies, stub: tuple[Stub, str], prompt: str, stream: bool
+) -> None:
+    reader = FakeReader(RULES)
+    with guarded(watchful, stub[1], reader=reader) as url:
+        by_chat(url, prompt, stream=stream)
+
+    assert [s.closed for s in reader.sessions] == [True]
+    assert [call[0].mode for call in reader.calls][:1] == ["prompt"]
+    assert {call[0].mode for call in reader.calls[1:]} == (set() if prompt == "a bomb" else {"both"})
+
+
+def test_a_client_that_leaves_closes_its_session(watchful: Policies) -> None:
+    reader = FakeReader(RULES)
+    waits = threading.Event()
+    said = Said(headers=EVENTS, pieces=sse(*chat(GOOD * 9, tool=False)[1]), hold=waits)
+    with served_app(Stub(said)) as up, guarded(watchful, up.removesuffix("/v1"), reader=reader) as url:
+        with openai.OpenAI(base_url=f"{url}/v1", api_key="sk-app", max_retries=0) as client:
+            asked = [{"role": "user", "content": "Capital?"}]
+            stream = client.chat.completions.create(model="big", messages=asked, stream=True)
+            next(iter(stream))
+            opened = [s.closed for s in reader.sessions]
+            stream.close()
+        until = time.monotonic() + 10
+        while not reader.sessions[0].closed and time.monotonic() < until:
+            time.sleep(0.02)
+        closed = [s.closed for s in reader.sessions]
+        waits.set()
+
+    assert (opened, closed) == ([False], [True])
 
 
 class Blind:

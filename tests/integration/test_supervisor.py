@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -102,6 +103,45 @@ async def test_it_answers_and_reads_as_the_engine_in_this_process_does(
     assert text_of(found) == text_of(expected)
     assert await model.reader.read(texts) == expected_scores
     assert model.description == here.description
+
+
+async def test_an_answer_is_read_on_there_and_only_what_is_new_is_sent(
+    model: EmbeddedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    messages = ask("tell me something").messages
+    sent: list[int] = []
+    send = Connection.send
+    monkeypatch.setattr(
+        Connection, "send", lambda self, given: (sent.append(len(pickle.dumps(given))), send(self, given))[1]
+    )
+    session = model.reader.open(messages)
+    answer = "a reply that is much longer than what is new of it, " * 40
+
+    found = [await session.read(None)] + [await session.read(answer[:n]) for n in (1000, 1020, 1900)]
+    session.close()
+
+    whole = [ReadRequest(messages=messages)]
+    whole += [ReadRequest(messages=messages, response=answer[:n]) for n in (1000, 1020, 1900)]
+    for scores, expected in zip(found, await model.reader.read(whole), strict=True):
+        assert scores.tokens == expected.tokens
+        assert scores.outcomes == pytest.approx(expected.outcomes, abs=1e-4)
+    assert sent[2] < 500 < sent[1]  # bytes, of 20 characters and of 1000
+
+
+async def test_a_session_goes_on_whole_after_its_process_died(own_model: EmbeddedModel) -> None:
+    messages = ask("tell me something").messages
+    session = own_model.reader.open(messages)
+    await session.read("a reply")
+
+    os.kill(pid_of(own_model), signal.SIGKILL)
+    await until(lambda: own_model.engine.load.state == "starting")
+    with pytest.raises(Unavailable):
+        await session.read("a reply and")
+    await until(lambda: own_model.engine.load.state == "ready")
+    found = await session.read("a reply and more")
+
+    (expected,) = await own_model.reader.read([ReadRequest(messages=messages, response="a reply and more")])
+    assert found.outcomes == pytest.approx(expected.outcomes, abs=1e-4)
 
 
 async def test_the_planner_runs_in_this_process(model: EmbeddedModel) -> None:

@@ -1,11 +1,12 @@
 """proxy.yaml: every mistake with its line, and what a right one means."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from hhh_router.errors import SettingsError
+from hhh_router.errors import MissingExtra, SettingsError
 from hhh_router.interfaces.proxy.config import make_config, parse_proxy_file, read_proxy_file, simple_config
 from hhh_router.settings import Settings
 
@@ -66,6 +67,11 @@ def test_the_command_lines_mode_holds_for_every_route() -> None:
         ("routes:", "routes: &x", "6  file: anchor"),
         ("weight: 9}, {upstream: backup}", "weight: 0}", "9  routes[0].to: no target has a weight"),
         ("mode: observe", "mode: observe\nmode: enforce", "3  file: 'mode' is here twice"),
+        ('url: "http://backup:9000", ', "", "5  upstreams.backup: one of url and litellm is meant"),
+        ("breaker: {after", "litellm: gemini/x, breaker: {after", "5  upstreams.backup: url and litellm exclude"),
+        ('url: "http://backup:9000"', "litellm: gpt-4o", "5  upstreams.backup.litellm: found 'gpt-4o'; provider/model"),
+        ('url: "http://backup:9000"', "litellm: a/b, model: c", "5  upstreams.backup.model: does not go with litellm"),
+        ("retries: 2", "drop_params: true", "4  upstreams.main.drop_params: does not go with url"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_told_with_its_line(old: str, new: str, told: str) -> None:
@@ -110,3 +116,22 @@ def test_the_example_of_the_page_is_right() -> None:
 
     assert [r.name for r in config.routes] == ["messages", "cheap", "rest"]
     assert config.routes[2].answer_here
+
+
+TRANSLATED = GOOD.replace('url: "http://backup:9000"', "litellm: gemini/gemini-2.5-flash")
+
+
+@pytest.mark.skipif(find_spec("litellm") is not None, reason="LiteLLM is installed here")
+def test_a_translated_upstream_without_litellm_is_told_with_its_line() -> None:
+    file = parse_proxy_file(TRANSLATED.encode(), source="p.yaml")
+
+    with pytest.raises(MissingExtra, match=r"p\.yaml:5  upstreams\.backup\.litellm needs the 'litellm'") as raised:
+        make_config(file, environ={"KEY": "k"})
+
+    assert raised.value.hint == "pip install 'hhh-router[litellm]'"
+
+
+@pytest.mark.skipif(find_spec("litellm") is not None, reason="LiteLLM is installed here")
+def test_a_translated_upstream_of_the_command_line_needs_litellm_too() -> None:
+    with pytest.raises(MissingExtra, match=r"--upstream litellm:gemini/gemini-2\.5-flash needs the 'litellm' extra"):
+        simple_config("litellm:gemini/gemini-2.5-flash", Settings())

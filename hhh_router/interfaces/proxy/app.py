@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from functools import partial
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from hhh_router.interfaces.proxy.entry import Keep
 from hhh_router.interfaces.proxy.handling import Handling
 from hhh_router.interfaces.proxy.headers import encoded
 from hhh_router.interfaces.proxy.incoming import Out
@@ -18,6 +20,7 @@ from hhh_router.interfaces.server.app import create_app
 from hhh_router.interfaces.server.keys import KeyRing
 from hhh_router.pipeline import Pipeline
 from hhh_router.trace.audit import Audit
+from hhh_router.trace.content import kept_content
 
 PREFIX = "/hhh"
 """Under it the deployment's own server answers; no provider's path begins so."""
@@ -48,6 +51,9 @@ class Sidecar:
         self.upstreams = upstreams
         self.audit = audit
         self.draw = draw
+        self.keep: Keep | None = (
+            partial(kept_content, redactor=config.redactor) if config.audit_content == "full" else None
+        )
         self.keys = KeyRing.open(pipeline.settings)
         self.own: ASGIApp = create_app(pipeline)
         self.observer = Observer(
@@ -55,6 +61,7 @@ class Sidecar:
             lambda request_id, record: audit.write("verdict", request_id, record),
             most_waiting=config.observe_queue,
             max_bytes=pipeline.settings.max_body_bytes,
+            keep=self.keep,
         )
         self.draining = False
         self._under_way: set[asyncio.Task[None]] = set()
@@ -112,6 +119,9 @@ class Sidecar:
         await send({"type": "lifespan.startup.complete"})
         await receive()
         await self.upstreams.aclose()
+        for upstream in self.config.upstreams():
+            if upstream.translator is not None:
+                await upstream.translator.aclose()
         await self.pipeline.aclose()
         await self.audit.aclose()
         await send({"type": "lifespan.shutdown.complete"})

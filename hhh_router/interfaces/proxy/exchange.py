@@ -17,8 +17,20 @@ from hhh_router.interfaces.proxy.instruct import instruction
 from hhh_router.interfaces.proxy.upstreams import Answer
 from hhh_router.interfaces.proxy.wires import Asked, Wire
 from hhh_router.interfaces.proxy.wires.reading import Reply
-from hhh_router.protocols import Delta, Event, Finished, Planned, Planner, Reader, Steerer, Unread, Window
-from hhh_router.types import ChatRequest, ReadRequest, Scores, ToolCall
+from hhh_router.pipeline.sessions import open_session
+from hhh_router.protocols import (
+    Delta,
+    Event,
+    Finished,
+    Planned,
+    Planner,
+    Reader,
+    ReadingSession,
+    Steerer,
+    Unread,
+    Window,
+)
+from hhh_router.types import ChatRequest, Scores, ToolCall
 
 CHARS_PER_TOKEN = 4  # English text under common tokenizers; an upstream does not say how it splits
 
@@ -78,6 +90,7 @@ class Exchange:
         self._read_tokens = 0
         self._tokens = 0
         self._scores: Scores | None = None
+        self._session: ReadingSession | None = None
         self._calling: list[Piece] = []  # taken and not told yet
         self._text = ""  # theirs
         self.answer: Answer | None = None
@@ -138,7 +151,7 @@ class Exchange:
         try:
             if not self._asked.messages:
                 raise ReaderError("the prompt has no text that could be read")
-            scores = await self._read(ReadRequest(messages=self._asked.messages))
+            scores = await self._read(None)
         except ReaderError as error:
             return Unread(error=error)
         plan = planner(scores)
@@ -264,10 +277,10 @@ class Exchange:
         return bytes(raw)
 
     async def _window(self, *, is_final: bool) -> Window | Unread:
-        """Read the prompt and all of the answer so far."""
+        """Read the prompt and all of the answer so far; what was read of them before need not be read again."""
         self._read_tokens = self._tokens
         try:
-            self._scores = await self._read(ReadRequest(messages=self._asked.messages, response=self.reply.text))
+            self._scores = await self._read(self.reply.text)
         except ReaderError as error:
             self._scores = None
             return Unread(error=error, completion_tokens=self._tokens)
@@ -281,15 +294,19 @@ class Exchange:
             return None
         return Window(scores=self._scores, completion_tokens=self._tokens, is_final=True)
 
-    async def _read(self, request: ReadRequest) -> Scores:
-        """One reading. What the reader cannot take is a failed reading: an upstream might well take it.
+    async def _read(self, response: str | None) -> Scores:
+        """One reading, of the prompt alone (None) or with the answer so far.
+
+        What the reader cannot take is a failed reading: an upstream might well take it.
 
         Raises:
             ReaderError: There is too much to read, it took too long, or the reader failed.
         """
         try:
             async with asyncio.timeout(self._guard_timeout_s) as limit:
-                [scores] = await self._reader.read([request])
+                if self._session is None:
+                    self._session = open_session(self._reader, self._asked.messages)
+                return await self._session.read(response)
         except ReaderError:
             raise
         except RequestError as error:
@@ -300,7 +317,6 @@ class Exchange:
             if not limit.expired():
                 raise
             raise ReaderError(f"no reading within {self._guard_timeout_s:g} s") from error
-        return scores
 
     def _end(self, prompt_tokens: int) -> Finished:
         prompt, said = self.reply.usage
@@ -312,7 +328,10 @@ class Exchange:
         )
 
     async def _leave(self, early: asyncio.Future[Answer] | None) -> None:
-        """Whatever happened, the upstream does not work for nobody."""
+        """Whatever happened, the upstream does not work for nobody, and the reader keeps nothing for nobody."""
+        if self._session is not None:
+            self._session.close()
+            self._session = None
         if early is not None and not early.done():
             early.cancel()
             await asyncio.gather(early, return_exceptions=True)

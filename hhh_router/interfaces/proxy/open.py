@@ -13,6 +13,7 @@ from hhh_router.interfaces.proxy.app import Sidecar
 from hhh_router.interfaces.proxy.config import make_config, patterns, read_proxy_file, simple_config
 from hhh_router.interfaces.proxy.policies import check_upstreams
 from hhh_router.interfaces.proxy.routes import Mode, ProxyConfig
+from hhh_router.interfaces.proxy.translation import PREFIX
 from hhh_router.interfaces.proxy.upstreams import Upstreams
 from hhh_router.pipeline import Pipeline, PolicyStore
 from hhh_router.pipeline.situation import SIDECAR
@@ -62,6 +63,7 @@ def plan_sidecar(
 
     Raises:
         ConfigError: One of them is wrong.
+        MissingExtra: LiteLLM is not installed, and an upstream needs it.
     """
     if (upstream is None) == (config is None):
         raise SettingsError(
@@ -75,14 +77,15 @@ def plan_sidecar(
     chosen = cast("Mode | None", mode)
     own: tuple[re.Pattern[str], ...] = ()
     if upstream is not None:
-        check_upstream(upstream)
+        if not upstream.startswith(PREFIX):
+            check_upstream(upstream)
         settings = Settings.load(policy=policy, candidate=candidate, bundle=bundle)
         made, where = simple_config(upstream, settings, mode=chosen or "enforce"), audit
     else:
         assert config is not None
         file = read_proxy_file(config)
         settings = Settings.load(policy=policy or file.policy, candidate=candidate or file.candidate, bundle=bundle)
-        made, where = make_config(file, mode=chosen), audit or file.audit.path
+        made, where = make_config(file, mode=chosen, max_bytes=settings.max_body_bytes), audit or file.audit.path
         own = patterns(file)
     names = {u.name for u in made.upstreams()}
     store = PolicyStore.from_settings(settings, door=SIDECAR)

@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from hhh_router.interfaces.proxy.upstreams import Upstream
+from hhh_router.trace.redact import Redactor
 
 Mode = Literal["observe", "annotate", "enforce"]
 """``observe`` reads beside the request and records; ``annotate`` tells the caller too; ``enforce`` acts."""
@@ -87,8 +88,10 @@ class ProxyConfig:
     """Exchanges that wait to be read in ``observe``; one more is not read, and counted."""
     audit_failure: Literal["closed", "open"] = "closed"
     """What holds when the audit cannot be written: nothing leaves, or it goes on and the loss is counted."""
-    redact: Sequence[str] = field(default_factory=tuple)
-    """Further patterns that reach no record."""
+    audit_content: Literal["hashes", "full"] = "hashes"
+    """``full`` keeps texts of prompts and answers in the audit, secrets replaced."""
+    redactor: Redactor = field(default_factory=Redactor)
+    """Replaces secrets in whatever is kept."""
 
     def upstreams(self) -> list[Upstream]:
         """All of them, each once."""

@@ -52,6 +52,18 @@ class Answer(Protocol):
         ...
 
 
+class Translator(Protocol):
+    """Asks a provider with another wire; see `translation`."""
+
+    async def send(self, request: Outgoing, timeouts: Timeouts) -> Answer:
+        """Send a request and wait until its answer begins."""
+        ...
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        ...
+
+
 class Client(Protocol):
     """Sends requests as they are; see `upstream.raw`."""
 
@@ -129,7 +141,9 @@ class Upstream:
 
     name: str
     url: str
-    """Base URL as a client would have it."""
+    """Base URL as a client would have it; of a translated one ``litellm:`` and the model's name."""
+    translator: Translator | None = field(default=None, compare=False, repr=False)
+    """Sends what comes here in its provider's wire; None sends it as it is."""
     timeouts: Timeouts = field(default_factory=Timeouts)
     retries: int = 0
     """How often it is asked again when nothing was sent, or when it said that it had not begun."""
@@ -252,15 +266,7 @@ class Upstreams:
     async def _send(self, upstream: Upstream, request: Outgoing) -> Answer:
         known = False
         try:
-            answer = await self._client.send(
-                request.method,
-                target(upstream.url, request.path, request.query),
-                _with_keys(upstream, request.headers),
-                request.body,
-                connect_s=upstream.timeouts.connect_s,
-                first_byte_s=upstream.timeouts.first_byte_s,
-                idle_s=upstream.timeouts.idle_s,
-            )
+            answer = await self._answer(upstream, request)
             known = True
         except BackendError:
             known = True
@@ -274,6 +280,19 @@ class Upstreams:
         else:
             upstream.breaker.succeeded()
         return answer
+
+    async def _answer(self, upstream: Upstream, request: Outgoing) -> Answer:
+        if upstream.translator is not None:
+            return await upstream.translator.send(request, upstream.timeouts)
+        return await self._client.send(
+            request.method,
+            target(upstream.url, request.path, request.query),
+            _with_keys(upstream, request.headers),
+            request.body,
+            connect_s=upstream.timeouts.connect_s,
+            first_byte_s=upstream.timeouts.first_byte_s,
+            idle_s=upstream.timeouts.idle_s,
+        )
 
     async def aclose(self) -> None:
         """Close the connections."""

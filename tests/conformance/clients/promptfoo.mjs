@@ -3,7 +3,7 @@ import assert from 'node:assert/strict'
 import { spawnSync } from 'node:child_process'
 import { mkdirSync, readFileSync, writeFileSync } from 'node:fs'
 import { dirname, join } from 'node:path'
-import { HARMFUL, HELLO, NotTested, feature, run } from './probe.mjs'
+import { HARMFUL, HELLO, feature, run } from './probe.mjs'
 
 const folder = join(dirname(process.env.CONFORMANCE_OUT), 'promptfoo')
 const root = join(process.env.CONFORMANCE_MODULES, 'node_modules/promptfoo')
@@ -52,20 +52,32 @@ feature('refusal', (url) => {
 feature('decisions', (url) => {
   const { version } = JSON.parse(readFileSync(join(root, 'package.json')))
   const known = spawnSync('grep', ['-rlqs', 'openai:decisions', join(root, 'dist')]).status === 0
-  if (!known) {
-    throw new NotTested(
-      `promptfoo ${version}, the newest for Node ${process.version}, has no \`openai:decisions\`; 0.123 wants Node 22.22`,
-    )
+  const rule = 'The reply names a city.'
+  const questions = [{ type: 'predicate', name: 'rubric', instructions: rule }]
+  const http = {
+    id: 'http',
+    config: {
+      url: `${url}/decisions`,
+      method: 'POST',
+      headers: { 'content-type': 'application/json' },
+      body: { model: 'hhh-auto', input: '{{prompt}}', questions },
+      transformResponse: `JSON.stringify({
+        score: json.answers[0].probability, pass: json.answers[0].probability >= 0, reason: 'told by /v1/decisions',
+      })`,
+    },
   }
-  const grader = { id: 'openai:decisions:hhh-auto', config: { apiBaseUrl: url } }
-  const rubric = { type: 'llm-rubric', value: 'The reply names a city.', provider: grader }
+  const grader = known ? { id: 'openai:decisions:hhh-auto', config: { apiBaseUrl: url } } : http
+  const rubric = { type: 'llm-rubric', value: rule, provider: grader, ...(known ? {} : { rubricPrompt: 'Reply: {{output}}' }) }
   const [result] = evaluate(
     'decisions',
     { id: 'openai:chat:hhh-auto', config: { apiBaseUrl: url, max_tokens: 24 } },
     [{ vars: { ask: HELLO[0].content }, assert: [rubric] }],
   )
-  assert.equal(typeof result.gradingResult?.score, 'number', JSON.stringify(result.error))
-  assert.equal(result.error ?? null, null)
+  const score = result.gradingResult?.componentResults?.[0]?.score
+  assert.ok(score > 0 && score < 1, JSON.stringify(result.gradingResult ?? result.error))
+  if (!known) {
+    return `\`llm-rubric\` graded by \`/v1/decisions\` over its HTTP provider: ${version}, npm's newest, has no \`openai:decisions\``
+  }
 })
 
 await run('promptfoo')
