@@ -78,6 +78,7 @@ class _Run:
         self._calls: list[ToolCall] = []  # of the reply so far
         self._beside = open_beside(parts, request, stream=stream)
         self._record = Record(parts, request, policy, self._beside)
+        self._record.asked(self._situation, stream=stream)
         self._release = Release()
         self._scanner = self._new_scanner()
         self._logprobs: list[float] = []
@@ -176,6 +177,7 @@ class _Run:
             self._calls.append(call)
             if plan is None:
                 continue
+            self._record.called(call.name)
             situation = with_calls(self._situation, len(self._calls))
             decision = None
             if asks(self._policy, "tool_call"):
@@ -252,9 +254,16 @@ class _Run:
                     logprobs=self._logprobs,
                     situation=situation,
                 )
-                self._record.read_again(evidence, confidence)
+                self._record.read_again(
+                    evidence,
+                    confidence,
+                    reply_tokens=event.completion_tokens,
+                    is_final=event.is_final,
+                    logprobs=self._logprobs,
+                )
             except JUDGING_FAILURES as error:
                 _log.warning("%s: output not judged: %s", self._request.request_id, error)
+                self._record.unread(event.completion_tokens)
                 decision = failed_decision(self._policy, "output", error)
         decision = self._decide(decision)
         self._beside.answered(event.scores, situation, decision, logprobs=self._logprobs, is_final=event.is_final)
@@ -297,7 +306,9 @@ class _Run:
     def _fail(self, error: Exception, *, prompt_tokens: int = 0) -> Decision:
         checkpoint = "input" if self._record.plan is None else "output"
         decision = failed_decision(self._policy, checkpoint, error)
-        if self._record.plan is None:
+        if self._record.plan is not None:
+            self._record.unread(self._release.tokens)
+        else:
             plan = unread_plan(self._policy, decision)
             self._record.planned(plan, layers_run=0, read_ms=None, prompt_tokens=prompt_tokens)
             if self._situation.results and asks(self._policy, "tool_result"):
@@ -377,7 +388,7 @@ class _Run:
         elif self._verdict is not None:
             self._beside.ended("no reply was made")
         if self._finished is not None and self._finished.reason == "tool_calls" and not self._told_calls:
-            self._beside.unseen_calls()
+            self._record.unseen_calls()
 
     async def _ending(self) -> AsyncGenerator[ChatEvent, None]:
         self._end_beside()

@@ -160,6 +160,7 @@ def _judge(
     assert first is not None  # check_guard: there is a prompt or a response
     asked = followed.situation
     plan = _plan(parts, policy, first, asked, checkpoint="input" if request.read.messages else "output")
+    record.asked(asked)
     record.planned(plan, layers_run=0 if isinstance(first, ReaderError) else first.layers_run)
     if plan.tainted or (isinstance(first, ReaderError) and asked.results and asks(policy, "tool_result")):
         followed.taint()
@@ -210,6 +211,7 @@ def _judge_response(
             scores, plan=plan, policy=policy, calibrators=parts.calibrators, situation=situation
         )
     except JUDGING_FAILURES as error:
+        record.unread(0)
         return failed_decision(policy, "output", error)
     record.read_again(evidence, confidence)
     return decision

@@ -99,6 +99,12 @@ def answered_situation(asked: Situation, reply: str | None) -> Situation:
     return replace(asked, text=reply, role="assistant")
 
 
+def called_situation(asked: Situation, call: ToolCall) -> Situation:
+    """What surrounds a call of a tool that a reply makes."""
+    tool = ToolFacts(name=call.name, arguments=parsed_arguments(call))
+    return replace(asked, text=call.arguments, role="assistant", tool=tool)
+
+
 def _beginning(messages: Sequence[Message]) -> str | None:
     first = next((m.content for m in messages if m.role == "user"), None)
     return None if first is None else hashlib.sha256(first.encode("utf-8", "surrogatepass")).hexdigest()
