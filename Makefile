@@ -42,8 +42,10 @@ bench-server: $(STAMP)  ## measure what the server adds, on an idle machine; fig
 bench-proxy: $(STAMP)  ## measure what the sidecar adds on an idle machine; HHH_ROUTER_BENCH_LITELLM=… names LiteLLM's command
 	$(BIN)/python -m benchmarks.proxy
 
-chaos: $(STAMP)  ## try the sidecar's faults, with 50 kills of its process
-	HHH_ROUTER_TEST_KILLS=50 $(BIN)/python -m pytest -q tests/e2e/test_sidecar_faults.py tests/unit/test_audit.py
+chaos: $(STAMP)  ## try the sidecar's faults, with 50 kills and two minutes of overload; table in benchmarks/results
+	$(BIN)/hhh-router doctor --fetch
+	$(BIN)/python -m pytest -q tests/e2e/test_sidecar_faults.py tests/unit/test_audit.py
+	$(BIN)/python -m benchmarks.chaos --fresh
 
 soak: $(STAMP)  ## keep the engine at twice its capacity for MINUTES=20, with callers who leave; nothing may pile up
 	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)

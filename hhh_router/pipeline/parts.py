@@ -9,6 +9,7 @@ from time import perf_counter
 from uuid import uuid4
 
 from hhh_router.calibration import Calibrators
+from hhh_router.pipeline.conversations import Conversations
 from hhh_router.pipeline.store import PolicyStore
 from hhh_router.protocols import Generator, Reader
 from hhh_router.settings import Settings
@@ -43,6 +44,8 @@ class Parts:
     """The policy that it stands beside; None is the default. A request under another one has no candidate."""
     redactor: Redactor = field(default_factory=Redactor)
     """Replaces secrets in whatever is kept or told anywhere but to the caller."""
+    conversations: Conversations = field(default_factory=Conversations)
+    """What conversations have used up, for policies that ask."""
     answers_elsewhere: bool = False
     """True when an upstream answers: no mixture is applied, and role order is the upstream's business."""
     clock: Callable[[], float] = field(default=perf_counter)

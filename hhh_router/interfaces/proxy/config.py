@@ -11,8 +11,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 
 from hhh_router.errors import SettingsError
+from hhh_router.interfaces.proxy.hedging import Hedge
 from hhh_router.interfaces.proxy.places import node_at, path_of, place_of, plain, within
-from hhh_router.interfaces.proxy.routes import Mode, ProxyConfig, Route
+from hhh_router.interfaces.proxy.routes import MAX_REQUESTS, Mode, ProxyConfig, Route
 from hhh_router.interfaces.proxy.translation import PREFIX, open_translator
 from hhh_router.interfaces.proxy.upstreams import (
     BREAK_AFTER,
@@ -100,6 +101,14 @@ def _one_name(given: object) -> object:
     return [{"upstream": given}] if isinstance(given, str) else given
 
 
+class HedgeFile(_Part):
+    """A second upstream that is asked where the first is silent for long."""
+
+    after_ms: Annotated[float, Field(ge=1, le=600_000)]
+    """Without the head of an answer."""
+    to: Name
+
+
 class RouteFile(_Part):
     """Requests that are treated alike; the first route that takes a request has it."""
 
@@ -118,6 +127,8 @@ class RouteFile(_Part):
     """Asked in this order when the first fails; ``hhh`` is the deployment's own mixture."""
     escalate_to: Name | None = None
     """Answers where a rule says ``escalate``."""
+    hedge: HedgeFile | None = None
+    """Asked as well where the first is silent for long."""
     instruct: bool = False
     """Tell the upstream in words what weights the router gives."""
 
@@ -153,6 +164,7 @@ class ProxyFile(_Part):
     unread_paths: Literal["pass", "refuse"] = "pass"
     guard_timeout_s: Seconds = 30.0
     drain_s: Seconds = 30.0
+    max_requests: int = Field(default=MAX_REQUESTS, ge=1, le=100_000)
     observe_queue: int = Field(default=256, ge=1, le=100_000)
     audit: AuditFile = AuditFile()
     upstreams: dict[Name, UpstreamFile] = Field(min_length=1)
@@ -245,6 +257,7 @@ def make_config(
                 fallback=tuple(upstreams[name] for name in route.fallback if name != OWN),
                 answer_here=OWN in route.fallback,
                 escalate_to=upstreams[route.escalate_to] if route.escalate_to else None,
+                hedge=Hedge(after_s=route.hedge.after_ms / 1000, to=upstreams[route.hedge.to]) if route.hedge else None,
                 instruct=route.instruct,
             )
         )
@@ -255,6 +268,7 @@ def make_config(
         unread_paths=file.unread_paths,
         guard_timeout_s=file.guard_timeout_s,
         drain_s=file.drain_s,
+        max_requests=file.max_requests,
         observe_queue=file.observe_queue,
         audit_failure=file.audit.on_failure,
         audit_content=file.audit.content,
@@ -341,6 +355,8 @@ def _check_names(file: ProxyFile, root: Node, mistakes: list[Mistake]) -> None:
             check(name, ("routes", i, "fallback", j), [*names, OWN])
         if route.escalate_to is not None:
             check(route.escalate_to, ("routes", i, "escalate_to"), names)
+        if route.hedge is not None:
+            check(route.hedge.to, ("routes", i, "hedge", "to"), names)
     for i, entity in enumerate(file.audit.pii):
         if entity not in RECOGNISERS:
             loc = ("audit", "pii", i)
@@ -401,7 +417,7 @@ def _told(error: ValidationError, root: Node) -> list[Mistake]:
 def _keys(loc: tuple[str | int, ...]) -> list[str]:
     """The keys that are known at a place of the file."""
     kinds: dict[str, type[BaseModel]] = {"upstreams": UpstreamFile, "routes": RouteFile, "audit": AuditFile}
-    kinds |= {"timeouts": TimeoutsFile, "breaker": BreakerFile, "to": TargetFile}
+    kinds |= {"timeouts": TimeoutsFile, "breaker": BreakerFile, "to": TargetFile, "hedge": HedgeFile}
     kind: type[BaseModel] = ProxyFile
     for step in loc:
         kind = kinds.get(str(step), kind)

@@ -119,7 +119,7 @@ def open_sidecar(plan: SidecarPlan) -> Sidecar:
         ConfigError: The bundle is wrong, or the audit cannot be written.
         MissingExtra: torch, aiohttp or the audit's database driver is not installed.
     """
-    client = open_raw_client()
+    client = open_raw_client(2 * plan.config.max_requests)  # a request may ask two upstreams at once
     audit = open_audit(plan.audit, redactor=plan.redactor, retention=plan.retention)
     pipeline = build_pipeline(plan.settings, serving=True, door=SIDECAR, redactor=plan.redactor)
     for route in plan.config.routes:
