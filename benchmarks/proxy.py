@@ -68,7 +68,7 @@ class Bench:
     @cached_property
     def enforcing(self) -> int:
         """Port of a sidecar whose bundle reads."""
-        return self.stack.enter_context(process("sidecar", self.url, "enforce", self.bundle))[0]
+        return self.stack.enter_context(process("sidecar", self.url, "enforce", "--bundle", self.bundle))[0]
 
     @cached_property
     def reader(self) -> SessionReader:
@@ -313,14 +313,14 @@ FIGURES: tuple[Figure, ...] = (
 )
 
 
-def measure(options: Options, figures: Sequence[Figure]) -> tuple[list[dict[str, Any]], int]:
+def measure(options: Options, figures: Sequence[Figure], kind: type[Bench] = Bench) -> tuple[list[dict[str, Any]], int]:
     """Measure what is asked for; returns all figures of the file, and how many failed."""
     results = Results(options.out, [f.name for f in figures])
     start, failed = load_average(), 0
-    setting = ", ".join(f"{k} {v}" for k, v in versions("aiohttp", "uvicorn", "h11").items())
+    setting = ", ".join(f"{k} {v}" for k, v in versions("aiohttp", "uvicorn", "httptools", "uvloop").items())
     setting += f", cores {os.cpu_count()}"
     with ExitStack() as stack:
-        bench = Bench(bundle=options.bundle, repeats=options.repeats, quick=options.quick, stack=stack)
+        bench = kind(bundle=options.bundle, repeats=options.repeats, quick=options.quick, stack=stack)
         for figure in figures:
             if figure.name not in options.only:
                 continue

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .policy_compare import compare
 from .policy_fit import fit
 from .policy_report import report
 from .policy_tools import diff, graph, lint, run_examples
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Show, check, explain, test, fit, compare policies.")
 
 app.command("test")(run_examples)
-for command in (lint, diff, graph, fit, report):
+for command in (lint, diff, graph, fit, report, compare):
     app.command()(command)
 
 _JSON = typer.Option(False, "--json", help="Print JSON.")
@@ -168,14 +169,14 @@ async def explain_request(
 ) -> tuple[Policy, list[Step]]:
     """The steps of one prompt under the pipeline's default policy, and that policy."""
     from hhh_router.pipeline.plan import explain
-    from hhh_router.pipeline.situation import asked_situation
+    from hhh_router.pipeline.situation import asked_situation, first_turn
     from hhh_router.policy import for_tenant
     from hhh_router.types import Caller
 
     parts = pipeline.parts
     [scores] = await parts.reader.read([request])
     policy = for_tenant(pipeline.policies.default, "")
-    about = asked_situation(request.messages, Caller(tenant=""), parts.now())
+    about = first_turn(asked_situation(request.messages, Caller(tenant=""), parts.now()))
     return policy, explain(scores, policy=policy, calibrators=parts.calibrators, pinned=pinned, situation=about)
 
 

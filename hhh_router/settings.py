@@ -47,6 +47,10 @@ class Settings(BaseSettings):
     """Default policy: the name of a shipped one, or a path to a YAML file."""
     allowed_policies: Annotated[tuple[str, ...] | None, NoDecode] = None
     """Policies a caller may pick besides the default, comma-separated; None allows every shipped one."""
+    candidate: str | None = None
+    """Policy that is asked beside the default one and recorded, and never acts: a shipped one's name, or a path."""
+    candidate_told: bool = False
+    """Tell clients too what the candidate would have decided, in their ``hhh`` block."""
     policy_reload_s: float = Field(default=2.0, ge=0)
     """Seconds between two looks at the policies' files; a changed one is taken over once it is valid. 0 never looks."""
     receipts_file: Path | None = None
@@ -98,6 +102,8 @@ class Settings(BaseSettings):
     """Key clients must send as ``Authorization: Bearer``; required when a server listens beyond loopback."""
     api_keys_file: Path | None = None
     """YAML file of further keys, hashed, each with what it opens and how much it may ask for."""
+    audit_url: SecretStr | None = None
+    """Where a proxy keeps its audit when neither an option nor its file says: ``postgresql://user:password@host/name``."""
     hold_s: float = Field(default=120.0, gt=0, le=86_400)
     """Seconds that a call which a policy holds waits to be approved; then it is denied."""
     hold_webhook: str | None = Field(default=None, pattern=r"^https?://[^\s]+$")

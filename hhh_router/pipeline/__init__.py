@@ -95,6 +95,7 @@ class Pipeline:
             sinks=tuple(sinks),
             settings=settings,
             memory=memory,
+            candidate=settings.candidate,
             answers_elsewhere=answers_elsewhere,
         )
 

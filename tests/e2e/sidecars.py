@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import resource
 import socket
 import threading
 from collections.abc import Awaitable, Callable, Iterator
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 from hhh_router.interfaces.proxy.app import Sidecar
 from hhh_router.interfaces.proxy.routes import ProxyConfig, Route
@@ -69,7 +72,7 @@ class Stub:
         """Bytes of bodies that went out."""
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        body = b""
+        body = bytearray()  # bytes would be copied anew for each piece
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
@@ -79,7 +82,7 @@ class Stub:
             if not message.get("more_body"):
                 break
         query = b"?" + scope["query_string"] if scope["query_string"] else b""
-        asked = Asked(scope["method"], scope["raw_path"] + query, list(scope["headers"]), body)
+        asked = Asked(scope["method"], scope["raw_path"] + query, list(scope["headers"]), bytes(body))
         self.asked.append(asked)
         said = self.answer(asked) if callable(self.answer) else self.answer
         gone = asyncio.ensure_future(receive())
@@ -199,6 +202,15 @@ def tcp(talk: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[N
     finally:
         told["loop"].call_soon_threadsafe(told["stop"].set)
         thread.join(10)
+
+
+def raise_file_limit(least: int) -> None:
+    """So many files may be open in this process; skips the test where that is not allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < least:
+        pytest.skip(f"{hard} files may be open, {least} are needed")
+    if soft != resource.RLIM_INFINITY and soft < least:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (least, hard))
 
 
 def closed_port() -> str:

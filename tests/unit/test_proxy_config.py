@@ -1,12 +1,15 @@
 """proxy.yaml: every mistake with its line, and what a right one means."""
 
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
-from hhh_router.errors import SettingsError
+from hhh_router.errors import MissingExtra, SettingsError
 from hhh_router.interfaces.proxy.config import make_config, parse_proxy_file, read_proxy_file, simple_config
+from hhh_router.pipeline.situation import SIDECAR
+from hhh_router.policy import lacking, parse_policy
 from hhh_router.settings import Settings
 
 GOOD = """\
@@ -41,6 +44,14 @@ def test_a_right_file_means_what_it_says() -> None:
     assert "Bearer" not in repr(main)
 
 
+def test_a_hedge_names_an_upstream_and_when() -> None:
+    raw = GOOD.replace("escalate_to: backup", "hedge: {after_ms: 800, to: backup}")
+    hedge = make_config(parse_proxy_file(raw.encode()), environ={"KEY": "k"}).routes[1].hedge
+
+    assert hedge is not None
+    assert (hedge.after_s, hedge.to.name) == (0.8, "backup")
+
+
 def test_the_command_lines_mode_holds_for_every_route() -> None:
     config = make_config(parse_proxy_file(GOOD.encode()), environ={"KEY": "k"}, mode="annotate")
 
@@ -57,6 +68,8 @@ def test_the_command_lines_mode_holds_for_every_route() -> None:
         ("retries: 2", "retires: 2", "4  upstreams.main.retires: not a key here, did you mean retries?"),
         ("retries: 2", "retries: many", "4  upstreams.main.retries: found 'many'; input should be a valid integer"),
         ("first_byte_s: 60", "first_byte_s: 0", "4  upstreams.main.timeouts.first_byte_s: found 0; input should be"),
+        ("escalate_to: backup", "hedge: {after_ms: 0, to: backup}", "11  routes[1].hedge.after_ms: found 0; input"),
+        ("escalate_to: backup", "hedge: {after_ms: 9, to: bakup}", "11  routes[1].hedge.to: 'bakup' is no upstream"),
         ("upstream: main, weight: 9", "upstream: mian", "9  routes[0].to[0].upstream: 'mian' is no upstream, did you"),
         ("fallback: [backup, hhh]", "fallback: [hh]", "10  routes[0].fallback[0]: 'hh' is no upstream"),
         ("to: main, mode", "to: nobody, mode", "11  routes[1].to: 'nobody' is no upstream"),
@@ -66,6 +79,11 @@ def test_the_command_lines_mode_holds_for_every_route() -> None:
         ("routes:", "routes: &x", "6  file: anchor"),
         ("weight: 9}, {upstream: backup}", "weight: 0}", "9  routes[0].to: no target has a weight"),
         ("mode: observe", "mode: observe\nmode: enforce", "3  file: 'mode' is here twice"),
+        ('url: "http://backup:9000", ', "", "5  upstreams.backup: one of url and litellm is meant"),
+        ("breaker: {after", "litellm: gemini/x, breaker: {after", "5  upstreams.backup: url and litellm exclude"),
+        ('url: "http://backup:9000"', "litellm: gpt-4o", "5  upstreams.backup.litellm: found 'gpt-4o'; provider/model"),
+        ('url: "http://backup:9000"', "litellm: a/b, model: c", "5  upstreams.backup.model: does not go with litellm"),
+        ("retries: 2", "drop_params: true", "4  upstreams.main.drop_params: does not go with url"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_told_with_its_line(old: str, new: str, told: str) -> None:
@@ -104,9 +122,29 @@ def test_one_upstream_needs_no_file() -> None:
 
 def test_the_example_of_the_page_is_right() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "proxy.md").read_text(encoding="utf-8")
-    [example] = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    policy, example = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
 
     config = make_config(parse_proxy_file(example.encode()), environ={"OPENAI_API_KEY": "a", "ANTHROPIC_API_KEY": "b"})
 
     assert [r.name for r in config.routes] == ["messages", "cheap", "rest"]
     assert config.routes[2].answer_here
+    assert lacking(parse_policy(policy), SIDECAR) == []
+
+
+TRANSLATED = GOOD.replace('url: "http://backup:9000"', "litellm: gemini/gemini-2.5-flash")
+
+
+@pytest.mark.skipif(find_spec("litellm") is not None, reason="LiteLLM is installed here")
+def test_a_translated_upstream_without_litellm_is_told_with_its_line() -> None:
+    file = parse_proxy_file(TRANSLATED.encode(), source="p.yaml")
+
+    with pytest.raises(MissingExtra, match=r"p\.yaml:5  upstreams\.backup\.litellm needs the 'litellm'") as raised:
+        make_config(file, environ={"KEY": "k"})
+
+    assert raised.value.hint == "pip install 'hhh-router[litellm]'"
+
+
+@pytest.mark.skipif(find_spec("litellm") is not None, reason="LiteLLM is installed here")
+def test_a_translated_upstream_of_the_command_line_needs_litellm_too() -> None:
+    with pytest.raises(MissingExtra, match=r"--upstream litellm:gemini/gemini-2\.5-flash needs the 'litellm' extra"):
+        simple_config("litellm:gemini/gemini-2.5-flash", Settings())

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from starlette.testclient import TestClient
 from hhh_router.interfaces.server import connection, http
 from hhh_router.interfaces.server.app import create_app
 from hhh_router.interfaces.server.guardrail import PATH
-from hhh_router.interfaces.server.run import make_server
+from hhh_router.interfaces.server.run import DrainingServer, make_server
 from hhh_router.pipeline.validate import MAX_MESSAGES
 from hhh_router.testing import FakeGenerator, FakeReader, fake_pipeline
 from hhh_router.types import ReadRequest, Scores
@@ -298,6 +298,72 @@ def test_what_is_no_http_gets_an_error_it_can_read(sent: bytes) -> None:
 
     assert status == 400
     assert "send HTTP/1.1 with at most 32,768 bytes of headers" in json.loads(body)["error"]["message"]
+
+
+@contextmanager
+def echoing() -> Iterator[str]:
+    """The URL of an application that says which headers and how much of a body it got."""
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            return
+        size, more = 0, True
+        while more:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return
+            size, more = size + len(message["body"]), message["more_body"]
+        said = json.dumps({"headers": sorted(n.decode() for n, _ in scope["headers"]), "size": size}).encode()
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await asyncio.sleep(0.1)
+        await send({"type": "http.response.body", "body": said})
+
+    async def drain() -> None:
+        return
+
+    ready = threading.Event()
+    with loopback.running(DrainingServer(app, drain, ready.set, grace_s=1, lifespan="off"), ready) as url:
+        yield url
+
+
+CHUNKED = b"POST / HTTP/1.1\r\nHost: x\r\nConnection: close\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def test_what_follows_a_body_is_no_header() -> None:
+    with echoing() as url, closing(connect(url)) as sock:
+        sock.sendall(CHUNKED + b"3\r\nabc\r\n0\r\nAuthorization: Bearer late\r\n\r\n")
+        status, _, body = answer(sock)
+
+    assert (status, b'"size": 3' in body) == (200, True)
+    assert b"authorization" not in body
+
+
+@pytest.mark.parametrize("begun", [b"3;", b"3\r\nabc\r\n0\r\nx: "], ids=["extension of a chunk", "trailer"])
+def test_what_stands_around_a_body_has_a_bound(begun: bytes) -> None:
+    with echoing() as url, closing(connect(url)) as sock:
+        sock.sendall(CHUNKED + begun)
+        with suppress(OSError):  # it is cut off while it still sends
+            for _ in range(2000):
+                sock.sendall(b"x" * 10_000)
+            pytest.fail("20 MB of it were taken")
+
+
+def test_an_answer_ends_although_garbage_follows_its_request() -> None:
+    with echoing() as url, closing(connect(url)) as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n\x00\x01 garbage\r\n\r\n")
+        status, _, body = answer(sock)
+
+    assert status == 200
+    assert body.endswith(b"0\r\n\r\n")
+
+
+def test_blank_lines_do_not_keep_a_connection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "HEADERS_S", 0.2)
+    with echoing() as url, closing(connect(url)) as sock:
+        sock.sendall(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert _until(sock, b"0\r\n\r\n")
+        sock.sendall(b"\r\n")
+        assert b"408" in sock.recv(65_536)
 
 
 def test_a_body_that_says_it_is_too_large_is_not_waited_for() -> None:

@@ -13,9 +13,10 @@ from hhh_router.interfaces.proxy.exchange import Exchange
 from hhh_router.interfaces.proxy.guarded import Guarded
 from hhh_router.interfaces.proxy.headers import passing
 from hhh_router.interfaces.proxy.passing import Passing
-from hhh_router.interfaces.proxy.policies import escalated, rules_of, shadowed
+from hhh_router.interfaces.proxy.policies import compared, escalated, rules_of, shadowed
 from hhh_router.interfaces.proxy.upstreams import Answer, Upstream
 from hhh_router.interfaces.server.http import WireError
+from hhh_router.pipeline.situation import asked_situation
 from hhh_router.policy import asks
 from hhh_router.trace.block import Metadata
 from hhh_router.types import Action, ChatRequest, Message
@@ -58,14 +59,14 @@ class Guarding:
             metadata = await self._guarded(policy, enforce=enforce)
         finally:
             if metadata is not None:
-                client.entry.outcome["hhh"] = metadata.as_json()
+                client.entry.outcome["hhh"] = metadata.recorded.as_json()
 
     async def _guarded(
         self, policy: str | None, *, enforce: bool, escalating: Upstream | None = None
     ) -> Metadata | None:
         client, route = self._client, self._client.route
         assert client.wire is not None
-        parts = self._app.pipeline.parts
+        parts = compared(self._app.pipeline.parts, route.policy, route.candidate)
         settings = parts.settings
         applied = parts.policies.get(policy)
         extra = {"x-hhh-upstream": "-"}
@@ -76,9 +77,13 @@ class Guarding:
             words += [r.steering for r in rules_of(applied) if enforce and r.place == exchange.rule]
             told = "\n\n".join(w for w in words if w) or None
             answer = await self._passing.ask_one_of(
-                order, lambda u: self._passing.outgoing(u, self._passing.body_for(u, told))
+                order,
+                lambda u: self._passing.outgoing(u, self._passing.body_for(u, told)),
+                may_hedge=escalating is None,
             )
             extra["x-hhh-upstream"] = client.asking.answered_by or "-"
+            if client.asking.hedge is not None:
+                extra["x-hhh-hedge"] = client.asking.hedge
             return answer
 
         exchange = Exchange(
@@ -119,6 +124,8 @@ class Guarding:
             request_id=client.request_id,
             not_inspected=client.asked.not_inspected,
             caller=client.caller(applied),
+            turns=client.asked.turns,
+            goes_on=client.asked.goes_on,
             passthrough={"wire": client.wire.name, "body_sha256": hashlib.sha256(client.body or b"").hexdigest()},
         )
         guarded = Guarded(
@@ -134,6 +141,9 @@ class Guarding:
         try:
             return await self._run(guarded, exchange)
         finally:
+            if exchange.reply.answer_id is not None:
+                told = asked_situation(request.turns, request.caller, None)
+                parts.conversations.also_called(told.caller, exchange.reply.answer_id)
             if client.key is not None:
                 self._app.keys.spend(client.key, exchange.spent_tokens)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+import sys
 from collections.abc import Callable
 
 from hhh_router.interfaces.proxy.app import Sidecar
@@ -20,6 +22,7 @@ def run(sidecar: Sidecar, listening: socket.socket, *, on_ready: Callable[[str],
         listening: From `interfaces.server.run.listen`.
         on_ready: Called with the base URL once requests are taken.
     """
+    _open_files_to_the_limit()
     url = url_of(listening)
     make_server(sidecar, on_ready=lambda: on_ready(url)).run(sockets=[listening])
 
@@ -34,3 +37,14 @@ def make_server(sidecar: Sidecar, *, on_ready: Callable[[], None] = lambda: None
         grace_s=int(drain_s) + CUT_S,
         date_header=False,  # the upstream's own passes
     )
+
+
+def _open_files_to_the_limit() -> None:
+    """A request takes two sockets: the usual soft limit of 1,024 files would be reached by some 500 of them."""
+    if sys.platform == "win32":
+        return
+    import resource
+
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(OSError, ValueError):  # macOS has a lower limit than it tells
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

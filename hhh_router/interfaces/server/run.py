@@ -12,7 +12,7 @@ from starlette.types import ASGIApp
 
 from hhh_router.errors import SettingsError
 from hhh_router.interfaces.server.app import create_app
-from hhh_router.interfaces.server.connection import MAX_HEAD_BYTES, Connection
+from hhh_router.interfaces.server.connection import Connection
 from hhh_router.interfaces.server.http import check_exposure
 from hhh_router.interfaces.server.keys import KeyRing
 from hhh_router.pipeline import Pipeline
@@ -91,7 +91,6 @@ class DrainingServer(uvicorn.Server):
         """
         settings: dict[str, Any] = {
             "http": Connection,
-            "h11_max_incomplete_event_size": MAX_HEAD_BYTES,
             "ws": "none",
             "log_level": "warning",  # one line a request comes from the pipeline's own log
             "access_log": False,
