@@ -102,6 +102,8 @@ class Settings(BaseSettings):
     """Key clients must send as ``Authorization: Bearer``; required when a server listens beyond loopback."""
     api_keys_file: Path | None = None
     """YAML file of further keys, hashed, each with what it opens and how much it may ask for."""
+    audit_url: SecretStr | None = None
+    """Where a proxy keeps its audit when neither an option nor its file says: ``postgresql://user:password@host/name``."""
     guardrail_tenant: Literal["key", "key_alias", "user_id", "team_id", "team_alias", "org_id"] = "key"
     """Whose traffic LiteLLM's guardrail is asked about. ``key``: the asker's; else what LiteLLM says of its caller."""
     hold_s: float = Field(default=120.0, gt=0, le=86_400)
