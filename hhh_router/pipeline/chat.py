@@ -20,8 +20,9 @@ from hhh_router.pipeline.situation import answered_situation, asked_situation, w
 from hhh_router.pipeline.tool_results import with_readings
 from hhh_router.pipeline.validate import check_chat
 from hhh_router.policy import Policy, asks, for_tenant, steers
-from hhh_router.protocols import Delta, Event, Finished, Planned, Steered, TokenLogprob, Unread, Window
+from hhh_router.protocols import Delta, Event, Finished, Planned, Redacted, Steered, TokenLogprob, Unread, Window
 from hhh_router.tools import CallScanner, calls_as_text
+from hhh_router.trace.spans import redacted
 from hhh_router.types import Action, ChatRequest, Decision, Plan, Scores, ToolCall, Weights
 
 _log = logging.getLogger(__name__)
@@ -85,7 +86,10 @@ class _Run:
         self._steered: Mapping[str, float] = {}  # likewise: lower bounds that windows have raised
         self._verdict: Decision | None = None
         self._finished: Finished | None = None
-        self._cleared: list[ChatDelta] = []
+        self._redact: dict[str, None] = {}  # what decisions take out of the reply
+        self._redacting = parts.redacting()
+        self._said: list[ChatDelta] = []  # cleared, as the model said it
+        self._cleared: list[ChatDelta] = []  # the same as it leaves
         self._out = False  # something has reached the caller
         self._regenerated = False
         self._spent_tokens = 0  # by an attempt that was thrown away
@@ -140,13 +144,16 @@ class _Run:
                 while self._verdict is None and (event := await self._next(generated)) is not None:
                     for delta in self._take(event):
                         if (piece := self._tell(delta)) is not None and self._may_call(piece):
-                            yield piece
+                            for told in self._leave(piece):
+                                yield told
                         if self._verdict is not None:
                             break
             if self._verdict is None and self._finished is None:
                 raise GeneratorError("the reply broke off: the generator ended without saying so")
-            if self._verdict is None and self._scanner is not None and (rest := self._scanner.end()):
-                yield ChatDelta(text=rest)
+            if self._verdict is None:
+                rest = "" if self._scanner is None else self._scanner.end()
+                for piece in [*(self._leave(ChatDelta(text=rest)) if rest else ()), *self._redacting.end()]:
+                    yield piece
         except (ReaderError, GeneratorError) as error:
             _log.warning("%s: %s", self._request.request_id, error.message)
             decision = self._fail(error)
@@ -163,6 +170,13 @@ class _Run:
             # a piece of a call is no text of the reply, so its tokens are not told
             piece = ChatDelta(text=text, logprobs=delta.told if text else (), tool_calls=calls)
         return piece if piece.text or piece.logprobs or piece.tool_calls or piece.raw is not None else None
+
+    def _leave(self, piece: ChatDelta) -> list[ChatDelta]:
+        """What may leave of a cleared piece and of those before it, without what decisions redact."""
+        self._said.append(piece)
+        if not self._redact:
+            return [piece]
+        return self._redacting.push(piece, tuple(self._redact))
 
     def _may_call(self, piece: ChatDelta) -> bool:
         """Whether the calls in a piece may reach the caller; asks the checkpoint tool_call about each."""
@@ -212,6 +226,9 @@ class _Run:
         if isinstance(event, Steered):
             self._record.steered(event)
             return []
+        if isinstance(event, Redacted):
+            self._record.redacted("input", event.counts)
+            return []
         self._release.hold(event)
         if event.logprob is not None:
             self._logprobs.append(event.logprob)
@@ -247,6 +264,8 @@ class _Run:
                 _log.warning("%s: output not judged: %s", self._request.request_id, error)
                 decision = failed_decision(self._policy, "output", error)
         self._decide(decision)
+        if self._enforce:
+            self._redact |= dict.fromkeys(decision.redact)
         return [] if self._verdict else self._release.clear(covered_tokens=event.completion_tokens)
 
     def _taint(self) -> None:
@@ -255,7 +274,7 @@ class _Run:
 
     def _reply(self, covered_tokens: int) -> str:
         """The reply's text as far as a window has seen it. An upstream's chunks tell calls in their text already."""
-        told = "".join(d.text + (calls_as_text(d.tool_calls) if d.raw is None else "") for d in self._cleared)
+        told = "".join(d.text + (calls_as_text(d.tool_calls) if d.raw is None else "") for d in self._said)
         return told + self._release.text(covered_tokens=covered_tokens)
 
     def _take_unread(self, event: Unread) -> list[Delta]:
@@ -347,6 +366,9 @@ class _Run:
         self._release = Release()
         self._scanner = self._new_scanner()
         self._calls.clear()
+        self._redact.clear()
+        self._redacting = self._parts.redacting()
+        self._said.clear()
         self._cleared.clear()
         self._logprobs.clear()
         self._record.begin_again()
@@ -363,12 +385,15 @@ class _Run:
             self._cleared.append(ChatDelta(text=f"\n\n{refusal}" if parted else refusal, is_refusal=True))
         pending = self._cleared if not self._out else self._cleared[-1:] if refusal else []
         text = "".join(delta.text for delta in self._cleared)
+        if self._redact and any(delta.raw is not None for delta in self._cleared):  # its chunks were, its text was not
+            text = redacted(text, tuple(self._redact))
         calls = tuple(call for delta in self._cleared for call in delta.tool_calls)
         finish_reason = "content_filter" if refusal is not None else self._finished.reason if self._finished else "stop"
         if calls and finish_reason == "stop":
             finish_reason = "tool_calls"
         usage = Usage(prompt_tokens=self._prompt_tokens, completion_tokens=self._completion_tokens)
         self._record.first_text()
+        self._record.redacted("output", self._redacting.counts)
         metadata = self._record.finish(text + calls_as_text(calls))
         if not self._out:
             yield ChatStarted(metadata=metadata)

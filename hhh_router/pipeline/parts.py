@@ -10,6 +10,7 @@ from uuid import uuid4
 
 from hhh_router.calibration import Calibrators
 from hhh_router.pipeline.conversations import Conversations
+from hhh_router.pipeline.redaction import Redacting, TextRedacting
 from hhh_router.pipeline.store import PolicyStore
 from hhh_router.protocols import Generator, Reader
 from hhh_router.settings import Settings
@@ -37,6 +38,8 @@ class Parts:
     settings: Settings
     memory: FeedbackStore | None = None
     """Remembers finished requests, so that people can say what they think of them; None remembers nothing."""
+    redacting: Callable[[], Redacting] = field(default=TextRedacting)
+    """Takes out of each answer what the policy redacts."""
     conversations: Conversations = field(default_factory=Conversations)
     """What conversations have used up, for policies that ask."""
     answers_elsewhere: bool = False

@@ -78,6 +78,7 @@ def build_metadata(
     not_inspected: Sequence[str] = (),
     layers_run: int = 0,
     timing_ms: Mapping[str, float] | None = None,
+    redacted: Mapping[str, Mapping[str, int]] | None = None,
 ) -> Metadata:
     """The block of one request as it stands now.
 
@@ -99,6 +100,7 @@ def build_metadata(
         not_inspected: What the client sent that nobody read.
         layers_run: Decoder layers the prompt's pass ran.
         timing_ms: Stage → milliseconds.
+        redacted: Checkpoint → what was taken out there → how often.
 
     Raises:
         ValueError: A number is not finite; the block must be JSON.
@@ -128,6 +130,7 @@ def build_metadata(
         decisions=[_recorded(d) for d in decisions],
         shadow=[_recorded(s) for d in decisions for s in d.shadow],
         not_inspected=list(not_inspected),
+        redacted={checkpoint: dict(counts) for checkpoint, counts in (redacted or {}).items()},
         layers_run=layers_run,
         timing_ms=_rounded("timing_ms", timing_ms or {}, decimals=3),
         receipt=Receipt(

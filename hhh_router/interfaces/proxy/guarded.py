@@ -7,10 +7,11 @@ from contextlib import aclosing
 from typing import Literal
 
 from hhh_router.interfaces.proxy.exchange import Exchange, Piece
+from hhh_router.interfaces.proxy.frames import with_body
 from hhh_router.interfaces.proxy.headers import encoded, passing, replaced
 from hhh_router.interfaces.proxy.incoming import Out
 from hhh_router.interfaces.server.chat import STREAM_HEADERS
-from hhh_router.interfaces.server.dialect import Dialect, event
+from hhh_router.interfaces.server.dialect import Dialect
 from hhh_router.interfaces.server.http import dump
 from hhh_router.pipeline import ChatDelta, ChatFinished, ChatStarted
 from hhh_router.pipeline.chat import run_chat
@@ -120,9 +121,7 @@ class Guarded:
 
     def _blocked(self, piece: Piece, block: Metadata) -> bytes:
         assert piece.body is not None
-        body = self._exchange.reply.with_block(piece.body, block.as_json())
-        name = next((line for line in piece.raw.splitlines() if line.startswith(b"event:")), None)
-        return event(None if name is None else name[6:].strip().decode(), dump(body))
+        return with_body(piece.raw, self._exchange.reply.with_block(piece.body, block.as_json()))
 
     async def _end(self, done: ChatFinished) -> Metadata | None:
         stopped = done.refusal is not None

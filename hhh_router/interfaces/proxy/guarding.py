@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Coroutine
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from hhh_router.errors import BackendError, InvalidRequest
@@ -14,6 +15,7 @@ from hhh_router.interfaces.proxy.guarded import Guarded
 from hhh_router.interfaces.proxy.headers import passing
 from hhh_router.interfaces.proxy.passing import Passing
 from hhh_router.interfaces.proxy.policies import escalated, rules_of, shadowed
+from hhh_router.interfaces.proxy.redacting import FrameRedacting
 from hhh_router.interfaces.proxy.upstreams import Answer, Upstream
 from hhh_router.interfaces.server.http import WireError
 from hhh_router.pipeline.situation import asked_situation
@@ -76,6 +78,8 @@ class Guarding:
             words = [exchange.instruction] if route.instruct else []
             words += [r.steering for r in rules_of(applied) if enforce and r.place == exchange.rule]
             told = "\n\n".join(w for w in words if w) or None
+            if exchange.redact:
+                exchange.taken_out = client.redact(exchange.redact)
             answer = await self._passing.ask_one_of(
                 order, lambda u: self._passing.outgoing(u, self._passing.body_for(u, told))
             )
@@ -99,6 +103,7 @@ class Guarding:
             parts,
             generator=exchange,
             answers_elsewhere=True,
+            redacting=partial(FrameRedacting, client.wire.name),
             settings=settings.model_copy(update={"request_timeout_s": max(longest, settings.request_timeout_s)}),
         )
         parts = escalated(parts) if escalating else parts if enforce else shadowed(parts)
