@@ -12,6 +12,7 @@ from hhh_router.errors import BackendTimeout, GeneratorError, ReaderError
 from hhh_router.pipeline.conversations import tainted
 from hhh_router.pipeline.onerror import JUDGING_FAILURES, check_scores, failed_decision, unread_plan
 from hhh_router.pipeline.parts import Parts
+from hhh_router.pipeline.people import BEAT_S, Concerned, Settled, settled_decision
 from hhh_router.pipeline.plan import judge_call, judge_output, make_plan
 from hhh_router.pipeline.record import Record
 from hhh_router.pipeline.release import Release
@@ -86,6 +87,7 @@ class _Run:
         self._steered: Mapping[str, float] = {}  # likewise: lower bounds that windows have raised
         self._verdict: Decision | None = None
         self._finished: Finished | None = None
+        self._informed: set[tuple[object, ...]] = set()
         self._redact: dict[str, None] = {}  # what decisions take out of the reply
         self._redacting = parts.redacting()
         self._said: list[ChatDelta] = []  # cleared, as the model said it
@@ -100,12 +102,14 @@ class _Run:
             while True:
                 async with aclosing(self._attempt()) as deltas:
                     async for delta in deltas:
-                        self._cleared.append(delta)
+                        if not delta.waits:
+                            self._cleared.append(delta)
                         if self._stream:
                             if not self._out:
                                 self._out = True
                                 yield ChatStarted(metadata=self._record.metadata())
-                            self._record.first_text()
+                            if not delta.waits:
+                                self._record.first_text()
                             yield delta
                 if self._verdict is None or self._verdict.action is not Action.REGENERATE:
                     break
@@ -143,9 +147,10 @@ class _Run:
             async with aclosing(generated):
                 while self._verdict is None and (event := await self._next(generated)) is not None:
                     for delta in self._take(event):
-                        if (piece := self._tell(delta)) is not None and self._may_call(piece):
-                            for told in self._leave(piece):
-                                yield told
+                        if (piece := self._tell(delta)) is not None:
+                            async with aclosing(self._judged(piece)) as pieces:
+                                async for told in pieces:
+                                    yield told
                         if self._verdict is not None:
                             break
             if self._verdict is None and self._finished is None:
@@ -178,18 +183,57 @@ class _Run:
             return [piece]
         return self._redacting.push(piece, tuple(self._redact))
 
-    def _may_call(self, piece: ChatDelta) -> bool:
-        """Whether the calls in a piece may reach the caller; asks the checkpoint tool_call about each."""
+    async def _judged(self, piece: ChatDelta) -> AsyncGenerator[ChatDelta, None]:
+        """A cleared piece once its calls may reach the caller; asks the checkpoint tool_call about each."""
         plan = self._record.plan
         for call in piece.tool_calls:
             self._calls.append(call)
             if plan is None or not asks(self._policy, "tool_call"):
                 continue
             situation = with_calls(self._situation, len(self._calls))
-            self._decide(judge_call(call, plan=plan, policy=self._policy, situation=situation))
+            decision = judge_call(call, plan=plan, policy=self._policy, situation=situation)
+            self._inform(decision, call.name)
+            if decision.action is Action.HOLD and self._enforce and self._parts.hold is not None:
+                waiting = asyncio.ensure_future(self._parts.hold(call, decision, self._concerned(call.name)))
+                async with aclosing(self._waiting(waiting)) as beats:
+                    async for beat in beats:
+                        yield beat
+                decision = settled_decision(decision, waiting.result())
+            self._decide(replace(decision, webhook=None))  # it was told
             if self._verdict is not None:
-                return False
-        return True
+                return
+        for told in self._leave(piece):
+            yield told
+
+    async def _waiting(self, held: asyncio.Future[Settled]) -> AsyncGenerator[ChatDelta, None]:
+        """Beats until a held call is settled; what people take is no time of the request's."""
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        try:
+            while not held.done():
+                yield ChatDelta(text="", waits=True)
+                await asyncio.wait({held}, timeout=BEAT_S)
+        finally:
+            self._deadline += loop.time() - begun
+            if not held.done():
+                held.cancel()
+                await asyncio.gather(held, return_exceptions=True)
+
+    def _inform(self, decision: Decision, tool: str | None = None) -> None:
+        """Tell the decision's webhook, once for each rule and call."""
+        told = decision.checkpoint, decision.rule, decision.action, tool and len(self._calls)
+        if self._parts.tell is not None and decision.webhook is not None and told not in self._informed:
+            self._informed.add(told)
+            self._parts.tell(decision, self._concerned(tool))
+
+    def _concerned(self, tool: str | None) -> Concerned:
+        return Concerned(
+            request_id=self._request.request_id,
+            policy=f"{self._policy.name}@{self._policy.version}",
+            enforced=self._enforce,
+            conversation=self._followed.name,
+            tool=tool,
+        )
 
     def _new_scanner(self) -> CallScanner | None:
         """For the calls in a reply; None where nothing may be called."""
@@ -243,6 +287,7 @@ class _Run:
             self._taint()
         for other in event.plan.others:
             self._record.decided(other)
+            self._inform(other)
         self._decide(event.plan.decision)
 
     def _take_window(self, event: Window) -> list[Delta]:
@@ -294,6 +339,7 @@ class _Run:
             why = "text was already released" if self._out else "the second reply is no better"
             decision = replace(decision, action=Action.REFUSE, reason=f"{decision.reason}; not regenerated: {why}")
         self._record.decided(decision)
+        self._inform(decision)
         if self._enforce and (decision.action.stops or decision.action is Action.REGENERATE):
             self._verdict = decision
 

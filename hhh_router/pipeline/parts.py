@@ -10,6 +10,7 @@ from uuid import uuid4
 
 from hhh_router.calibration import Calibrators
 from hhh_router.pipeline.conversations import Conversations
+from hhh_router.pipeline.people import Hold, Tell
 from hhh_router.pipeline.redaction import Redacting, TextRedacting
 from hhh_router.pipeline.store import PolicyStore
 from hhh_router.protocols import Generator, Reader
@@ -40,6 +41,10 @@ class Parts:
     """Remembers finished requests, so that people can say what they think of them; None remembers nothing."""
     redacting: Callable[[], Redacting] = field(default=TextRedacting)
     """Takes out of each answer what the policy redacts."""
+    hold: Hold | None = None
+    """Has people decide about held calls; None where nobody is there, and a held call is stopped."""
+    tell: Tell | None = None
+    """Tells webhooks of decisions; None where the door does not."""
     conversations: Conversations = field(default_factory=Conversations)
     """What conversations have used up, for policies that ask."""
     answers_elsewhere: bool = False

@@ -35,7 +35,7 @@ SIDECAR = Door(
     checkpoints=frozenset(CHECKPOINTS),
     reads_at=frozenset(CHECKPOINTS),
     supplies=SERVER.supplies | {"model", "headers.NAME"},
-    carries=frozenset({"redact", "upstream", "steering"}),
+    carries=frozenset({"hold", "redact", "upstream", "webhook", "steering"}),
     redacts_at=frozenset({"input", "output"}),
 )
 """Where another model answers, behind a proxy that knows several."""

@@ -18,10 +18,11 @@ from hhh_router.interfaces.proxy.policies import escalated, rules_of, shadowed
 from hhh_router.interfaces.proxy.redacting import FrameRedacting
 from hhh_router.interfaces.proxy.upstreams import Answer, Upstream
 from hhh_router.interfaces.server.http import WireError
+from hhh_router.pipeline.people import Concerned, Settled
 from hhh_router.pipeline.situation import asked_situation
 from hhh_router.policy import asks
 from hhh_router.trace.block import Metadata
-from hhh_router.types import Action, ChatRequest, Message
+from hhh_router.types import Action, ChatRequest, Decision, Message, ToolCall
 
 
 class Guarding:
@@ -68,7 +69,7 @@ class Guarding:
     ) -> Metadata | None:
         client, route = self._client, self._client.route
         assert client.wire is not None
-        parts = self._app.pipeline.parts
+        parts = self._app.parts
         settings = parts.settings
         applied = parts.policies.get(policy)
         extra = {"x-hhh-upstream": "-"}
@@ -103,6 +104,7 @@ class Guarding:
             parts,
             generator=exchange,
             answers_elsewhere=True,
+            hold=self._hold,
             redacting=partial(FrameRedacting, client.wire.name),
             settings=settings.model_copy(update={"request_timeout_s": max(longest, settings.request_timeout_s)}),
         )
@@ -147,6 +149,13 @@ class Guarding:
                 parts.conversations.also_called(told.caller, exchange.reply.answer_id)
             if client.key is not None:
                 self._app.keys.spend(client.key, exchange.spent_tokens)
+
+    async def _hold(self, call: ToolCall, decision: Decision, about: Concerned) -> Settled:
+        """Have people decide about a call; the outcome says what they did."""
+        settled = await self._app.approvals.hold(call, decision, about)
+        told = {"id": settled.id, "tool": call.name, "approved": settled.is_approved, "why": settled.why}
+        self._client.entry.outcome.setdefault("held", []).append({**told, "note": settled.note})
+        return settled
 
     async def _run(self, guarded: Guarded, exchange: Exchange) -> Metadata | None:
         client = self._client
