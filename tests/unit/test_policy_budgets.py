@@ -293,6 +293,15 @@ def test_limits_strength_and_lock_are_written_into_the_files_own_text(tmp_path: 
     assert written_into(written, found, folder=tmp_path) == written
 
 
+def test_a_limit_that_leaves_nothing_to_a_rule_behind_it_is_told_before_anything_is_written():
+    low = (
+        "{when: {outcomes.unsafe: '>= 0.9'}, then: regenerate}\n    - {when: {outcomes.unsafe: '>= 0.85'}, then: steer}"
+    )
+
+    with pytest.raises(PolicyError, match=r"checkpoints\.output\[0\] leaves nothing to checkpoints\.output\[1\]"):
+        fitted(policy(OUTPUT, output=low))
+
+
 def test_an_earlier_lock_of_one_limit_still_stands():
     flat = fitted(policy("benign_refused: 0.1", "harm_passed: 0.2")).policy
     part, document = flat.lock.parts["input"], as_document(flat)
