@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import socket
 import statistics
 import subprocess
@@ -22,19 +23,25 @@ from time import perf_counter
 from typing import Any
 
 from benchmarks.figures import Figure, Measured, NotMeasured, Results, record, write_json
-from benchmarks.loopback import Heard, connections, process, wait_for
+from benchmarks.loopback import WORDS_PER_CHUNK, Heard, connections, process, wait_for
 from benchmarks.machine import load_average, versions
 from benchmarks.present import present
 from benchmarks.run import Options, leave, line, parse
 from benchmarks.soak import resident_bytes
 from benchmarks.timing import interleaved, ratios
+from hhh_router.bundle import Bundle
 from hhh_router.errors import HHHRouterError
+from hhh_router.model.supervisor import open_supervised
+from hhh_router.protocols import SessionReader
+from hhh_router.settings import Settings
+from hhh_router.types import Message, ReadRequest
 
 LITELLM = "HHH_ROUTER_BENCH_LITELLM"
 STREAMS, CHUNKS, PAUSE_MS = 200, 40, 50  # as many tokens a second as a large model has for each of its readers
 CONCURRENT = 32
 WINDOW_CHUNKS = 4  # of the stub's chunks, in a window of 24 tokens
-_PROMPT_64 = "Tell me about the capital of France and its rivers and bridges. " * 5  # about 64 tokens, with a template
+ANSWER_TOKENS = 2000  # of the reader's, in the answer whose last window is read both ways
+_PROMPT_64 = "Tell me about the capital of France and its rivers. " * 3  # about 64 tokens, with a template and a number
 _BODY: dict[str, Any] = {"model": "stub", "messages": [{"role": "user", "content": "What is the capital of France?"}]}
 
 
@@ -61,7 +68,14 @@ class Bench:
     @cached_property
     def enforcing(self) -> int:
         """Port of a sidecar whose bundle reads."""
-        return self.stack.enter_context(process("sidecar", self.url, "enforce", self.bundle))[0]
+        return self.stack.enter_context(process("sidecar", self.url, "enforce", "--bundle", self.bundle))[0]
+
+    @cached_property
+    def reader(self) -> SessionReader:
+        """The bundle's, in a process of its own, as a sidecar has it."""
+        model = open_supervised(Bundle.load(self.bundle), Settings.load(bundle=self.bundle))
+        self.stack.callback(model.engine.close)
+        return model.reader
 
     @cached_property
     def litellm(self) -> int:
@@ -156,6 +170,23 @@ def _streams_per_second(port: int, streams: int, chunks: int) -> float:
     return asyncio.run(work())
 
 
+def _streamed(port: int, chunks: int, times: int) -> list[Heard]:
+    """Streams one after the other, each for a prompt of its own: the reader remembers what it has read."""
+
+    async def work() -> list[Heard]:
+        async with connections(port, 1) as [connection]:
+            bodies = [
+                {**_BODY, "messages": [_new_prompt()], "stream": True, "user": f"{chunks}:0"} for _ in range(times)
+            ]
+            return [await connection.ask(body) for body in bodies]
+
+    return asyncio.run(work())
+
+
+def _new_prompt() -> dict[str, str]:
+    return {"role": "user", "content": f"{secrets.randbelow(10**6):06}: {_PROMPT_64}"}
+
+
 # -- figures ----------------------------------------------------------------------------------------------------------
 
 
@@ -194,12 +225,10 @@ def _streams(bench: Bench) -> Measured:
 
 
 def _first_token(bench: Bench) -> Measured:
-    body = {"model": "stub", "messages": [{"role": "user", "content": _PROMPT_64}], "stream": True}
-    body["user"] = f"{WINDOW_CHUNKS}:0"
     times = bench.sized(20, 2)
 
     def side(port: int) -> Callable[[], float]:
-        return lambda: 1000 * statistics.median(h.first_s for h in _alone(port, body, times))
+        return lambda: 1000 * statistics.median(h.first_s for h in _streamed(port, WINDOW_CHUNKS, times))
 
     found = interleaved(
         {"direct": side(bench.upstream), "enforce": side(bench.enforcing)}, bench.repeats, on_step=bench.on_step
@@ -210,20 +239,49 @@ def _first_token(bench: Bench) -> Measured:
 
 
 def _window(bench: Bench) -> Measured:
-    windows = bench.sized(16, 4)
-    body = {"model": "stub", "messages": [{"role": "user", "content": _PROMPT_64}], "stream": True}
-    body["user"] = f"{windows * WINDOW_CHUNKS}:0"
-    times = bench.sized(5, 1)
+    windows, times = bench.sized(16, 4), bench.sized(5, 1)
 
     def side(port: int) -> Callable[[], float]:
-        return lambda: 1000 * statistics.median(h.whole_s - h.first_s for h in _alone(port, body, times))
+        chunks = (1 + windows) * WINDOW_CHUNKS  # the first one's are heard first
+        return lambda: 1000 * statistics.median(h.whole_s - h.first_s for h in _streamed(port, chunks, times))
 
     found = interleaved(
         {"direct": side(bench.upstream), "enforce": side(bench.enforcing)}, bench.repeats, on_step=bench.on_step
     )
     added = [(b - a) / windows for a, b in zip(found["direct"], found["enforce"], strict=True)]
-    note = f"mean over {windows} windows of 24 tokens, each of which reads the answer from its start"
+    note = f"mean over {windows} windows of 24 tokens after the first"
     return Measured(values=added, sides={f"{k} (ms)": statistics.median(v) for k, v in found.items()}, note=note)
+
+
+def _window_over_whole(bench: Bench) -> Measured:
+    """The last window of a long answer, read on and read whole."""
+    tokens = bench.sized(ANSWER_TOKENS, 200)
+    answer = WORDS_PER_CHUNK * (tokens // len(WORDS_PER_CHUNK.split()))
+    before = answer[: -WINDOW_CHUNKS * len(WORDS_PER_CHUNK)]
+
+    def messages() -> tuple[Message, ...]:
+        return (Message(role="user", content=_new_prompt()["content"]),)
+
+    async def read_on() -> float:
+        session = bench.reader.open(messages())
+        await session.read(before)
+        started = perf_counter()
+        await session.read(answer)
+        elapsed = perf_counter() - started
+        session.close()
+        return elapsed
+
+    async def read_whole() -> float:
+        request = ReadRequest(messages=messages(), response=answer)
+        started = perf_counter()
+        await bench.reader.read([request])
+        return perf_counter() - started
+
+    sides = {"read on": lambda: asyncio.run(read_on()), "whole": lambda: asyncio.run(read_whole())}
+    found = interleaved(sides, bench.repeats, on_step=bench.on_step)
+    medians = {f"{k} (ms)": 1000 * statistics.median(v) for k, v in found.items()}
+    note = f"{tokens} tokens of answer behind a 64-token prompt, as the reader counts them"
+    return Measured(values=ratios(found, "read on", "whole"), sides=medians, note=note)
 
 
 def _memory(bench: Bench) -> Measured:
@@ -248,18 +306,21 @@ FIGURES: tuple[Figure, ...] = (
     _figure("proxy-streams", "200 streams over direct", "x", 0.95, "least", _streams),
     _figure("proxy-first-token", "added time to first token, enforce", "ms", 60.0, "most", _first_token),
     _figure("proxy-window", "added per window, enforce", "ms", 25.0, "most", _window),
+    _figure(
+        "proxy-window-over-whole", "last window of a long answer over all of it", "x", 0.1, "most", _window_over_whole
+    ),
     _figure("proxy-memory", "resident memory of a worker without a model", "MB", 80.0, "most", _memory),
 )
 
 
-def measure(options: Options, figures: Sequence[Figure]) -> tuple[list[dict[str, Any]], int]:
+def measure(options: Options, figures: Sequence[Figure], kind: type[Bench] = Bench) -> tuple[list[dict[str, Any]], int]:
     """Measure what is asked for; returns all figures of the file, and how many failed."""
     results = Results(options.out, [f.name for f in figures])
     start, failed = load_average(), 0
     setting = ", ".join(f"{k} {v}" for k, v in versions("aiohttp", "uvicorn", "httptools", "uvloop").items())
     setting += f", cores {os.cpu_count()}"
     with ExitStack() as stack:
-        bench = Bench(bundle=options.bundle, repeats=options.repeats, quick=options.quick, stack=stack)
+        bench = kind(bundle=options.bundle, repeats=options.repeats, quick=options.quick, stack=stack)
         for figure in figures:
             if figure.name not in options.only:
                 continue

@@ -24,7 +24,10 @@ def mcp_proxy(
         str | None, typer.Option("--bundle", metavar="PATH|NAME", help="The bundle to read with.")
     ] = None,
     audit: Annotated[
-        str | None, typer.Option("--audit", metavar="FILE|none", help="Where calls and results are recorded (SQLite).")
+        str | None,
+        typer.Option(
+            "--audit", metavar="FILE|URL|none", help="Where calls and results are recorded: SQLite or Postgres."
+        ),
     ] = None,
     queue: Annotated[
         Path | None, typer.Option("--queue", metavar="FILE", help="Where held calls wait (SQLite).")

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from hhh_router.bundle import Bundle
 from hhh_router.calibration import CalibrationFile, Calibrators
+from hhh_router.calibration.drift import histograms
 from hhh_router.calibration.evidence import UNCALIBRATED
 from hhh_router.calibration.kept import KEPT, read_kept
 from hhh_router.errors import BundleError, MissingExtra, SettingsError
@@ -83,8 +84,8 @@ def open_memory(settings: Settings) -> FeedbackStore:
     )
 
 
-def open_raw_client() -> RawClient:
-    """Connections to upstreams for a sidecar.
+def open_raw_client(max_connections: int = 1024) -> RawClient:
+    """Connections to upstreams for a sidecar, so many at a time.
 
     Raises:
         MissingExtra: aiohttp is not installed.
@@ -93,7 +94,7 @@ def open_raw_client() -> RawClient:
         from hhh_router.upstream.raw import RawClient
     except ImportError as error:
         raise MissingExtra("serve", needed_for="an upstream") from error
-    return RawClient()
+    return RawClient(max_connections=max_connections)
 
 
 def open_litellm(
@@ -204,7 +205,7 @@ def load_calibrators(bundle: Bundle, settings: Settings, dtype: str | None = Non
 
     Raises:
         BundleError: There are none, or they were fitted for other heads or another precision, and the settings do not
-            allow uncalibrated numbers.
+            allow uncalibrated numbers; or what is kept of their rows cannot be read.
     """
     manifest = bundle.manifest
     if manifest.heads is None:
@@ -219,9 +220,14 @@ def load_calibrators(bundle: Bundle, settings: Settings, dtype: str | None = Non
             )
         _log.warning("%s: no calibrators; every number is labelled uncalibrated", bundle.root)
         return Calibrators.none()
-    return Calibrators.load(
+    calibrators = Calibrators.load(
         bundle.root / manifest.calibrators.path,
         heads_sha256=manifest.heads.sha256,
         dtype=dtype or manifest.backbone.dtype,
         allow_uncalibrated=settings.allow_uncalibrated,
     )
+    references = calibrators.references()
+    if any(r.bins is None for r in references.values()) and (bundle.root / KEPT).exists():
+        kept = read_kept(bundle.root, heads_sha256=manifest.heads.sha256)
+        calibrators = calibrators.with_spread(histograms(references, kept.rows))
+    return calibrators

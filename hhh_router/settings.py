@@ -102,6 +102,8 @@ class Settings(BaseSettings):
     """Key clients must send as ``Authorization: Bearer``; required when a server listens beyond loopback."""
     api_keys_file: Path | None = None
     """YAML file of further keys, hashed, each with what it opens and how much it may ask for."""
+    audit_url: SecretStr | None = None
+    """Where a proxy keeps its audit when neither an option nor its file says: ``postgresql://user:password@host/name``."""
     hold_s: float = Field(default=120.0, gt=0, le=86_400)
     """Seconds that a call which a policy holds waits to be approved; then it is denied."""
     hold_webhook: str | None = Field(default=None, pattern=r"^https?://[^\s]+$")

@@ -41,6 +41,15 @@ class Kept:
         for index, layer in enumerate(cache.layers[:layers]):
             self.write(index, 0, layer.keys[0], layer.values[0])
 
+    def begun(self, tokens: int) -> Kept:
+        """A copy of the first so many tokens."""
+        copy = Kept()
+        copy.reserve(tokens)
+        copy.tokens = tokens
+        for index, (keys, values) in self._layers.items():
+            copy.write(index, 0, keys[:, :tokens], values[:, :tokens])
+        return copy
+
     def write(self, index: int, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Put a layer's keys and values, (H, N, d), behind ``start`` tokens; returns those and all before."""
         if index not in self._layers:

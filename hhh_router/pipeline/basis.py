@@ -98,7 +98,7 @@ class Notes:
             tool_calls=about.conversation.tool_calls,
             calls=self._calls,
             unseen_calls=self._unseen,
-            results=[tool.name for tool in about.results],
+            results=[tool.name or "unknown" for tool in about.results],
             pinned=None if self._pinned is None else self._pinned.as_dict(),
         )
 

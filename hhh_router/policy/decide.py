@@ -143,6 +143,19 @@ def asks(policy: Policy, checkpoint: str) -> bool:
     return bool(policy.checkpoints.get(checkpoint) or policy.stricter.get(checkpoint))
 
 
+def asked_for(policy: Policy, checkpoint: str | None = None) -> frozenset[str]:
+    """Names of all conditions: those of one checkpoint's rules, or everywhere, floors included."""
+    rules = [
+        rule
+        for checkpoints in (policy.checkpoints, policy.stricter)
+        for name, its in checkpoints.items()
+        if checkpoint in (None, name)
+        for rule in its
+    ]
+    whens = [rule.when for rule in rules] + ([floor.when for floor in policy.floors] if checkpoint is None else [])
+    return frozenset(condition.quantity for when in whens for condition in when)
+
+
 def _first(policy: Policy, checkpoint: str, rules: tuple[Rule, ...], facts: Facts, *, total: bool = True) -> Decision:
     """The first rule that matches; without one, nothing is decided where the rules need not be ``total``."""
     shadow: list[Decision] = []

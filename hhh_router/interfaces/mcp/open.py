@@ -35,7 +35,7 @@ from hhh_router.interfaces.webhook import Webhook
 from hhh_router.pipeline import GuardResult, Pipeline
 from hhh_router.policy import Policy, load_policy
 from hhh_router.settings import DEFAULT_POLICY, Settings
-from hhh_router.trace.audit import Audit, NoAudit, SqliteAudit, default_audit
+from hhh_router.trace.audit import Audit, SqliteAudit, check_place, default_audit, open_audit
 from hhh_router.types import GuardRequest
 
 _log = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ class McpPlan:
     url: str | None
     guard_url: str | None
     audit: str | None
-    """A file, ``none``, or None for one of the user's own."""
+    """A file, a URL, ``none``, or None for a file of the user's own."""
     queue: Path
 
     @property
@@ -101,6 +101,10 @@ def plan_mcp(
     elif shutil.which(command[0]) is None:
         raise SettingsError(f"{command[0]!r} is no command that can be run", hint="write it as in the client's config")
     settings = Settings.load(bundle=bundle, hold_s=hold_s)
+    if audit is not None:
+        check_place(audit)
+    elif settings.audit_url is not None:
+        audit = settings.audit_url.get_secret_value()
     loaded = load_policy(policy or settings.policy)
     check_policy(loaded)
     return McpPlan(
@@ -263,10 +267,8 @@ def _ended_by(number: signal.Signals) -> Iterator[None]:
 
 def _open_audit(named: str | None) -> Audit:
     """The audit that is named; else the first of the user's own that no other proxy writes."""
-    if named == "none":
-        return NoAudit()
     if named is not None:
-        return SqliteAudit(named)
+        return open_audit(named)
     for n in range(1, MOST_AUDITS + 1):
         try:
             return SqliteAudit(default_audit().with_name("mcp.sqlite3" if n == 1 else f"mcp-{n}.sqlite3"))

@@ -13,11 +13,13 @@ from hhh_router.errors import InvalidRequest
 from hhh_router.interfaces.parse import our_fields
 from hhh_router.interfaces.proxy.entry import Entry
 from hhh_router.interfaces.proxy.headers import find
+from hhh_router.interfaces.proxy.hedging import Hedge, may_be_asked_twice
 from hhh_router.interfaces.proxy.incoming import Incoming, Out
 from hhh_router.interfaces.proxy.observe import parsed
 from hhh_router.interfaces.proxy.routes import Mode, Route
 from hhh_router.interfaces.proxy.upstreams import Asking
 from hhh_router.interfaces.proxy.wires import Asked, Wire
+from hhh_router.interfaces.proxy.wires.reading import conversing
 from hhh_router.interfaces.server.keys import Key, as_caller, check_policy
 from hhh_router.policy import Policy, headers_read
 from hhh_router.types import Caller
@@ -90,6 +92,16 @@ class ClientRequest:
             self._parsed = parsed(self.body or b"", self.encoding, max_bytes=limit, strict=strict)
         return self._parsed
 
+    def hedge(self) -> Hedge | None:
+        """Who else may be asked for an answer, where the route has somebody and the body is one that allows it."""
+        if self.route.hedge is None or self.wire is None or self.body is None:
+            return None
+        try:
+            allowed = may_be_asked_twice(self.wire.name, self.object())
+        except InvalidRequest:
+            return None
+        return self.route.hedge if allowed else None
+
     def own_policy(self) -> str | None:
         """Which policy the caller picks in ``hhh``, or else the route's.
 
@@ -119,7 +131,8 @@ class ClientRequest:
         asked = [policy] if name is None else [policy, policies.candidate(name)]
         wanted = {header.encode() for p in asked for header in headers_read(p)}
         headers = {n.decode("latin-1"): v.decode("latin-1") for n, v in self.incoming.headers if n in wanted}
-        return replace(as_caller(self.key, self.scope["path"]), model=self.asked.model, headers=headers)
+        caller = as_caller(self.key, self.scope["path"], self.incoming.headers)
+        return conversing(replace(caller, headers=headers), self.asked)
 
     def start_intent(self, policy: str | None) -> None:
         """Begin to store what is about to be done."""

@@ -11,8 +11,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 
 from hhh_router.errors import SettingsError
+from hhh_router.interfaces.proxy.hedging import Hedge
 from hhh_router.interfaces.proxy.places import node_at, path_of, place_of, plain, within
-from hhh_router.interfaces.proxy.routes import Mode, ProxyConfig, Route
+from hhh_router.interfaces.proxy.routes import MAX_REQUESTS, Mode, ProxyConfig, Route
 from hhh_router.interfaces.proxy.translation import PREFIX, open_translator
 from hhh_router.interfaces.proxy.upstreams import (
     BREAK_AFTER,
@@ -27,6 +28,7 @@ from hhh_router.interfaces.proxy.upstreams import (
 from hhh_router.policy.tree import MAX_BYTES, Mistake, Node, read_tree, show
 from hhh_router.policy.values import did_you_mean
 from hhh_router.settings import Settings, read_secret
+from hhh_router.trace.audit import Retention
 from hhh_router.trace.redact import Redactor
 
 OWN = "hhh"
@@ -99,6 +101,14 @@ def _one_name(given: object) -> object:
     return [{"upstream": given}] if isinstance(given, str) else given
 
 
+class HedgeFile(_Part):
+    """A second upstream that is asked where the first is silent for long."""
+
+    after_ms: Annotated[float, Field(ge=1, le=600_000)]
+    """Without the head of an answer."""
+    to: Name
+
+
 class RouteFile(_Part):
     """Requests that are treated alike; the first route that takes a request has it."""
 
@@ -117,6 +127,8 @@ class RouteFile(_Part):
     """Asked in this order when the first fails; ``hhh`` is the deployment's own mixture."""
     escalate_to: Name | None = None
     """Answers where a rule says ``escalate``."""
+    hedge: HedgeFile | None = None
+    """Asked as well where the first is silent for long."""
     instruct: bool = False
     """Tell the upstream in words what weights the router gives."""
 
@@ -125,11 +137,15 @@ class AuditFile(_Part):
     """What is kept of requests."""
 
     path: str | None = None
-    """SQLite file; ``none`` keeps nothing."""
+    """SQLite file, or ``postgresql://…`` without a password; ``none`` keeps nothing."""
     on_failure: Literal["closed", "open"] = "closed"
     """What holds when it cannot be written."""
     content: Literal["hashes", "full"] = "hashes"
     """``full`` keeps the texts of prompts and answers too, secrets replaced."""
+    keep_days: float | None = Field(default=None, gt=0, le=36_500)
+    """Older rows are removed; without it none are."""
+    keep_mb: float | None = Field(default=None, ge=1, le=1e7)
+    """The oldest rows are removed when all take more than so many megabytes."""
     redact: list[str] = []
     """Regular expressions of further secrets, which reach no record."""
 
@@ -146,6 +162,7 @@ class ProxyFile(_Part):
     unread_paths: Literal["pass", "refuse"] = "pass"
     guard_timeout_s: Seconds = 30.0
     drain_s: Seconds = 30.0
+    max_requests: int = Field(default=MAX_REQUESTS, ge=1, le=100_000)
     observe_queue: int = Field(default=256, ge=1, le=100_000)
     audit: AuditFile = AuditFile()
     upstreams: dict[Name, UpstreamFile] = Field(min_length=1)
@@ -238,6 +255,7 @@ def make_config(
                 fallback=tuple(upstreams[name] for name in route.fallback if name != OWN),
                 answer_here=OWN in route.fallback,
                 escalate_to=upstreams[route.escalate_to] if route.escalate_to else None,
+                hedge=Hedge(after_s=route.hedge.after_ms / 1000, to=upstreams[route.hedge.to]) if route.hedge else None,
                 instruct=route.instruct,
             )
         )
@@ -248,6 +266,7 @@ def make_config(
         unread_paths=file.unread_paths,
         guard_timeout_s=file.guard_timeout_s,
         drain_s=file.drain_s,
+        max_requests=file.max_requests,
         observe_queue=file.observe_queue,
         audit_failure=file.audit.on_failure,
         audit_content=file.audit.content,
@@ -273,6 +292,11 @@ def simple_config(url: str, settings: Settings, *, mode: Mode = "enforce") -> Pr
         otherwise={"authorization": f"Bearer {key.get_secret_value()}"} if key and translator is None else {},
     )
     return ProxyConfig(routes=[Route(name="all", mode=mode, to=((upstream, 1.0),))])
+
+
+def retention(file: ProxyFile) -> Retention:
+    """How long the audit's rows are kept."""
+    return Retention(days=file.audit.keep_days, megabytes=file.audit.keep_mb)
 
 
 def patterns(file: ProxyFile) -> tuple[re.Pattern[str], ...]:
@@ -330,6 +354,8 @@ def _check_names(file: ProxyFile, root: Node, mistakes: list[Mistake]) -> None:
             check(name, ("routes", i, "fallback", j), [*names, OWN])
         if route.escalate_to is not None:
             check(route.escalate_to, ("routes", i, "escalate_to"), names)
+        if route.hedge is not None:
+            check(route.hedge.to, ("routes", i, "hedge", "to"), names)
     for i, pattern in enumerate(file.audit.redact):
         try:
             re.compile(pattern)
@@ -385,7 +411,7 @@ def _told(error: ValidationError, root: Node) -> list[Mistake]:
 def _keys(loc: tuple[str | int, ...]) -> list[str]:
     """The keys that are known at a place of the file."""
     kinds: dict[str, type[BaseModel]] = {"upstreams": UpstreamFile, "routes": RouteFile, "audit": AuditFile}
-    kinds |= {"timeouts": TimeoutsFile, "breaker": BreakerFile, "to": TargetFile}
+    kinds |= {"timeouts": TimeoutsFile, "breaker": BreakerFile, "to": TargetFile, "hedge": HedgeFile}
     kind: type[BaseModel] = ProxyFile
     for step in loc:
         kind = kinds.get(str(step), kind)

@@ -16,6 +16,7 @@ from hhh_router.interfaces.proxy.passing import Passing
 from hhh_router.interfaces.proxy.policies import compared, escalated, rules_of, shadowed
 from hhh_router.interfaces.proxy.upstreams import Answer, Upstream
 from hhh_router.interfaces.server.http import WireError
+from hhh_router.pipeline.situation import asked_situation
 from hhh_router.policy import asks
 from hhh_router.trace.block import Metadata
 from hhh_router.types import Action, ChatRequest, Message
@@ -76,9 +77,13 @@ class Guarding:
             words += [r.steering for r in rules_of(applied) if enforce and r.place == exchange.rule]
             told = "\n\n".join(w for w in words if w) or None
             answer = await self._passing.ask_one_of(
-                order, lambda u: self._passing.outgoing(u, self._passing.body_for(u, told))
+                order,
+                lambda u: self._passing.outgoing(u, self._passing.body_for(u, told)),
+                may_hedge=escalating is None,
             )
             extra["x-hhh-upstream"] = client.asking.answered_by or "-"
+            if client.asking.hedge is not None:
+                extra["x-hhh-hedge"] = client.asking.hedge
             return answer
 
         exchange = Exchange(
@@ -119,6 +124,8 @@ class Guarding:
             request_id=client.request_id,
             not_inspected=client.asked.not_inspected,
             caller=client.caller(applied),
+            turns=client.asked.turns,
+            goes_on=client.asked.goes_on,
             passthrough={"wire": client.wire.name, "body_sha256": hashlib.sha256(client.body or b"").hexdigest()},
         )
         guarded = Guarded(
@@ -134,6 +141,9 @@ class Guarding:
         try:
             return await self._run(guarded, exchange)
         finally:
+            if exchange.reply.answer_id is not None:
+                told = asked_situation(request.turns, request.caller, None)
+                parts.conversations.also_called(told.caller, exchange.reply.answer_id)
             if client.key is not None:
                 self._app.keys.spend(client.key, exchange.spent_tokens)
 

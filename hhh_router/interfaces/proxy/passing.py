@@ -13,9 +13,10 @@ from hhh_router.interfaces.proxy.instruct import instructed
 from hhh_router.interfaces.proxy.observe import Seen, Tee
 from hhh_router.interfaces.proxy.upstreams import BREAKS, KEYS, RETRIED, Answer, Outgoing, Upstream
 from hhh_router.interfaces.server.http import WireError, dump
+from hhh_router.interfaces.server.keys import CONVERSATION
 
 _OWN_MODEL = "hhh-auto"
-_NEVER_SENT = frozenset({b"host", b"expect"})
+_NEVER_SENT = frozenset({b"host", b"expect", CONVERSATION})
 
 
 class Passing:
@@ -95,13 +96,16 @@ class Passing:
         """Ask the route's upstreams in their order."""
         return await self.ask_one_of(self._client.route.order(self._app.draw), make)
 
-    async def ask_one_of(self, order: list[Upstream], make: Callable[[Upstream], Outgoing]) -> Answer:
-        """Ask these in their order.
+    async def ask_one_of(
+        self, order: list[Upstream], make: Callable[[Upstream], Outgoing], *, may_hedge: bool = True
+    ) -> Answer:
+        """Ask these in their order, and the route's hedge beside the first.
 
         Raises:
             UpstreamError: None of them answers; where the own mixture stands in, also a status that says so.
         """
-        answer = await self._app.upstreams.ask(order, make, self._client.asking)
+        asking = self._client.asking
+        answer = await self._app.upstreams.ask(order, make, asking, self._client.hedge() if may_hedge else None)
         if self._client.route.answer_here and answer.status in BREAKS | RETRIED:
             answer.close()
             raise UpstreamError(f"the last upstream answered {answer.status}", status=answer.status)

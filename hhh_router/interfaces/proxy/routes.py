@@ -7,11 +7,15 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Literal
 
+from hhh_router.interfaces.proxy.hedging import Hedge
 from hhh_router.interfaces.proxy.upstreams import Upstream
 from hhh_router.trace.redact import Redactor
 
 Mode = Literal["observe", "annotate", "enforce"]
 """``observe`` reads beside the request and records; ``annotate`` tells the caller too; ``enforce`` acts."""
+
+MAX_REQUESTS = 1000
+"""Under way together, fewer than the connections to upstreams that `RawClient` opens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +40,8 @@ class Route:
     """When all of them fail, the deployment's own mixture answers."""
     escalate_to: Upstream | None = None
     """Answers where a rule says ``escalate``."""
+    hedge: Hedge | None = None
+    """Who is asked as well where the first is silent for long, of requests that may be asked twice."""
     instruct: bool = False
     """Tell the upstream in words what weights the router would have given: it cannot be mixed."""
 
@@ -84,6 +90,8 @@ class ProxyConfig:
     """Longest wait for one reading."""
     drain_s: float = 30.0
     """How long answers under way may go on after SIGTERM."""
+    max_requests: int = MAX_REQUESTS
+    """Requests under way together; one more is told to come back."""
     observe_queue: int = 256
     """Exchanges that wait to be read in ``observe``; one more is not read, and counted."""
     audit_failure: Literal["closed", "open"] = "closed"
@@ -97,7 +105,8 @@ class ProxyConfig:
         """All of them, each once."""
         found: dict[str, Upstream] = {u.name: u for u in self.others}
         for route in self.routes:
-            for upstream in (*(u for u, _ in route.to), *route.fallback, route.escalate_to):
+            hedged = None if route.hedge is None else route.hedge.to
+            for upstream in (*(u for u, _ in route.to), *route.fallback, route.escalate_to, hedged):
                 if upstream is not None:
                     found[upstream.name] = upstream
         return list(found.values())

@@ -19,9 +19,9 @@ from starlette.responses import Response
 from hhh_router.errors import InvalidRequest
 from hhh_router.interfaces.parse import inner, kind_of, parse_calls, parse_messages
 from hhh_router.interfaces.server.http import JsonReply, read_json, until_client_leaves
-from hhh_router.interfaces.server.kept import Kept
 from hhh_router.interfaces.server.keys import called, check_policies, owner
 from hhh_router.pipeline import GuardResult, Pipeline
+from hhh_router.pipeline.kept import Kept
 from hhh_router.pipeline.validate import check_messages
 from hhh_router.tools import as_text, calls_as_text
 from hhh_router.trace import redact_text

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -24,6 +26,24 @@ _SHARES: Final = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1)
 _STATES: Final = ("ready", "starting", "draining")
 _REASONS: Final = ("harmless", "injection")
 """Needs that a refusal answers. The larger of the two is a lower bound of the probability that one of them is there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """What another part counts, asked at every scrape."""
+
+    name: str
+    told: str
+    labels: tuple[str, ...] = ()
+    values: Callable[[], Mapping[tuple[str, ...], float]]
+    """By their labels."""
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """As Prometheus' client wants it."""
+        family = CounterMetricFamily(f"hhh:{self.name}", self.told, labels=self.labels)
+        for labels, value in self.values().items():
+            family.add_metric(labels, value)
+        yield family
 
 
 class Metrics:
@@ -164,6 +184,10 @@ class Metrics:
             if passed is not None:
                 self._passed.labels(kind, policy).inc()
                 self._harm.labels(kind, policy).inc(passed)
+
+    def watch(self, counts: Counts) -> None:
+        """Tell of what another part counts."""
+        self.registry.register(counts)  # type: ignore[arg-type]
 
     def show(self, figures: Iterable[Figure]) -> None:
         """Take over what the monitors found last."""
