@@ -25,9 +25,9 @@ from hhh_router.trace.block import Basis, Metadata, ReadingRecord
 from hhh_router.types import Action, Caller, ChatRequest, GuardRequest, ReadRequest, Scores, Tool, Weights
 
 TOLERANCES: Mapping[str, float] = {"needs": 0.02, "outcomes": 0.05, "weights": 0.05}
-"""Most that a number may differ: another precision or processor moves it a little. A reply's states were made token by
-token, beside other replies, and are read at once now, which moved an outcome by .03; weights hang on odds, and move more
-than the needs that they come from."""
+"""Most that a number may differ: another precision or processor moves it a little. A reply's states were made token
+by token, beside other replies, and are read at once now, which moved an outcome by .03; weights hang on odds, and move
+more than the needs that they come from."""
 
 _KNOWN_AGAIN = Door(
     name="a receipt",
