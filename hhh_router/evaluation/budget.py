@@ -370,13 +370,8 @@ def _by_group(ranked: Ranked, limit: float) -> list[GroupErrors]:
 
 def _rounded(found: FittedLimit, ranked: Ranked) -> float:
     """The limit with few digits, where that moves no row to its other side. It is never above 1, where all pass."""
-    stopped = ranked.scores >= found.limit
     for decimals in (3, 4, _LIMIT_DECIMALS):
-        nearest = round(found.limit, decimals)
-        for shorter in (
-            nearest,
-            round(nearest - 10**-decimals, decimals),
-        ):  # the limit is a row's score: never above it
-            if shorter > 0 and ((ranked.scores >= shorter) == stopped).all():
-                return shorter
+        shorter = round(found.limit, decimals)
+        if shorter > 0 and ((ranked.scores >= shorter) == (ranked.scores >= found.limit)).all():
+            return shorter
     return found.limit

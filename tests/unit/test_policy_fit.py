@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import re
 from importlib import import_module
 from pathlib import Path
 
@@ -309,6 +310,22 @@ def test_fit_on_the_default_bundle_writes_a_policy_that_stands(tmp_path: Path):
     failed = CliRunner().invoke(app, ["fit", str(file), "--out", str(out)])
     assert isinstance(failed.exception, DataError)
     assert "what can be promised instead" in failed.stderr
+
+
+def test_all_parts_are_fitted_together_on_what_the_default_bundle_keeps(tmp_path: Path):
+    page = (Path(__file__).resolve().parents[2] / "docs" / "policies.md").read_text(encoding="utf-8")
+    [text] = [t for t in re.findall(r"```yaml\n(version:.*?)```", page, re.DOTALL) if "safe_withheld" in t]
+    file, out = tmp_path / "p.yaml", tmp_path / "locked.yaml"
+    file.write_text(text)
+
+    made = CliRunner().invoke(import_module("hhh_router.cli.policy").app, ["fit", str(file), "--out", str(out)])
+
+    assert made.exit_code == 0, made.output
+    found = load_policy(out)
+    assert set(found.lock.parts) == {"input", "output", "weights"}
+    for part, most in found.budget.most.items():
+        assert all(found.lock.parts[part].errors[name].bound <= share for name, share in most.items())
+    assert "xstest/completions" in made.stdout
 
 
 def test_what_session_and_tool_results_would_say_is_no_part_of_a_budget():
