@@ -67,6 +67,7 @@ class Sidecar:
             keep=self.keep,
         )
         self.draining = False
+        self._drained = asyncio.Event()
         self._under_way: set[asyncio.Task[None]] = set()
         self._cut: asyncio.Future[None] | None = None
 
@@ -85,6 +86,12 @@ class Sidecar:
     async def drain(self, timeout_s: float) -> None:
         """Take nothing new in and let what is under way end; after ``timeout_s`` it ends with an error of its wire."""
         self.draining = True
+        try:
+            await self._drain(timeout_s)
+        finally:
+            self._drained.set()
+
+    async def _drain(self, timeout_s: float) -> None:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
         if self._under_way:
@@ -141,6 +148,8 @@ class Sidecar:
         await receive()
         await send({"type": "lifespan.startup.complete"})
         await receive()
+        if self.draining:  # the server does not wait for it: what is read meanwhile would find the audit closed
+            await self._drained.wait()
         await self.upstreams.aclose()
         for upstream in self.config.upstreams():
             if upstream.translator is not None:
