@@ -47,10 +47,9 @@ async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
     try:
         while True:
             head = await reader.readuntil(b"\r\n\r\n")
-            length = next(
-                int(line.split(b":")[1]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length")
-            )
-            body = json.loads(await reader.readexactly(length))
+            lengths = (line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length"))
+            length = int(next(lengths, b":0").split(b":")[1])  # a proxy looks around with GET too
+            body = json.loads(await reader.readexactly(length) or b"{}")
             if not body.get("stream"):
                 fields = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
                 writer.write(fields % len(_WHOLE) + _WHOLE)
@@ -152,7 +151,7 @@ class Connection:
         """Ask, and read the answer to its end.
 
         Raises:
-            RuntimeError: It is no 200.
+            RuntimeError: It is no 200, or a policy cut the stream off.
         """
         data = json.dumps(body).encode()
         fields = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
@@ -167,13 +166,15 @@ class Connection:
             whole = time.perf_counter() - started
             return Heard(whole, whole)
         first: float | None = None
+        piece = b""
         while size := int(await self._reader.readline(), 16):
             piece = await self._reader.readexactly(size + 2)
             if first is None and b'"content": "one' in piece:
                 first = time.perf_counter() - started
         await self._reader.readline()
-        whole = time.perf_counter() - started
-        return Heard(whole if first is None else first, whole)
+        if first is None or b"data: [DONE]" not in piece or b'"content_filter"' in piece:
+            raise RuntimeError(f"the stream was cut off: {piece[:200].decode('utf-8', 'replace')}")
+        return Heard(first, time.perf_counter() - started)
 
 
 @asynccontextmanager

@@ -18,7 +18,8 @@ from time import perf_counter
 
 from benchmarks.figures import Record, meets, quartiles, write_json
 from hhh_router.calibration import Calibrators
-from hhh_router.evaluation.budget import FitRow, fit_policy
+from hhh_router.evaluation.budget import fit_policy
+from hhh_router.evaluation.budget_rows import FitRow
 from hhh_router.pipeline import PolicyStore
 from hhh_router.policy import Door, Facts, Policy, decide, parse_policy
 from hhh_router.policy.doors import SITUATIONS

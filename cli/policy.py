@@ -169,14 +169,14 @@ async def explain_request(
 ) -> tuple[Policy, list[Step]]:
     """The steps of one prompt under the pipeline's default policy, and that policy."""
     from hhh_router.pipeline.plan import explain
-    from hhh_router.pipeline.situation import asked_situation
+    from hhh_router.pipeline.situation import asked_situation, first_turn
     from hhh_router.policy import for_tenant
     from hhh_router.types import Caller
 
     parts = pipeline.parts
     [scores] = await parts.reader.read([request])
     policy = for_tenant(pipeline.policies.default, "")
-    about = asked_situation(request.messages, Caller(tenant=""), parts.now())
+    about = first_turn(asked_situation(request.messages, Caller(tenant=""), parts.now()))
     return policy, explain(scores, policy=policy, calibrators=parts.calibrators, pinned=pinned, situation=about)
 
 

@@ -36,7 +36,9 @@ def proxy(
     ] = None,
     audit: Annotated[
         str | None,
-        typer.Option("--audit", metavar="FILE|none", help="Where intents and outcomes are kept (SQLite)."),
+        typer.Option(
+            "--audit", metavar="FILE|URL|none", help="Where intents and outcomes are kept: SQLite or Postgres."
+        ),
     ] = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="Port to listen on; 0 takes a free one.")] = 8000,

@@ -6,7 +6,7 @@ Everything here is plain data on a handful of floats: no tensor, no socket, no c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -246,17 +246,28 @@ class Caller:
     """Lower-case names → values; only of headers that the policy reads."""
     sticky: str | None = None
     """What stays the same for one user or conversation: decides who is in a rollout."""
+    account: str | None = None
+    """Whose conversations are kept apart from others', where ``tenant`` does not say it: never a secret itself."""
+    conversation: str | None = None
+    """The conversation's own id, where the client tells one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToolFacts:
     """One call of a tool, or what came back from it."""
 
-    name: str
+    name: str | None
+    """None where the call that a result answers was not sent and is not known."""
+    call_id: str | None = None
+    """Of the call that a result answers."""
     arguments: Any = None
     """The call's arguments as parsed JSON; None where they are no JSON."""
     result: str | None = None
     """What came back; None for a call that has not been run."""
+    scores: Scores | None = None
+    """The reading of what came back, by itself; None where no rule asks for one."""
+    unread: str | None = None
+    """Why there is no such reading although a rule asks for one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -267,9 +278,9 @@ class Conversation:
     """Messages of the user."""
     tool_calls: int | None = None
     tokens: int | None = None
-    """Prompt and reply tokens of all turns."""
+    """Prompt and reply tokens of all turns, each prompt as long as it was sent."""
     refusals: int | None = None
-    """Replies that a policy stopped."""
+    """Replies that a policy stopped, without those that were handed to somebody else."""
     minutes: float | None = None
     """Since its first turn."""
     tainted: bool | None = None
@@ -285,8 +296,8 @@ class Situation:
     the arguments as JSON, at ``tool_result`` the result."""
     role: str | None = None
     """Who wrote it."""
-    language: str | None = None
-    """ISO 639-1 code, such as ``de``."""
+    detect: Callable[[str], str | None] | None = field(default=None, compare=False, repr=False)
+    """Tells the language of a text; asked where a rule wants to know it."""
     tokens: int | None = None
     """Tokens that the reading saw."""
     at: datetime | None = None
@@ -295,7 +306,14 @@ class Situation:
     tool: ToolFacts | None = None
     results: tuple[ToolFacts, ...] = ()
     """What came back from tools since the last reply, which the model is about to see."""
+    earlier: tuple[ToolFacts, ...] = ()
+    """What came back before it. It is judged again where nobody knows any more whether it was tainted."""
     conversation: Conversation = field(default_factory=Conversation)
+
+    @property
+    def language(self) -> str | None:
+        """Code of the text's language, such as ``de``; None where nobody can tell."""
+        return None if self.detect is None or self.text is None else self.detect(self.text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -325,6 +343,10 @@ class ChatRequest:
     """Fields of the client's body that only an upstream understands, kept as they came."""
     caller: Caller = field(default_factory=Caller)
     """Who asks, for the policy's conditions."""
+    turns: tuple[Message, ...] = ()
+    """The conversation turn by turn, with calls and results apart, where ``messages`` is joined for a reader."""
+    goes_on: bool = False
+    """Earlier turns are with an upstream that remembers them, and were not sent."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -356,6 +378,12 @@ class GuardRequest:
     not_inspected: tuple[str, ...] = ()
     caller: Caller = field(default_factory=Caller)
     """Who asks, for the policy's conditions."""
+    turns: tuple[Message, ...] = ()
+    """As `ChatRequest.turns`."""
+    goes_on: bool = False
+    """As `ChatRequest.goes_on`."""
+    calls: tuple[ToolCall, ...] = ()
+    """Calls of tools in the response, each to be judged at ``tool_call``."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -434,6 +462,8 @@ class Plan:
     """False in shadow mode: the decision is recorded and changes nothing."""
     others: tuple[Decision, ...] = ()
     """What ``session`` and ``tool_result`` said besides, none of it stricter than ``decision``."""
+    tainted: bool = False
+    """Whether ``tool_result`` did not simply allow what a tool brought back."""
 
     @property
     def stops(self) -> bool:

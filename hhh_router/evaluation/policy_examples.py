@@ -10,7 +10,7 @@ from hhh_router.errors import ReaderError
 from hhh_router.evaluation.systems import Readings
 from hhh_router.pipeline.onerror import JUDGING_FAILURES, check_scores, failed_decision, unread_plan
 from hhh_router.pipeline.plan import judge_output, make_plan
-from hhh_router.pipeline.situation import answered_situation, asked_situation
+from hhh_router.pipeline.situation import answered_situation, asked_situation, first_turn, with_calls
 from hhh_router.policy import Facts, Policy, asks, decide, for_tenant
 from hhh_router.policy.schema import Example
 from hhh_router.types import Caller, Decision, Message, Plan, ReadRequest, Scores, ToolFacts, Weights
@@ -58,7 +58,7 @@ class _Asked:
         self._scores = scores
         self._readings = readings
         who = Caller(tenant=example.tenant or "", sticky="example")
-        self._situation = asked_situation(_messages(example), who, None)
+        self._situation = first_turn(asked_situation(_messages(example), who, None))
 
     def tested(self) -> Tested:
         """What is decided at the example's checkpoint."""
@@ -113,7 +113,7 @@ class _Asked:
             in_distribution=evidence.in_distribution if evidence else None,
             mode=evidence.mode if evidence else None,
             situation=replace(
-                self._situation,
+                with_calls(self._situation, 1),
                 tool=ToolFacts(name=example.tool, arguments=example.arguments),
                 text=json.dumps(example.arguments),
                 role="assistant",

@@ -10,18 +10,20 @@ from dataclasses import replace
 
 from hhh_router.errors import BackendTimeout, GeneratorError, ReaderError
 from hhh_router.pipeline.candidate import open_beside
+from hhh_router.pipeline.conversations import tainted
 from hhh_router.pipeline.onerror import JUDGING_FAILURES, check_scores, failed_decision, unread_plan
 from hhh_router.pipeline.parts import Parts
 from hhh_router.pipeline.plan import judge_call, judge_output, make_plan
 from hhh_router.pipeline.record import Record
 from hhh_router.pipeline.release import Release
 from hhh_router.pipeline.results import ChatDelta, ChatEvent, ChatFinished, ChatStarted, Usage
-from hhh_router.pipeline.situation import answered_situation, asked_situation
+from hhh_router.pipeline.situation import answered_situation, asked_situation, with_calls
+from hhh_router.pipeline.tool_results import with_readings
 from hhh_router.pipeline.validate import check_chat
 from hhh_router.policy import Policy, asks, for_tenant, steers
 from hhh_router.protocols import Delta, Event, Finished, Planned, Steered, TokenLogprob, Unread, Window
 from hhh_router.tools import CallScanner, calls_as_text
-from hhh_router.types import Action, ChatRequest, Decision, Plan, Scores, Weights
+from hhh_router.types import Action, ChatRequest, Decision, Plan, Scores, ToolCall, Weights
 
 _log = logging.getLogger(__name__)
 
@@ -70,9 +72,13 @@ class _Run:
         assert request.timeout_s is not None
         self._timeout_s = request.timeout_s
         self._deadline = asyncio.get_running_loop().time() + self._timeout_s
-        self._situation = asked_situation(request.messages, request.caller, parts.now())
+        situation = asked_situation(request.turns or request.messages, request.caller, parts.now())
+        self._followed = parts.conversations.follow(policy, situation, goes_on=request.goes_on)
+        self._situation = self._followed.situation
+        self._calls: list[ToolCall] = []  # of the reply so far
         self._beside = open_beside(parts, request, stream=stream)
         self._record = Record(parts, request, policy, self._beside)
+        self._record.asked(self._situation, stream=stream)
         self._release = Release()
         self._scanner = self._new_scanner()
         self._logprobs: list[float] = []
@@ -90,6 +96,7 @@ class _Run:
 
     async def events(self) -> AsyncGenerator[ChatEvent, None]:
         try:
+            self._situation = await with_readings(self._parts.reader, self._policy, self._situation)
             while True:
                 async with aclosing(self._attempt()) as deltas:
                     async for delta in deltas:
@@ -108,6 +115,20 @@ class _Run:
                     yield event
         finally:
             self._record.close()
+            self._followed.spend(
+                tokens=self._prompt_tokens + self._completion_tokens,
+                refusals=self._verdict is not None and self._verdict.action is not Action.ESCALATE,
+                calls=self._calls,
+            )
+
+    @property
+    def _prompt_tokens(self) -> int:
+        return self._finished.prompt_tokens if self._finished else self._record.prompt_tokens
+
+    @property
+    def _completion_tokens(self) -> int:
+        """With those of an attempt that was thrown away."""
+        return self._spent_tokens + self._release.tokens
 
     async def _attempt(self) -> AsyncGenerator[ChatDelta, None]:
         """Run the generator once; sets ``_verdict`` when a decision ends it, ``_finished`` when it came to its end."""
@@ -152,15 +173,16 @@ class _Run:
         """Whether the calls in a piece may reach the caller; asks the checkpoint tool_call about each."""
         plan = self._record.plan
         self._told_calls = self._told_calls or bool(piece.tool_calls)
-        if not piece.tool_calls or plan is None:
-            return True
-        if not asks(self._policy, "tool_call"):
-            for call in piece.tool_calls:
-                self._beside.called(call, self._situation, None)
-            return True
         for call in piece.tool_calls:
-            decision = judge_call(call, plan=plan, policy=self._policy, situation=self._situation)
-            self._beside.called(call, self._situation, self._decide(decision))
+            self._calls.append(call)
+            if plan is None:
+                continue
+            self._record.called(call.name)
+            situation = with_calls(self._situation, len(self._calls))
+            decision = None
+            if asks(self._policy, "tool_call"):
+                decision = self._decide(judge_call(call, plan=plan, policy=self._policy, situation=situation))
+            self._beside.called(call, situation, decision)
             if self._verdict is not None:
                 return False
         return True
@@ -210,6 +232,8 @@ class _Run:
         self._record.planned(
             event.plan, layers_run=event.layers_run, read_ms=event.read_ms, prompt_tokens=event.prompt_tokens
         )
+        if event.plan.tainted:
+            self._taint()
         for other in event.plan.others:
             self._record.decided(other)
         self._decide(event.plan.decision)
@@ -230,17 +254,28 @@ class _Run:
                     logprobs=self._logprobs,
                     situation=situation,
                 )
-                self._record.read_again(evidence, confidence)
+                self._record.read_again(
+                    evidence,
+                    confidence,
+                    reply_tokens=event.completion_tokens,
+                    is_final=event.is_final,
+                    logprobs=self._logprobs,
+                )
             except JUDGING_FAILURES as error:
                 _log.warning("%s: output not judged: %s", self._request.request_id, error)
+                self._record.unread(event.completion_tokens)
                 decision = failed_decision(self._policy, "output", error)
         decision = self._decide(decision)
         self._beside.answered(event.scores, situation, decision, logprobs=self._logprobs, is_final=event.is_final)
         return [] if self._verdict else self._release.clear(covered_tokens=event.completion_tokens)
 
+    def _taint(self) -> None:
+        self._followed.taint()
+        self._situation = tainted(self._situation)
+
     def _reply(self, covered_tokens: int) -> str:
-        """The reply's text as far as a window has seen it."""
-        told = "".join(d.text + calls_as_text(d.tool_calls) for d in self._cleared)
+        """The reply's text as far as a window has seen it. An upstream's chunks tell calls in their text already."""
+        told = "".join(d.text + (calls_as_text(d.tool_calls) if d.raw is None else "") for d in self._cleared)
         return told + self._release.text(covered_tokens=covered_tokens)
 
     def _take_unread(self, event: Unread) -> list[Delta]:
@@ -271,9 +306,13 @@ class _Run:
     def _fail(self, error: Exception, *, prompt_tokens: int = 0) -> Decision:
         checkpoint = "input" if self._record.plan is None else "output"
         decision = failed_decision(self._policy, checkpoint, error)
-        if self._record.plan is None:
+        if self._record.plan is not None:
+            self._record.unread(self._release.tokens)
+        else:
             plan = unread_plan(self._policy, decision)
             self._record.planned(plan, layers_run=0, read_ms=None, prompt_tokens=prompt_tokens)
+            if self._situation.results and asks(self._policy, "tool_result"):
+                self._taint()  # nobody knows what they say
         decision = self._decide(decision)
         self._beside.failed(checkpoint, error, decision)
         return decision
@@ -337,6 +376,7 @@ class _Run:
         self._spent_tokens += self._release.tokens
         self._release = Release()
         self._scanner = self._new_scanner()
+        self._calls.clear()
         self._cleared.clear()
         self._logprobs.clear()
         self._record.begin_again()
@@ -348,7 +388,7 @@ class _Run:
         elif self._verdict is not None:
             self._beside.ended("no reply was made")
         if self._finished is not None and self._finished.reason == "tool_calls" and not self._told_calls:
-            self._beside.unseen_calls()
+            self._record.unseen_calls()
 
     async def _ending(self) -> AsyncGenerator[ChatEvent, None]:
         self._end_beside()
@@ -367,10 +407,7 @@ class _Run:
         finish_reason = "content_filter" if refusal is not None else self._finished.reason if self._finished else "stop"
         if calls and finish_reason == "stop":
             finish_reason = "tool_calls"
-        usage = Usage(
-            prompt_tokens=self._finished.prompt_tokens if self._finished else self._record.prompt_tokens,
-            completion_tokens=self._spent_tokens + self._release.tokens,
-        )
+        usage = Usage(prompt_tokens=self._prompt_tokens, completion_tokens=self._completion_tokens)
         self._record.first_text()
         metadata = self._record.finish(text + calls_as_text(calls))
         if not self._out:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from hhh_router.errors import BackendTimeout, InvalidRequest, ReaderError
 from hhh_router.pipeline.candidate import Beside, open_beside
+from hhh_router.pipeline.conversations import Followed, tainted
 from hhh_router.pipeline.onerror import (
     JUDGING_FAILURES,
     check_scores,
@@ -15,14 +16,15 @@ from hhh_router.pipeline.onerror import (
     unread_plan,
 )
 from hhh_router.pipeline.parts import Parts
-from hhh_router.pipeline.plan import judge_output, make_plan
+from hhh_router.pipeline.plan import judge_call, judge_output, make_plan
 from hhh_router.pipeline.record import Record
 from hhh_router.pipeline.results import GuardResult, RouteResult
-from hhh_router.pipeline.situation import answered_situation, asked_situation
+from hhh_router.pipeline.situation import answered_situation, asked_situation, with_calls
+from hhh_router.pipeline.tool_results import with_readings
 from hhh_router.pipeline.validate import check_guard
-from hhh_router.policy import Policy, for_tenant
+from hhh_router.policy import Policy, asks, for_tenant
 from hhh_router.trace.block import Metadata
-from hhh_router.types import Decision, GuardRequest, Plan, ReadRequest, Scores, Situation
+from hhh_router.types import Action, Decision, GuardRequest, Plan, ReadRequest, Scores, Situation
 
 _log = logging.getLogger(__name__)
 
@@ -66,11 +68,12 @@ async def _judge_all(parts: Parts, requests: Sequence[GuardRequest]) -> list[Met
         return []
     besides = [open_beside(parts, request) for request in requests]
     records = [Record(parts, *its) for its in zip(requests, policies, besides, strict=True)]
+    followed = [await _follow(parts, request, policy) for request, policy in zip(requests, policies, strict=True)]
     readings = await _read_all(parts, requests)
     judged = []
-    for request, policy, record, reading, beside in zip(requests, policies, records, readings, besides, strict=True):
-        record.took("read", reading.took_ms)
-        _judge(parts, request, policy, record, reading, beside)
+    for i, (request, policy, record) in enumerate(zip(requests, policies, records, strict=True)):
+        record.took("read", readings[i].took_ms)
+        _judge(parts, request, policy, record, followed[i], readings[i], besides[i])
         judged.append(record.finish(request.read.response))
     return judged
 
@@ -135,15 +138,33 @@ async def _read(parts: Parts, wanted: Sequence[ReadRequest], *, timeout_s: float
     return scores
 
 
+async def _follow(parts: Parts, request: GuardRequest, policy: Policy) -> Followed:
+    """Where the conversation stands, with what tools brought back read."""
+    asked = asked_situation(request.turns or request.read.messages, request.caller, parts.now())
+    followed = parts.conversations.follow(policy, asked, goes_on=request.goes_on)
+    followed.situation = await with_readings(parts.reader, policy, followed.situation)
+    return followed
+
+
 def _judge(
-    parts: Parts, request: GuardRequest, policy: Policy, record: Record, reading: _Reading, beside: Beside
+    parts: Parts,
+    request: GuardRequest,
+    policy: Policy,
+    record: Record,
+    followed: Followed,
+    reading: _Reading,
+    beside: Beside,
 ) -> None:
     """Ask the checkpoints and write down what they said."""
     first = reading.prompt if reading.prompt is not None else reading.response
     assert first is not None  # check_guard: there is a prompt or a response
-    asked = asked_situation(request.read.messages, request.caller, parts.now())
+    asked = followed.situation
     plan = _plan(parts, policy, first, asked, checkpoint="input" if request.read.messages else "output")
+    record.asked(asked)
     record.planned(plan, layers_run=0 if isinstance(first, ReaderError) else first.layers_run)
+    if plan.tainted or (isinstance(first, ReaderError) and asked.results and asks(policy, "tool_result")):
+        followed.taint()
+        asked = tainted(asked)
     decisions = [*plan.others, plan.decision] if request.read.messages else []
     beside.planned(plan, asked, tuple(decisions))
     if reading.response is not None:
@@ -154,8 +175,19 @@ def _judge(
             beside.failed("output", reading.response, decision)
         else:
             beside.answered(reading.response, answered, decision)
+    for n, call in enumerate(request.calls, 1):
+        situation = with_calls(asked, n)
+        judged = judge_call(call, plan=plan, policy=policy, situation=situation) if asks(policy, "tool_call") else None
+        beside.called(call, situation, judged)
+        decisions += [] if judged is None else [judged]
     for decision in decisions:
         record.decided(decision)
+    read = reading.prompt if reading.response is None else reading.response
+    followed.spend(
+        tokens=read.tokens if isinstance(read, Scores) else 0,
+        refusals=any(d.action.stops and d.action is not Action.ESCALATE for d in decisions),
+        calls=request.calls,
+    )
 
 
 def _plan(parts: Parts, policy: Policy, scores: Scores | ReaderError, situation: Situation, *, checkpoint: str) -> Plan:
@@ -179,6 +211,7 @@ def _judge_response(
             scores, plan=plan, policy=policy, calibrators=parts.calibrators, situation=situation
         )
     except JUDGING_FAILURES as error:
+        record.unread(0)
         return failed_decision(policy, "output", error)
     record.read_again(evidence, confidence)
     return decision

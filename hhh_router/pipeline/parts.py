@@ -9,12 +9,14 @@ from time import perf_counter
 from uuid import uuid4
 
 from hhh_router.calibration import Calibrators
+from hhh_router.pipeline.conversations import Conversations
 from hhh_router.pipeline.store import PolicyStore
 from hhh_router.protocols import Generator, Reader
 from hhh_router.settings import Settings
 from hhh_router.trace import Sink
 from hhh_router.trace.block import BundleRef
 from hhh_router.trace.feedback_store import FeedbackStore
+from hhh_router.trace.redact import Redactor
 
 
 def new_request_id() -> str:
@@ -40,6 +42,10 @@ class Parts:
     """Names a candidate of ``policies``: asked beside the policy in force, never acting. None where there is none."""
     candidate_of: str | None = None
     """The policy that it stands beside; None is the default. A request under another one has no candidate."""
+    redactor: Redactor = field(default_factory=Redactor)
+    """Replaces secrets in whatever is kept or told anywhere but to the caller."""
+    conversations: Conversations = field(default_factory=Conversations)
+    """What conversations have used up, for policies that ask."""
     answers_elsewhere: bool = False
     """True when an upstream answers: no mixture is applied, and role order is the upstream's business."""
     clock: Callable[[], float] = field(default=perf_counter)

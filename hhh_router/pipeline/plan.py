@@ -9,7 +9,9 @@ from typing import Any
 
 from hhh_router.calibration import Calibrators
 from hhh_router.errors import ReaderError
-from hhh_router.pipeline.situation import parsed_arguments
+from hhh_router.pipeline.conversations import tainted
+from hhh_router.pipeline.onerror import JUDGING_FAILURES, check_scores, failed_decision
+from hhh_router.pipeline.situation import called_situation
 from hhh_router.policy import Bounds, Facts, Policy, asks, attempts, bounds, decide, thresholds
 from hhh_router.policy.schema import SEVERITY
 from hhh_router.protocols import Planner
@@ -18,6 +20,7 @@ from hhh_router.types import (
     EXPERTS,
     NEEDS,
     OUTCOMES,
+    Action,
     Decision,
     Evidence,
     Plan,
@@ -96,10 +99,13 @@ def make_plan(
         ReaderError: Nothing can be concluded from the reading (a score is not finite, say). There is no plan then, so
             nothing is generated; what the caller is told is for the policy's ``on_error``.
     """
-    worked = _work_out(
-        scores, policy=policy, calibrators=calibrators, pinned=pinned, floors=floors or {}, situation=situation
-    )
-    first, *others = _decisions(policy, worked.facts)
+    situation = _with_tokens(situation, scores.tokens)
+    work_out = partial(_work_out, scores, policy=policy, calibrators=calibrators, pinned=pinned, floors=floors or {})
+    worked = work_out(situation=situation)
+    results, is_tainted = _judge_results(policy, calibrators, worked)
+    if is_tainted:  # which everything else is asked with
+        worked = work_out(situation=tainted(situation))
+    first, *others = _decisions(policy, worked.facts, results)
     return Plan(
         evidence=worked.evidence,
         decision=first,
@@ -108,19 +114,52 @@ def make_plan(
         policy_shift_nats=worked.policy_shift_nats,
         confidence=worked.confidence,
         enforced=policy.mode == "enforce",
+        tainted=is_tainted,
     )
 
 
-def _decisions(policy: Policy, facts: Facts) -> list[Decision]:
-    """What input, session and tool_result say of one reading, the strictest first; of equals in this order."""
+def _decisions(policy: Policy, facts: Facts, results: Sequence[Decision]) -> list[Decision]:
+    """What input, session and tool_result say, the strictest first; of equals in this order."""
     found = [decide(policy, "input", facts)]
     if asks(policy, "session"):
         found.append(decide(policy, "session", facts))
+    return sorted([*found, *results], key=lambda d: -SEVERITY[d.action])
+
+
+def _judge_results(policy: Policy, calibrators: Calibrators, worked: _Worked) -> tuple[list[Decision], bool]:
+    """What tool_result says of each new result, and whether one of them, or an earlier one, taints the conversation."""
+    decisions: list[Decision] = []
+    is_tainted = False
     if asks(policy, "tool_result"):
-        for tool in facts.situation.results:
-            about = replace(facts.situation, tool=tool, text=tool.result, role="tool")
-            found.append(decide(policy, "tool_result", replace(facts, situation=about)))
-    return sorted(found, key=lambda d: -SEVERITY[d.action])
+        situation = worked.facts.situation
+        for i, tool in enumerate((*situation.earlier, *situation.results)):
+            about = replace(situation, tool=tool, text=tool.result, role="tool")
+            decision = _judge_result(policy, calibrators, worked, tainted(about) if is_tainted else about, tool)
+            is_tainted |= decision.action is not Action.ALLOW or decision.rule == "on_error"
+            if i >= len(situation.earlier):
+                decisions.append(decision)
+    return decisions, is_tainted
+
+
+def _judge_result(
+    policy: Policy, calibrators: Calibrators, worked: _Worked, about: Situation, tool: ToolFacts
+) -> Decision:
+    if tool.scores is None and tool.unread is None:  # no rule asks what it says to the model
+        return decide(policy, "tool_result", replace(worked.facts, situation=about))
+    try:
+        if tool.scores is None:
+            raise ReaderError(f"what a tool brought back was not read: {tool.unread}")
+        check_scores(tool.scores)
+        evidence = calibrators.evidence(tool.scores)
+        confidence = calibrators.confidence(
+            evidence,
+            weights=worked.weights,
+            policy_shift_nats=worked.policy_shift_nats,
+            limits=_limits(policy, "tool_result", evidence),
+        ).value
+        return decide(policy, "tool_result", facts_of(evidence, worked.weights, confidence, about))
+    except JUDGING_FAILURES as error:
+        return failed_decision(policy, "tool_result", error)
 
 
 def judge_output(
@@ -159,7 +198,8 @@ def judge_output(
         ).value
     except _FAULTS as error:
         raise _unusable(error) from error
-    return evidence, confidence, decide(policy, "output", _facts(evidence, plan.weights, confidence, situation))
+    situation = _with_tokens(situation, scores.tokens)
+    return evidence, confidence, decide(policy, "output", facts_of(evidence, plan.weights, confidence, situation))
 
 
 def judge_call(call: ToolCall, *, plan: Plan, policy: Policy, situation: Situation) -> Decision:
@@ -171,13 +211,8 @@ def judge_call(call: ToolCall, *, plan: Plan, policy: Policy, situation: Situati
         policy: The same as the plan's.
         situation: What surrounds the prompt.
     """
-    about = replace(
-        situation,
-        text=call.arguments,
-        role="assistant",
-        tool=ToolFacts(name=call.name, arguments=parsed_arguments(call)),
-    )
-    return decide(policy, "tool_call", _facts(plan.evidence, plan.weights, plan.confidence, about))
+    about = called_situation(_with_tokens(situation, plan.evidence.scores.tokens), call)
+    return decide(policy, "tool_call", facts_of(plan.evidence, plan.weights, plan.confidence, about))
 
 
 def explain(
@@ -245,7 +280,7 @@ def _work_out(
         weights=weights,
         policy_shift_nats=shift,
         confidence=confidence,
-        facts=_facts(evidence, weights, confidence, situation),
+        facts=facts_of(evidence, weights, confidence, situation),
     )
 
 
@@ -256,7 +291,8 @@ def _unusable(error: Exception) -> ReaderError:
     )
 
 
-def _facts(evidence: Evidence, weights: Weights, confidence: float, situation: Situation) -> Facts:
+def facts_of(evidence: Evidence, weights: Weights, confidence: float, situation: Situation) -> Facts:
+    """What the rules of a checkpoint may ask about."""
     return Facts(
         needs=evidence.needs,
         outcomes=evidence.outcomes,
@@ -266,6 +302,14 @@ def _facts(evidence: Evidence, weights: Weights, confidence: float, situation: S
         mode=evidence.mode,
         situation=replace(situation, tokens=evidence.scores.tokens),
     )
+
+
+def _with_tokens(situation: Situation, tokens: int) -> Situation:
+    """With what the turn at hand has taken so far."""
+    spent = situation.conversation.tokens
+    if spent is None:
+        return situation
+    return replace(situation, conversation=replace(situation.conversation, tokens=spent + tokens))
 
 
 def _limits(policy: Policy, checkpoint: str, evidence: Evidence) -> list[tuple[float, float]]:

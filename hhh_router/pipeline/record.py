@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+from hhh_router.pipeline.basis import Notes
 from hhh_router.pipeline.candidate import Beside
 from hhh_router.pipeline.parts import Parts
 from hhh_router.policy import Policy
 from hhh_router.protocols import Finished, Steered
 from hhh_router.routing import kl_nats
 from hhh_router.trace import build_metadata
-from hhh_router.trace.block import CandidateRecord, Metadata
+from hhh_router.trace.block import Basis, CandidateRecord, Metadata
 from hhh_router.trace.feedback import Remembered, remembered
-from hhh_router.types import ChatRequest, Decision, Evidence, GuardRequest, Plan, Scores, Weights
+from hhh_router.types import ChatRequest, Decision, Evidence, GuardRequest, Plan, Scores, Situation, Weights
 
 _log = logging.getLogger(__name__)
 
@@ -38,9 +39,27 @@ class Record:
         self._not_inspected = list(request.not_inspected)
         self._trajectory: list[tuple[int, Weights]] = []  # completion tokens before, weights from there on
         self._done = False
+        self._notes = Notes(request, mixes=not parts.answers_elsewhere)
         self._read: dict[bool, Scores] = {}  # whether a reply was seen → the latest reading
         self.plan: Plan | None = None
         self.prompt_tokens = 0
+
+    def asked(self, situation: Situation, *, stream: bool = False) -> None:
+        """What surrounds the request, and whether text leaves before the reply has ended."""
+        self._notes.asked(situation, stream=stream)
+
+    def called(self, tool: str) -> None:
+        """A tool is called, and the call was looked at."""
+        self._notes.called(tool)
+
+    def unseen_calls(self) -> None:
+        """The reply calls tools, and nobody looked at the calls."""
+        self._notes.unseen()
+        self._beside.unseen_calls()
+
+    def unread(self, reply_tokens: int) -> None:
+        """A window was not read, or could not be judged."""
+        self._notes.unread(reply_tokens)
 
     def planned(self, plan: Plan, *, layers_run: int, read_ms: float | None = None, prompt_tokens: int = 0) -> None:
         """The input checkpoint is settled."""
@@ -48,15 +67,33 @@ class Record:
         self._trajectory = [(0, plan.weights)]
         self._evidence = plan.evidence
         self._keep(plan.evidence)
+        self._notes.read(plan.evidence.scores)
         self._confidence = plan.confidence
         self._layers_run = layers_run
         self.prompt_tokens = prompt_tokens
         if read_ms is not None:
             self.took("read", read_ms)
 
-    def read_again(self, evidence: Evidence, confidence: float) -> None:
-        """A window, or a whole response, was read: it tells outcomes. Needs stay those the weights come from."""
+    def read_again(
+        self,
+        evidence: Evidence,
+        confidence: float,
+        *,
+        reply_tokens: int | None = None,
+        is_final: bool = True,
+        logprobs: Sequence[float] = (),
+    ) -> None:
+        """A window, or a whole response, was read: it tells outcomes. Needs stay those the weights come from.
+
+        Args:
+            evidence: Of that reading.
+            confidence: P(every verdict enforced so far is right).
+            reply_tokens: Of the reply that it covers, where they are counted.
+            is_final: It covers the whole reply.
+            logprobs: Of these tokens.
+        """
         self._keep(evidence)
+        self._notes.read(evidence.scores, reply_tokens=reply_tokens, is_final=is_final, logprobs=logprobs)
         planned = self.plan.evidence if self.plan else evidence
         self._evidence = replace(
             evidence,
@@ -93,6 +130,7 @@ class Record:
         """The reply is thrown away and made once more."""
         self.plan = None
         self._read.clear()
+        self._notes.again()
         self._trajectory.clear()
 
     def finished(self, event: Finished) -> None:
@@ -119,7 +157,9 @@ class Record:
         """The first piece of the reply leaves."""
         self._timing_ms.setdefault("first_text", (self._parts.clock() - self._begun) * 1000)
 
-    def metadata(self, reply_text: str | None = None, *, candidate: CandidateRecord | None = None) -> Metadata:
+    def metadata(
+        self, reply_text: str | None = None, *, candidate: CandidateRecord | None = None, basis: Basis | None = None
+    ) -> Metadata:
         """The block as it stands now, for the caller."""
         plan, evidence = self.plan, self._evidence
         if plan is None or evidence is None:
@@ -144,6 +184,7 @@ class Record:
             layers_run=self._layers_run,
             timing_ms=self._timing_ms,
             candidate=candidate,
+            basis=basis,
         )
         if not evidence.needs:  # nothing was read: say so, and show no share that nobody measured
             block = block.model_copy(update={"posterior": {}})
@@ -152,7 +193,7 @@ class Record:
     def finish(self, reply_text: str | None) -> Metadata:
         """The final block for the caller. Every sink gets what is recorded besides."""
         self._timing_ms["total"] = (self._parts.clock() - self._begun) * 1000
-        block = self.metadata(reply_text, candidate=self._beside.record())
+        block = self.metadata(reply_text, candidate=self._beside.record(), basis=self._notes.basis())
         self._done = True
         for sink in self._parts.sinks:
             sink.write(block, self._request, reply_text)

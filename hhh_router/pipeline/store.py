@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from hhh_router.errors import PolicyError, PolicyNotAllowed
+from hhh_router.errors import MissingExtra, PolicyError, PolicyNotAllowed
+from hhh_router.pipeline.language import ready_language
 from hhh_router.pipeline.situation import PIPELINE
 from hhh_router.policy import Door, Policy, check_door, lacking, list_policies, load_policy
 from hhh_router.policy.lock import Deployed, check_lock
@@ -67,6 +68,7 @@ class PolicyStore:
 
     Raises:
         PolicyError: One of these policies is wrong or missing, or asks what the door does not have.
+        MissingExtra: One asks for languages, and what tells them is not installed.
     """
 
     def __init__(
@@ -195,7 +197,7 @@ class PolicyStore:
             stamps = self._look()
             try:
                 loaded = self._read(self._loaded.files, self._loaded.candidates, self._loaded.generation + 1)
-            except PolicyError as error:
+            except (PolicyError, MissingExtra) as error:
                 self._error, self._stamps = error.message, stamps
                 _log.error("policies not reloaded, those before stay in force: %s", error.message)
                 return False
@@ -254,6 +256,7 @@ class PolicyStore:
     def _checked(self, source: str | Path) -> Policy:
         policy = load_policy(source)
         check_door(policy, self._door)
+        ready_language(policy)
         if self._deployed is not None:
             check_lock(policy, self._deployed)
         return policy

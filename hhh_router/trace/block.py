@@ -6,7 +6,7 @@ from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
-from hhh_router.types import Action
+from hhh_router.types import Action, Mode
 
 SCHEMA: Final = "hhh-router/metadata/1"
 
@@ -79,6 +79,46 @@ class CandidateRecord(_Block):
     )
 
 
+class ReadingRecord(_Block):
+    """One reading as the heads gave it, before calibration: decisions are made again from it, to the last digit."""
+
+    mode: Mode
+    needs: dict[str, float] = Field(description="logits")
+    outcomes: dict[str, float] = Field(description="logits")
+    distance: float | None = Field(description="from the router's training data; null where the reading failed")
+    tokens: int = Field(description="tokens read")
+    reply_tokens: int | None = Field(default=None, description="of the reply that it covers; null for a prompt")
+    is_final: bool = Field(default=False, description="it covers the whole reply")
+    logprobs: tuple[float, float] | None = Field(
+        default=None, description="mean and least log-probability of the reply's tokens, each at least -20 nats"
+    )
+
+
+class Basis(_Block):
+    """What the decisions came from, as far as it is no text: enough to put another policy to it later."""
+
+    attempts: list[list[ReadingRecord]] = Field(description="per attempt at the reply its readings, the prompt's first")
+    left_out: int = Field(default=0, description="windows beyond those that are kept")
+    chat: bool = Field(description="false where a finished text was judged")
+    stream: bool = Field(default=False, description="whether text left before the reply had ended")
+    mixes: bool = Field(default=True, description="false where another model answered, whose reply no weights change")
+    at: str | None = Field(default=None, description="when the request came, ISO 8601")
+    role: str | None = None
+    tenant: str | None = None
+    route: str | None = None
+    model: str | None = None
+    key_scopes: list[str] | None = None
+    sticky: str | None = Field(default=None, description="what rollouts go by")
+    turns: int | None = None
+    tool_calls: int | None = None
+    calls: list[str] = Field(
+        default_factory=list, description="tools that the reply calls, as far as that was looked at"
+    )
+    unseen_calls: bool = Field(default=False, description="the reply calls tools, and nobody looked at the calls")
+    results: list[str] = Field(default_factory=list, description="tools whose results the prompt brings")
+    pinned: dict[str, float] | None = Field(default=None, description="weights that the caller pinned")
+
+
 class Receipt(_Block):
     """Hashes that tie the record to what was asked, answered and used; sha256, hex."""
 
@@ -103,7 +143,7 @@ class Metadata(_Block):
 
     schema_: Literal["hhh-router/metadata/1"] = Field(default=SCHEMA, alias="schema")
     request_id: str
-    mode: Literal["prompt", "response", "both"] = Field(description="what the latest reading saw")
+    mode: Mode = Field(description="what the latest reading saw")
     policy: PolicyRef
     bundle: BundleRef
     calibration: CalibrationRef
@@ -128,6 +168,7 @@ class Metadata(_Block):
     candidate: CandidateRecord | None = Field(
         default=None, description="what a candidate policy would have decided; only there where one is asked and told"
     )
+    basis: Basis | None = Field(default=None, description="what the decisions came from; in records only")
     not_inspected: list[str] = Field(default_factory=list)
     layers_run: int = Field(default=0, description="decoder layers the prompt's pass ran")
     timing_ms: dict[str, float] = Field(default_factory=dict)
@@ -148,9 +189,7 @@ class Metadata(_Block):
         Args:
             candidate: Tell what the candidate policy would have decided.
         """
-        if candidate or self.candidate is None:
-            return self
-        told = self.model_copy(update={"candidate": None})
+        told = self.model_copy(update={"basis": None} if candidate else {"basis": None, "candidate": None})
         told._recorded = self
         return told
 
@@ -166,8 +205,9 @@ class Metadata(_Block):
     def as_json(self) -> dict[str, Any]:
         """JSON-ready dict, keys in the order of the schema."""
         block = self.model_dump(mode="json", by_alias=True)
-        if self.candidate is None:  # whoever has none sees the block as it always was
-            del block["candidate"]
+        for name in ("candidate", "basis"):
+            if block[name] is None:  # replies look as they always did
+                del block[name]
         return block
 
     def headers(self) -> dict[str, str]:

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any, Literal, Protocol
 
 from hhh_router.trace.block import (
+    Basis,
     BundleRef,
     CalibrationRef,
     CandidateRecord,
@@ -90,6 +91,7 @@ def build_metadata(
     layers_run: int = 0,
     timing_ms: Mapping[str, float] | None = None,
     candidate: CandidateRecord | None = None,
+    basis: Basis | None = None,
 ) -> Metadata:
     """The block of one request as it stands now.
 
@@ -112,6 +114,7 @@ def build_metadata(
         layers_run: Decoder layers the prompt's pass ran.
         timing_ms: Stage → milliseconds.
         candidate: What a candidate policy would have decided.
+        basis: What the decisions came from.
 
     Raises:
         ValueError: A number is not finite; the block must be JSON.
@@ -136,6 +139,7 @@ def build_metadata(
         decisions=[_recorded(d) for d in decisions],
         shadow=[_recorded(s) for d in decisions for s in d.shadow],
         candidate=candidate,
+        basis=basis,
         not_inspected=list(not_inspected),
         layers_run=layers_run,
         timing_ms=_rounded("timing_ms", timing_ms or {}, decimals=3),

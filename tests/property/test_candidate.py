@@ -1,6 +1,7 @@
-"""A candidate never changes what a caller gets, nor what is asked of the model."""
+"""A candidate never changes what a caller gets, nor what is asked of the model; a record decides again as it was."""
 
 import asyncio
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,11 @@ import pytest
 from hypothesis import given, reject, settings
 from hypothesis import strategies as st
 
+from hhh_router.calibration import Calibrators
 from hhh_router.errors import PolicyError
 from hhh_router.pipeline import ChatEvent
-from hhh_router.policy import parse_policy
+from hhh_router.pipeline.again import decide_again
+from hhh_router.policy import load_policy, parse_policy
 from hhh_router.policy.schema import SEVERITY
 from hhh_router.testing import FakeGenerator, FakeReader, fake_pipeline
 from hhh_router.trace.block import Metadata
@@ -127,3 +130,25 @@ def test_a_policy_that_is_its_own_candidate_is_never_stricter_or_looser(folder, 
         strictest = max((Action(d.action) for d in block.candidate.decisions), key=SEVERITY.__getitem__)
         if strictest.stops:
             assert any(Action(d.action).stops for d in block.decisions)
+
+
+def said(decisions):
+    return [(d.checkpoint, str(d.action), d.rule) for d in decisions]
+
+
+@settings(max_examples=60)
+@given(policies("ours"), policies("theirs"), text, st.lists(text, min_size=1, max_size=2), st.booleans())
+def test_records_decide_again_as_they_were_and_as_their_candidate(folder, ours, theirs, prompt, replies, stream):
+    policy, candidate = folder / "ours.yaml", folder / "theirs.yaml"
+    policy.write_text(ours)
+    candidate.write_text(theirs)
+
+    _, _, blocks = told(policy, candidate, prompt, replies, stream=stream)
+
+    for kept in blocks:
+        block = Metadata.model_validate_json(json.dumps(kept.as_json()))  # as a file has it
+        again = decide_again(block, load_policy(policy), Calibrators.none())
+        other = decide_again(block, load_policy(candidate), Calibrators.none(), own=False)
+        assert (said(again.decisions), again.unknown) == (said(block.decisions), ())
+        assert said(other.decisions) == said(block.candidate.decisions)
+        assert bool(other.unknown) == bool(block.candidate.unknown)

@@ -11,7 +11,8 @@ from hhh_router.errors import ContextTooLong, PolicyError, ReaderError, Settings
 from hhh_router.interfaces.mcp import texts
 from hhh_router.interfaces.mcp.checks import Checks, Session, check_policy, needs_reading
 from hhh_router.interfaces.mcp.open import plan_mcp
-from hhh_router.interfaces.mcp.reading import MAX_CHARACTERS, OVERLAP_CHARACTERS, PIECE_CHARACTERS, pieces, read
+from hhh_router.interfaces.mcp.reading import read
+from hhh_router.pipeline.tool_results import MAX_CHARACTERS, OVERLAP_CHARACTERS, PIECE_CHARACTERS, pieces
 from hhh_router.policy import load_policy, parse_policy
 from hhh_router.policy.reach import may_pass
 from hhh_router.testing import FakeReader, fake_pipeline

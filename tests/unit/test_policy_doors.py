@@ -1,5 +1,6 @@
 """A door refuses at its start what it could not carry out, and supplies what it says it does."""
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -90,9 +91,11 @@ def test_a_store_refuses_a_default_policy_that_does_not_fit(tmp_path: Path):
     file = tmp_path / "p.yaml"
     file.write_text(f"{HEAD}checkpoints:\n  input: {ALLOW}\n  output: {ALLOW}\n  tool_result: {ALLOW}\n")
 
-    with pytest.raises(PolicyError, match="the sidecar does not ask at tool_result; it asks at input, output or tool_"):
-        PolicyStore(file, door=SIDECAR)
-    assert PolicyStore(file).default.name == PolicyStore(file, door=FULL).default.name == "t"
+    narrow = replace(SIDECAR, name="the gate", checkpoints=frozenset({"input", "output", "tool_call"}))
+    with pytest.raises(PolicyError, match="the gate does not ask at tool_result; it asks at input, output or tool_"):
+        PolicyStore(file, door=narrow)
+    for door in (PIPELINE, SIDECAR, FULL):
+        assert PolicyStore(file, door=door).default.name == "t"
 
 
 def test_a_shipped_policy_that_does_not_fit_cannot_be_picked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -8,6 +8,8 @@ import pytest
 
 from hhh_router.errors import MissingExtra, SettingsError
 from hhh_router.interfaces.proxy.config import make_config, parse_proxy_file, read_proxy_file, simple_config
+from hhh_router.pipeline.situation import SIDECAR
+from hhh_router.policy import lacking, parse_policy
 from hhh_router.settings import Settings
 
 GOOD = """\
@@ -120,12 +122,15 @@ def test_one_upstream_needs_no_file() -> None:
 
 def test_the_example_of_the_page_is_right() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "proxy.md").read_text(encoding="utf-8")
-    [example] = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    policy, example, translated = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
 
     config = make_config(parse_proxy_file(example.encode()), environ={"OPENAI_API_KEY": "a", "ANTHROPIC_API_KEY": "b"})
 
     assert [r.name for r in config.routes] == ["messages", "cheap", "rest"]
     assert config.routes[2].answer_here
+    file = parse_proxy_file(f"version: 1\n{translated}routes: [{{to: gem}}]\n".encode())
+    assert file.upstreams["gem"].litellm == "gemini/gemini-2.5-flash"
+    assert lacking(parse_policy(policy), SIDECAR) == []
 
 
 TRANSLATED = GOOD.replace('url: "http://backup:9000"', "litellm: gemini/gemini-2.5-flash")

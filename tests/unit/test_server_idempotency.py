@@ -14,7 +14,7 @@ from starlette.testclient import TestClient
 from hhh_router.errors import GeneratorError
 from hhh_router.interfaces.server.app import create_app
 from hhh_router.interfaces.server.idempotency import LONGEST_S
-from hhh_router.interfaces.server.kept import Kept
+from hhh_router.pipeline.kept import Kept
 from hhh_router.testing import FakeGenerator, FakeReader, fake_pipeline
 
 Policies = Callable[..., Path]

@@ -9,15 +9,9 @@ from typing import Any, Protocol
 
 from hhh_router.errors import BackendTimeout, ContextTooLong, ReaderError
 from hhh_router.pipeline import GuardResult
+from hhh_router.pipeline.tool_results import MAX_CHARACTERS, PIECE_CHARACTERS, SMALLEST_PIECE, pieces
 from hhh_router.types import GuardRequest, Message, ReadRequest, Weights
 
-PIECE_CHARACTERS = 4_000
-"""Longer texts are read in pieces, of which the worst counts."""
-OVERLAP_CHARACTERS = 200
-"""What two pieces share, so that nothing hides in a cut."""
-SMALLEST_PIECE = 500
-MAX_CHARACTERS = 100_000
-"""A longer text is not read at all, which is a failure of reading. As for a policy's ``text``."""
 READ_S = 60.0
 
 
@@ -86,17 +80,6 @@ async def _read(guards: Guards, text: str) -> Reading:
             if size <= SMALLEST_PIECE:
                 raise
             size //= 2
-
-
-def pieces(text: str, size: int) -> list[str]:
-    """A text in pieces of a size that overlap.
-
-    >>> [len(p) for p in pieces("x" * 1000, 600)], "".join(pieces("short", 600))
-    ([600, 600], 'short')
-    """
-    step = size - OVERLAP_CHARACTERS
-    found = [text[at : at + size] for at in range(0, max(1, len(text) - OVERLAP_CHARACTERS), step)]
-    return [piece for piece in found if piece.strip()] or [text]
 
 
 def _asked(piece: str) -> GuardRequest:

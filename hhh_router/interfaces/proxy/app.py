@@ -53,7 +53,7 @@ class Sidecar:
         self.audit = audit
         self.draw = draw
         self.keep: Keep | None = (
-            partial(kept_content, redactor=config.redactor) if config.audit_content == "full" else None
+            partial(kept_content, redactor=pipeline.parts.redactor) if config.audit_content == "full" else None
         )
         self.keys = KeyRing.open(pipeline.settings)
         self.refused = 0

@@ -19,6 +19,7 @@ from hhh_router.interfaces.proxy.observe import parsed
 from hhh_router.interfaces.proxy.routes import Mode, Route
 from hhh_router.interfaces.proxy.upstreams import Asking
 from hhh_router.interfaces.proxy.wires import Asked, Wire
+from hhh_router.interfaces.proxy.wires.reading import conversing
 from hhh_router.interfaces.server.keys import Key, as_caller, check_policy
 from hhh_router.policy import Policy, headers_read
 from hhh_router.types import Caller
@@ -130,7 +131,8 @@ class ClientRequest:
         asked = [policy] if name is None else [policy, policies.candidate(name)]
         wanted = {header.encode() for p in asked for header in headers_read(p)}
         headers = {n.decode("latin-1"): v.decode("latin-1") for n, v in self.incoming.headers if n in wanted}
-        return replace(as_caller(self.key, self.scope["path"]), model=self.asked.model, headers=headers)
+        caller = as_caller(self.key, self.scope["path"], self.incoming.headers)
+        return conversing(replace(caller, headers=headers), self.asked)
 
     def start_intent(self, policy: str | None) -> None:
         """Begin to store what is about to be done."""

@@ -28,7 +28,8 @@ from hhh_router.interfaces.proxy.upstreams import (
 from hhh_router.policy.tree import MAX_BYTES, Mistake, Node, read_tree, show
 from hhh_router.policy.values import did_you_mean
 from hhh_router.settings import Settings, read_secret
-from hhh_router.trace.redact import Redactor
+from hhh_router.trace.audit import Retention
+from hhh_router.trace.pii import RECOGNISERS
 
 OWN = "hhh"
 """Names the deployment's own mixture among fallbacks."""
@@ -136,13 +137,19 @@ class AuditFile(_Part):
     """What is kept of requests."""
 
     path: str | None = None
-    """SQLite file; ``none`` keeps nothing."""
+    """SQLite file, or ``postgresql://…`` without a password; ``none`` keeps nothing."""
     on_failure: Literal["closed", "open"] = "closed"
     """What holds when it cannot be written."""
     content: Literal["hashes", "full"] = "hashes"
     """``full`` keeps the texts of prompts and answers too, secrets replaced."""
+    keep_days: float | None = Field(default=None, gt=0, le=36_500)
+    """Older rows are removed; without it none are."""
+    keep_mb: float | None = Field(default=None, ge=1, le=1e7)
+    """The oldest rows are removed when all take more than so many megabytes."""
     redact: list[str] = []
-    """Regular expressions of further secrets, which reach no record."""
+    """Regular expressions of further secrets, which reach no record of any kind."""
+    pii: list[str] = []
+    """What says who somebody is and reaches no record either, such as ``EMAIL_ADDRESS``; needs the extra ``pii``."""
 
 
 class ProxyFile(_Part):
@@ -265,7 +272,6 @@ def make_config(
         observe_queue=file.observe_queue,
         audit_failure=file.audit.on_failure,
         audit_content=file.audit.content,
-        redactor=Redactor(patterns=patterns(file)),
     )
 
 
@@ -287,6 +293,11 @@ def simple_config(url: str, settings: Settings, *, mode: Mode = "enforce") -> Pr
         otherwise={"authorization": f"Bearer {key.get_secret_value()}"} if key and translator is None else {},
     )
     return ProxyConfig(routes=[Route(name="all", mode=mode, to=((upstream, 1.0),))])
+
+
+def retention(file: ProxyFile) -> Retention:
+    """How long the audit's rows are kept."""
+    return Retention(days=file.audit.keep_days, megabytes=file.audit.keep_mb)
 
 
 def patterns(file: ProxyFile) -> tuple[re.Pattern[str], ...]:
@@ -346,6 +357,11 @@ def _check_names(file: ProxyFile, root: Node, mistakes: list[Mistake]) -> None:
             check(route.escalate_to, ("routes", i, "escalate_to"), names)
         if route.hedge is not None:
             check(route.hedge.to, ("routes", i, "hedge", "to"), names)
+    for i, entity in enumerate(file.audit.pii):
+        if entity not in RECOGNISERS:
+            loc = ("audit", "pii", i)
+            said = f"{entity!r} is not known{did_you_mean(entity, RECOGNISERS)}; use {', '.join(RECOGNISERS)}"
+            mistakes.append(Mistake(place_of(root, loc), path_of(loc), said))
     for i, pattern in enumerate(file.audit.redact):
         try:
             re.compile(pattern)

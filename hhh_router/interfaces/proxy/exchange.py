@@ -226,7 +226,7 @@ class Exchange:
         text, self._text = self._text, ""
         tokens = math.ceil(len(text) / CHARS_PER_TOKEN)
         self._tokens += tokens
-        return Delta(text=text, tokens=tokens, raw={"pieces": pieces}, calls=calls if self._hold_calls else ())
+        return Delta(text=text, tokens=tokens, raw={"pieces": pieces}, calls=calls)
 
     async def _whole(self, answer: Answer, encoding: bytes | None) -> AsyncGenerator[Event, None]:
         raw = bytearray()

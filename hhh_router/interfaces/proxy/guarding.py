@@ -16,6 +16,7 @@ from hhh_router.interfaces.proxy.passing import Passing
 from hhh_router.interfaces.proxy.policies import compared, escalated, rules_of, shadowed
 from hhh_router.interfaces.proxy.upstreams import Answer, Upstream
 from hhh_router.interfaces.server.http import WireError
+from hhh_router.pipeline.situation import asked_situation
 from hhh_router.policy import asks
 from hhh_router.trace.block import Metadata
 from hhh_router.types import Action, ChatRequest, Message
@@ -123,6 +124,8 @@ class Guarding:
             request_id=client.request_id,
             not_inspected=client.asked.not_inspected,
             caller=client.caller(applied),
+            turns=client.asked.turns,
+            goes_on=client.asked.goes_on,
             passthrough={"wire": client.wire.name, "body_sha256": hashlib.sha256(client.body or b"").hexdigest()},
         )
         guarded = Guarded(
@@ -138,6 +141,9 @@ class Guarding:
         try:
             return await self._run(guarded, exchange)
         finally:
+            if exchange.reply.answer_id is not None:
+                told = asked_situation(request.turns, request.caller, None)
+                parts.conversations.also_called(told.caller, exchange.reply.answer_id)
             if client.key is not None:
                 self._app.keys.spend(client.key, exchange.spent_tokens)
 

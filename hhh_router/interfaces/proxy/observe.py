@@ -6,7 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from hhh_router.errors import HHHRouterError, InvalidRequest
@@ -15,9 +15,10 @@ from hhh_router.interfaces.proxy.frames import Frame, Frames, decoded
 from hhh_router.interfaces.proxy.headers import Headers, find
 from hhh_router.interfaces.proxy.policies import compared, shadowed
 from hhh_router.interfaces.proxy.wires import Asked, Wire
-from hhh_router.interfaces.proxy.wires.reading import Reply
+from hhh_router.interfaces.proxy.wires.reading import Reply, conversing
 from hhh_router.pipeline import Pipeline
 from hhh_router.pipeline.guard import run_guard
+from hhh_router.pipeline.situation import asked_situation
 from hhh_router.types import Caller, GuardRequest, ReadRequest
 
 _log = logging.getLogger(__name__)
@@ -157,15 +158,21 @@ class Observer:
         request = GuardRequest(
             read=ReadRequest(messages=asked.messages, response=text if text.strip() else None),
             policy=seen.policy,
-            caller=replace(seen.caller, model=asked.model),
+            caller=conversing(seen.caller, asked),
             request_id=seen.request_id,
             not_inspected=tuple(unread),
+            turns=asked.turns,
+            goes_on=asked.goes_on,
+            calls=reply.take_calls() if reply else (),
         )
         try:
             parts = compared(shadowed(self._pipeline.parts), seen.policy, seen.candidate)
             [result] = await run_guard(parts, [request])
         except HHHRouterError as error:
             return {"unread": [*unread, f"{error.code}: {error.message}"], **content}
+        if reply is not None and reply.answer_id is not None:
+            told = asked_situation(request.turns, request.caller, None)
+            self._pipeline.parts.conversations.also_called(told.caller, reply.answer_id)
         return {"hhh": result.metadata.recorded.as_json(), **content}
 
     def _asked(self, seen: Seen) -> Asked:

@@ -13,9 +13,10 @@ from hhh_router.interfaces.proxy.instruct import instructed
 from hhh_router.interfaces.proxy.observe import Seen, Tee
 from hhh_router.interfaces.proxy.upstreams import BREAKS, KEYS, RETRIED, Answer, Outgoing, Upstream
 from hhh_router.interfaces.server.http import WireError, dump
+from hhh_router.interfaces.server.keys import CONVERSATION
 
 _OWN_MODEL = "hhh-auto"
-_NEVER_SENT = frozenset({b"host", b"expect"})
+_NEVER_SENT = frozenset({b"host", b"expect", CONVERSATION})
 
 
 class Passing:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
 from hhh_router.interfaces.proxy.hedging import Hedge
 from hhh_router.interfaces.proxy.upstreams import Upstream
-from hhh_router.trace.redact import Redactor
 
 Mode = Literal["observe", "annotate", "enforce"]
 """``observe`` reads beside the request and records; ``annotate`` tells the caller too; ``enforce`` acts."""
@@ -98,8 +97,6 @@ class ProxyConfig:
     """What holds when the audit cannot be written: nothing leaves, or it goes on and the loss is counted."""
     audit_content: Literal["hashes", "full"] = "hashes"
     """``full`` keeps texts of prompts and answers in the audit, secrets replaced."""
-    redactor: Redactor = field(default_factory=Redactor)
-    """Replaces secrets in whatever is kept."""
 
     def upstreams(self) -> list[Upstream]:
         """All of them, each once."""

@@ -22,7 +22,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from hhh_router.errors import InvalidRequest
 from hhh_router.interfaces.server.http import Failure, WireError, failed, until_client_leaves
-from hhh_router.interfaces.server.kept import Kept
+from hhh_router.pipeline.kept import Kept
 
 if TYPE_CHECKING:
     from hhh_router.interfaces.server.chat import ChatResponse

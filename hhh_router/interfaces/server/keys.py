@@ -29,6 +29,9 @@ Door = Literal["chat", "judge", "feedback", "metrics"]
 labels of requests, anybody's whose id the caller knows; ``metrics``: figures of the whole deployment."""
 MINUTE = 60.0
 _ANYTHING = "everything"
+CONVERSATION = b"x-hhh-conversation"
+"""Header in which a client tells the id of a conversation, for policies that ask what it has used up."""
+_CREDENTIALS = (b"authorization", b"x-api-key", b"api-key")
 
 
 class Key(BaseModel):
@@ -138,13 +141,25 @@ def owner(request: Request) -> str:
 
 def caller_of(request: Request) -> Caller:
     """Who asks, for the policies' conditions."""
-    return as_caller(request.state.key, request.url.path)
+    return as_caller(request.state.key, request.url.path, request.headers.raw)
 
 
-def as_caller(key: Key | None, route: str) -> Caller:
-    """The same from a key, None where nobody needs one: its name is the tenant, its doors are what it opens."""
+def as_caller(key: Key | None, route: str, headers: Sequence[tuple[bytes, bytes]] = ()) -> Caller:
+    """The same from a key, None where nobody needs one: its name is the tenant, its doors are what it opens.
+
+    Without a key, conversations are kept apart by a digest of whatever credentials the client sends.
+    """
     doors: tuple[str, ...] = get_args(Door) if key is None or key.doors is None else key.doors
-    return Caller(tenant="" if key is None else key.name, route=route, key_scopes=doors)
+    sent = {name.lower(): value for name, value in headers}
+    told = sent.get(CONVERSATION)
+    secret = b"\0".join(sent.get(name, b"") for name in _CREDENTIALS)
+    return Caller(
+        tenant="" if key is None else key.name,
+        route=route,
+        key_scopes=doors,
+        account=hashlib.sha256(secret).hexdigest() if key is None and secret.strip(b"\0") else None,
+        conversation=f"header {told.decode('latin-1')}" if told else None,
+    )
 
 
 def called(request: Request, asked: Sequence[GuardRequest]) -> list[GuardRequest]:

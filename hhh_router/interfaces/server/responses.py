@@ -26,11 +26,11 @@ from hhh_router.interfaces.parse import (
 from hhh_router.interfaces.sampling import parse_sampling
 from hhh_router.interfaces.server.dialect import event
 from hhh_router.interfaces.server.http import Failure, WireError, dump, failure
-from hhh_router.interfaces.server.kept import Kept
 from hhh_router.interfaces.server.models import parse_model
 from hhh_router.interfaces.server.responses_events import Writer, function_call, parts_of
 from hhh_router.interfaces.tools import parse_tools
 from hhh_router.pipeline import ChatFinished
+from hhh_router.pipeline.kept import Kept
 from hhh_router.trace.block import Metadata
 from hhh_router.types import ChatRequest, Message, Sampling
 

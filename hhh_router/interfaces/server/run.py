@@ -95,6 +95,7 @@ class DrainingServer(uvicorn.Server):
             "ws": "none",
             "log_level": "warning",  # one line a request comes from the pipeline's own log
             "access_log": False,
+            "log_config": None,  # whoever runs this decides where logs go, and what they leave out
             "server_header": False,
             "timeout_graceful_shutdown": grace_s,
         }

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from hhh_router.interfaces.proxy.wires.choices import ChoicesReply, sealed
 from hhh_router.interfaces.proxy.wires.reading import (
     Asked,
-    called,
+    apart,
+    call_of,
     described,
     flag,
     parts,
@@ -21,7 +22,7 @@ from hhh_router.interfaces.proxy.wires.reading import (
 )
 from hhh_router.interfaces.server.openai import Call
 from hhh_router.pipeline import ChatFinished
-from hhh_router.types import ChatRequest, Message
+from hhh_router.types import ChatRequest, Message, ToolCall
 
 TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
 _SPOKEN = ("content", "refusal", "reasoning_content", "reasoning")
@@ -41,15 +42,18 @@ class ChatWire:
         for here, row in turns(body, "messages"):
             said = [parts(row.get("content"), f"{here}.content", unread, TEXT_PARTS)]
             said += [text for text in (row.get("refusal"), row.get("reasoning_content")) if isinstance(text, str)]
-            for call in row.get("tool_calls") or ():
-                told = call.get("function") or call.get("custom") or {} if isinstance(call, dict) else {}
-                said.append(called(told.get("name"), told.get("arguments", told.get("input"))))
-            if isinstance(call := row.get("function_call"), dict):
-                said.append(called(call.get("name"), call.get("arguments")))
+            given = row.get("tool_call_id")
             unread += [
                 f"{here}.{short(k)}" for k, v in row.items() if v and k not in _KNOWN_TURN | {"reasoning_content"}
             ]
-            found.append(Message(role=str(row.get("role")), content="\n".join(s for s in said if s)))
+            found.append(
+                Message(
+                    role=str(row.get("role")),
+                    content="\n".join(s for s in said if s),
+                    tool_calls=tuple(_calls(row)),
+                    tool_call_id=None if given is None else str(given),
+                )
+            )
         tools = described([*(body.get("tools") or ()), *(body.get("functions") or ())], unread)
         if tools:
             found.insert(0, Message(role="system", content=tools))
@@ -61,6 +65,8 @@ class ChatWire:
             stream=flag(body, "stream"),
             model=str(body.get("model", "")),
             include_usage=bool(options.get("include_usage")) if isinstance(options, dict) else False,
+            turns=apart(found),
+            user=str(body.get("safety_identifier") or body.get("user") or ""),
         )
 
     def reply(self) -> ChatReply:
@@ -70,6 +76,16 @@ class ChatWire:
     def call(self, request: ChatRequest, asked: Asked) -> Call:
         """See `reading.Wire`."""
         return Call(request=request, model=asked.model, stream=asked.stream, include_usage=asked.include_usage)
+
+
+def _calls(row: Mapping[str, Any]) -> Iterator[ToolCall]:
+    for call in row.get("tool_calls") or ():
+        if isinstance(call, dict):
+            told = call.get("function") or call.get("custom") or {}
+            if isinstance(told, dict):
+                yield call_of(call.get("id"), told.get("name"), told.get("arguments", told.get("input")))
+    if isinstance(call := row.get("function_call"), dict):
+        yield call_of(None, call.get("name"), call.get("arguments"))
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ from typing import Any
 from hhh_router.errors import InvalidRequest
 from hhh_router.interfaces.parse import kind_of
 from hhh_router.interfaces.proxy.wires.choices import ChoicesReply, sealed
-from hhh_router.interfaces.proxy.wires.reading import Asked, flag, readable
+from hhh_router.interfaces.proxy.wires.reading import Asked, apart, flag, readable
 from hhh_router.interfaces.server.completions import Call, Writer
 from hhh_router.pipeline import ChatDelta, ChatFinished
 from hhh_router.trace.block import Metadata
@@ -36,8 +36,11 @@ class CompletionsWire:
             raise InvalidRequest(f"prompt: found {kind_of(prompt)}", hint="send text, or a list of texts")
         if isinstance(suffix := body.get("suffix"), str):
             texts.append(suffix)
+        found = [Message(role="user", content=text) for text in texts]
         return Asked(
-            messages=readable([Message(role="user", content=text) for text in texts]),
+            messages=readable(found),
+            turns=apart(found),
+            user=str(body.get("user") or ""),
             not_inspected=tuple(unread),
             stream=flag(body, "stream"),
             model=str(body.get("model", "")),

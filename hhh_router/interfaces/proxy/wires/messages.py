@@ -11,7 +11,8 @@ from hhh_router.errors import UpstreamError
 from hhh_router.interfaces.proxy.wires.reading import (
     Asked,
     Reply,
-    called,
+    apart,
+    call_of,
     count,
     described,
     flag,
@@ -61,17 +62,17 @@ class MessagesWire:
             if not isinstance(content, list):
                 found.append(Message(role=role, content=parts(content, f"{here}.content", unread, {})))
             else:
-                found += [
-                    Message(role=_side(block, role), content=_spoken(block, f"{here}.content[{j}]", unread))
-                    for j, block in enumerate(content)
-                ]
+                found += [_turn(block, role, f"{here}.content[{j}]", unread) for j, block in enumerate(content)]
             unread += [f"{here}.{short(k)}" for k, v in row.items() if v and k not in _KNOWN_TURN]
         unread += [name for name in ("mcp_servers", "container", "output_format") if body.get(name)]
+        about = body.get("metadata")
         return Asked(
             messages=readable(found),
+            turns=apart(found),
             not_inspected=tuple(unread),
             stream=flag(body, "stream"),
             model=str(body.get("model", "")),
+            user=str(about.get("user_id") or "") if isinstance(about, dict) else "",
         )
 
     def reply(self) -> MessagesReply:
@@ -83,17 +84,22 @@ class MessagesWire:
         return Call(request=request, model=asked.model, stream=asked.stream)
 
 
-def _side(block: object, role: str) -> str:
-    """A tool's result stands in the user's turn, and is not the user's."""
-    return "tool" if isinstance(block, dict) and str(block.get("type")).endswith("tool_result") else role
+def _turn(block: object, role: str, here: str, unread: list[str]) -> Message:
+    """A block as a turn of its own. A tool's result stands in the user's turn, and is not the user's."""
+    kind = str(block.get("type")) if isinstance(block, dict) else ""
+    if isinstance(block, dict) and kind in ("tool_use", "server_tool_use", "mcp_tool_use"):
+        call = call_of(block.get("id"), block.get("name"), block.get("input"))
+        return Message(role=role, content="", tool_calls=(call,))
+    text = _spoken(block, here, unread)
+    if isinstance(block, dict) and kind.endswith("tool_result"):
+        return Message(role="tool", content=text, tool_call_id=str(block.get("tool_use_id")))
+    return Message(role=role, content=text)
 
 
 def _spoken(block: object, here: str, unread: list[str]) -> str:
     if not isinstance(block, dict):
         return parts([block], here, unread, {})
     match block.get("type"):
-        case "tool_use" | "server_tool_use" | "mcp_tool_use":
-            return called(block.get("name"), block.get("input"))
         case "tool_result" | "mcp_tool_result":
             return parts(block.get("content"), f"{here}.content", unread, _TEXT_BLOCKS)
         case "search_result":

@@ -13,7 +13,7 @@ from hhh_router.interfaces.parse import kind_of
 from hhh_router.interfaces.server.dialect import Dialect
 from hhh_router.pipeline import ChatFinished
 from hhh_router.protocols import FinishReason
-from hhh_router.types import ChatRequest, Message, ToolCall
+from hhh_router.types import Caller, ChatRequest, Message, ToolCall
 
 TOOLS_HEADING = "Tools:"
 """Begins the system turn in which definitions of tools are read."""
@@ -26,10 +26,18 @@ class Asked:
 
     messages: tuple[Message, ...]
     """The conversation as the reader takes it, see `readable`; empty where there is no text at all."""
+    turns: tuple[Message, ...] = ()
+    """The same turn by turn, with calls and results apart, see `apart`."""
     not_inspected: tuple[str, ...] = ()
     stream: bool = False
     model: str = ""
     include_usage: bool = False
+    conversation: str | None = None
+    """The id that the body tells of the conversation, or of a turn of it."""
+    goes_on: bool = False
+    """Earlier turns are with the upstream and were not sent."""
+    user: str = ""
+    """Whose conversation it is, where the body tells."""
 
 
 @dataclass(slots=True)
@@ -37,6 +45,8 @@ class Reply(ABC):
     """The upstream's answer so far. Each wire has its own, made anew for every answer."""
 
     finish_reason: FinishReason = "stop"
+    answer_id: str | None = None
+    """By which a later request may name this turn, on wires that have such an id."""
     usage: tuple[int | None, int | None] = (None, None)
     """Tokens of prompt and reply, where the upstream told them."""
     texts: dict[tuple[object, ...], list[str]] = field(default_factory=dict)
@@ -157,6 +167,16 @@ class Wire(Protocol):
         ...
 
 
+def conversing(caller: Caller, asked: Asked) -> Caller:
+    """With what the body tells of model, user and conversation."""
+    return replace(
+        caller,
+        model=asked.model,
+        account=f"{caller.account or ''} {asked.user}".strip() or None,
+        conversation=caller.conversation or asked.conversation,
+    )
+
+
 def rows(value: object, *, where: str = "the upstream's answer") -> Sequence[Mapping[str, Any]]:
     """A list of objects, empty where there is none.
 
@@ -268,18 +288,45 @@ def _descriptions(value: object, *, depth: int = 0) -> Iterator[str]:
             yield from _descriptions(inner, depth=depth + 1)
 
 
+def call_of(given: object, name: object, arguments: object) -> ToolCall:
+    """A call of a tool in a request. Arguments that come as an object are told as its JSON."""
+    told = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+    return ToolCall(
+        id=str(given or ""),
+        name=name if isinstance(name, str) else "",
+        arguments="" if arguments is None else clean(told),
+    )
+
+
+def apart(messages: Sequence[Message]) -> tuple[Message, ...]:
+    """A conversation turn by turn: every turn has one of four roles, and none is joined with another."""
+    found: list[Message] = []
+    for message in messages:
+        role = "system" if message.role == "developer" else "tool" if message.role == "function" else message.role
+        if role not in ("user", "assistant", "tool") and not (role == "system" and not (found and _talks(found))):
+            role = "user"
+        if message.content.strip() or message.tool_calls or role == "tool":
+            found.append(replace(message, role=role, content=clean(message.content)))
+    return tuple(found)
+
+
+def _talks(found: Sequence[Message]) -> bool:
+    return any(message.role != "system" for message in found)
+
+
 def readable(messages: Sequence[Message]) -> tuple[Message, ...]:
     """A conversation as the router's chat template takes it, whatever order an upstream's clients send.
 
-    Turns without text are left out, later system turns and unknown roles are read as the user's, and turns of the
-    same side that follow each other become one.
+    Calls are read where they were made. Turns without text are left out, later system turns and unknown roles are read
+    as the user's, and turns of the same side that follow each other become one.
 
     >>> [m.role for m in readable([Message(role="assistant", content="Hi"), Message(role="system", content="Be kind")])]
     ['assistant', 'user']
     """
     joined: list[Message] = []
     for message in messages:
-        text = clean(message.content)
+        calls = [called(call.name, call.arguments or None) for call in message.tool_calls]
+        text = clean("\n".join(part for part in (message.content, *calls) if part))
         if not text.strip():
             continue
         role = "system" if message.role == "developer" else message.role

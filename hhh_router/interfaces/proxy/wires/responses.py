@@ -13,7 +13,8 @@ from hhh_router.interfaces.proxy.wires.chat import TEXT_PARTS
 from hhh_router.interfaces.proxy.wires.reading import (
     Asked,
     Reply,
-    called,
+    apart,
+    call_of,
     count,
     described,
     flag,
@@ -87,8 +88,14 @@ class ResponsesWire:
             if not isinstance(given, list):
                 raise InvalidRequest(f"input: found {kind_of(given)}", hint="send text, or a list of items")
             found += [_turn(row, here, unread) for here, row in turns(body, "input")]
+        kept, earlier = body.get("conversation"), body.get("previous_response_id")
+        named = kept.get("id") if isinstance(kept, dict) else kept
         return Asked(
             messages=readable(found),
+            turns=apart(found),
+            conversation=f"conversation {named}" if named else f"response {earlier}" if earlier else None,
+            goes_on=bool(named or earlier),
+            user=str(body.get("safety_identifier") or body.get("user") or ""),
             not_inspected=tuple(unread),
             stream=flag(body, "stream"),
             model=str(body.get("model", "")),
@@ -117,9 +124,12 @@ def _turn(row: Mapping[str, Any], here: str, unread: list[str]) -> Message:
             text = parts(row.get("content"), f"{here}.content", unread, _PARTS)
             return Message(role=str(row.get("role")), content=text)
         case "function_call" | "custom_tool_call" | "mcp_call":
-            return Message(role="assistant", content=called(row.get("name"), row.get("arguments", row.get("input"))))
+            given = row.get("call_id") or row.get("id")
+            call = call_of(given, row.get("name"), row.get("arguments", row.get("input")))
+            return Message(role="assistant", content="", tool_calls=(call,))
         case "function_call_output" | "custom_tool_call_output":
-            return Message(role="tool", content=parts(row.get("output"), f"{here}.output", unread, _PARTS))
+            text = parts(row.get("output"), f"{here}.output", unread, _PARTS)
+            return Message(role="tool", content=text, tool_call_id=str(row.get("call_id")))
         case "reasoning":
             texts = [parts(row.get(k), f"{here}.{k}", unread, _PARTS) for k in ("summary", "content")]
             if row.get("encrypted_content"):
@@ -164,6 +174,7 @@ class ResponsesReply(Reply):
             )
         if kind == "response.created" and isinstance(body.get("response"), dict):
             self.response = dict(body["response"])
+            self._named(self.response)
         if kind in _DELTAS:
             where = (at, body.get("content_index", body.get("summary_index", 0)), _DELTAS[kind])
             if kind == "response.output_text.delta" and isinstance(at, int):
@@ -289,9 +300,14 @@ class ResponsesReply(Reply):
         return self.put(where, part.get(name))
 
     def _finished(self, response: Mapping[str, Any]) -> None:
+        self._named(response)
         details = response.get("incomplete_details")
         reason = details.get("reason") if isinstance(details, dict) else None
         if reason in ("max_output_tokens", "content_filter"):
             self.finish_reason = "length" if reason == "max_output_tokens" else "content_filter"
         if isinstance(usage := response.get("usage"), dict):
             self.usage = count(usage.get("input_tokens")), count(usage.get("output_tokens"))
+
+    def _named(self, response: Mapping[str, Any]) -> None:
+        if isinstance(given := response.get("id"), str):
+            self.answer_id = f"response {given}"
