@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from hhh_router.errors import MissingExtra, SettingsError
+from hhh_router.evaluation.recorded import recorded_source
 from hhh_router.interfaces.proxy.open import plan_sidecar
 from hhh_router.testing import fake_pipeline
 from hhh_router.trace.audit import NoAudit, check_place, default_audit, open_audit, read_rows, shown_place, verify
@@ -80,3 +81,12 @@ def test_the_url_may_be_a_file_among_the_secrets(tmp_path: Path, monkeypatch: py
 
     assert plan.audit == URL
     assert "canary" not in repr(plan.settings)
+
+
+def test_a_replay_finds_the_audit_where_the_settings_say() -> None:
+    assert recorded_source("audit") == (default_audit(), "audit")
+    assert recorded_source("audit", audit_url=URL) == (URL, "audit")
+    assert recorded_source("audit:x.sqlite3", audit_url=URL) == (Path("x.sqlite3"), "audit")
+    assert recorded_source("audit:postgresql://me@db/hhh") == ("postgresql://me@db/hhh", "audit")
+    with pytest.raises(SettingsError, match="holds a password"):
+        recorded_source(f"audit:{URL}")
