@@ -108,6 +108,8 @@ class Settings(BaseSettings):
     """YAML file of further keys, hashed, each with what it opens and how much it may ask for."""
     audit_url: SecretStr | None = None
     """Where a proxy keeps its audit when neither an option nor its file says: ``postgresql://user:password@host/name``."""
+    guardrail_tenant: Literal["key", "key_alias", "user_id", "team_id", "team_alias", "org_id"] = "key"
+    """Whose traffic LiteLLM's guardrail is asked about. ``key``: the asker's; else what LiteLLM says of its caller."""
     hold_s: float = Field(default=120.0, gt=0, le=86_400)
     """Seconds that a call which a policy holds waits to be approved; then it is denied."""
     hold_webhook: str | None = Field(default=None, pattern=r"^https?://[^\s]+$")

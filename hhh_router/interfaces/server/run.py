@@ -91,6 +91,7 @@ class DrainingServer(uvicorn.Server):
         """
         settings: dict[str, Any] = {
             "http": Connection,
+            "loop": "asyncio",  # also where uvloop is installed: one loop to know, and beside httptools nothing to gain
             "ws": "none",
             "log_level": "warning",  # one line a request comes from the pipeline's own log
             "access_log": False,
