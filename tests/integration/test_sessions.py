@@ -210,8 +210,9 @@ def test_tokens_of_a_growing_text_are_those_of_the_whole_however_a_family_splits
             assert growing.ids == encoder.response_ids(text)
 
 
-def test_only_the_end_of_a_long_text_is_encoded_again(default_model: tuple[HeadReader, Encoder]) -> None:
-    encoder = default_model[1]
+@pytest.mark.parametrize("kind", ["llama-2", "gemma", "mistral", "qwen-2", "default"])
+def test_only_the_end_of_a_long_text_is_encoded_again(default_model: tuple[HeadReader, Encoder], kind: str) -> None:
+    encoder = default_model[1] if kind == "default" else made(kind)
     encoded: list[int] = []
     plain = encoder.plain
     words = random.Random(0).choices([*PIECES, " word", " other"], k=4000)
@@ -226,7 +227,7 @@ def test_only_the_end_of_a_long_text_is_encoded_again(default_model: tuple[HeadR
         encoder.plain = plain  # type: ignore[method-assign]
 
     assert growing.ids == encoder.response_ids(text)
-    assert sum(encoded) < 4 * len(text)  # from the start each time it would be a hundred times the text
+    assert sum(encoded) < 6 * len(text)  # from the start each time it would be a hundred times the text
 
 
 @settings(max_examples=25, deadline=None)
