@@ -347,7 +347,7 @@ def measure(options: Options, figures: Sequence[Figure], kind: type[Bench] = Ben
     """Measure what is asked for; returns all figures of the file, and how many failed."""
     results = Results(options.out, [f.name for f in figures])
     start, failed = load_average(), 0
-    setting = ", ".join(f"{k} {v}" for k, v in versions("aiohttp", "uvicorn", "httptools", "uvloop").items())
+    setting = ", ".join(f"{k} {v}" for k, v in versions("aiohttp", "uvicorn", "httptools").items())
     setting += f", cores {os.cpu_count()}"
     with ExitStack() as stack:
         bench = kind(bundle=options.bundle, repeats=options.repeats, quick=options.quick, stack=stack)

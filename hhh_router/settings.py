@@ -59,6 +59,10 @@ class Settings(BaseSettings):
     """PEM file of the Ed25519 private key that signs receipts."""
     cache_dir: Path = Field(default_factory=default_cache_dir)
     """Where converted backbones are kept."""
+    redact_file: Path | None = None
+    """File of further secrets, one regular expression a line; what matches reaches no log, record, span or webhook."""
+    redact_pii: Annotated[tuple[str, ...], NoDecode] = ()
+    """What says who somebody is and reaches none of them, comma-separated: ``EMAIL_ADDRESS``, … (extra ``pii``)."""
     threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
     """Threads the model may use; more than there are cores is very slow."""
     device: str = "cpu"
@@ -137,10 +141,10 @@ class Settings(BaseSettings):
             if variable not in os.environ and (kept := read_secret(variable, os.environ)) is not None:
                 given[name] = kept
         given |= {k: v for k, v in overrides.items() if v is not None}
-        if isinstance(names := given.get("allowed_policies"), str):
-            given["allowed_policies"] = _split(names)
-        elif "allowed_policies" not in given and (listed := os.environ.get("HHH_ROUTER_ALLOWED_POLICIES")):
-            given["allowed_policies"] = _split(listed)
+        for listed in ("allowed_policies", "redact_pii"):
+            names = given.get(listed) or os.environ.get(f"HHH_ROUTER_{listed.upper()}")
+            if isinstance(names, str):
+                given[listed] = _split(names)
         try:
             return cls(**given)  # type: ignore[arg-type]  # validated by pydantic
         except ValidationError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from hhh_router.errors import DataError
 from hhh_router.pipeline.again import Again, Texts
 from hhh_router.policy import Policy
+from hhh_router.tools import CallScanner
 from hhh_router.trace.audit import default_audit, read_rows
 from hhh_router.trace.block import Metadata
 from hhh_router.trace.feedback_store import read_labelled
@@ -64,7 +65,7 @@ class Agreement:
         self.n += 1
         then = [(d.checkpoint, d.action, d.rule) for d in block.decisions]
         now = [(d.checkpoint, str(d.action), d.rule) for d in again.decisions]
-        if again.unknown and now == then[: len(now)]:
+        if again.unknown and is_part(now, then):
             self.unknown += 1
         elif now == then:
             self.same += 1
@@ -79,6 +80,16 @@ class Agreement:
             "unknown": self.unknown,
             "differences": [{"request_id": r, "found": found} for r, found in self.differences],
         }
+
+
+def is_part(some: Sequence[object], whole: Sequence[object]) -> bool:
+    """Whether all of some stand in the whole, in this order.
+
+    >>> is_part("ac", "abc"), is_part("ca", "abc")
+    (True, False)
+    """
+    rest = iter(whole)
+    return all(x in rest for x in some)
 
 
 def _told(decisions: list[tuple[str, str, str]]) -> str:
@@ -172,10 +183,18 @@ def _recorded(where: str, record: Mapping[str, Any], calibration_id: str) -> Rec
         return "the record keeps no readings: it was written by an earlier version"
     if block.receipt.calibration_id != calibration_id:
         return f"read with other calibrators ({block.receipt.calibration_id})"
-    return Recorded(where=where, block=block, texts=_texts(record))
+    return Recorded(where=where, block=block, texts=_texts(record, block.basis.calls, block.request_id))
 
 
-def _texts(record: Mapping[str, Any]) -> Texts | None:
+def calls_in(text: str | None, names: Sequence[str], request_id: str) -> tuple[ToolCall, ...]:
+    """The calls of these tools that stand in a reply's text, as records have it."""
+    if text is None or not names:
+        return ()
+    _, calls = CallScanner(names, prefix=f"call_{request_id}").push(text)
+    return calls
+
+
+def _texts(record: Mapping[str, Any], calls: Sequence[str], request_id: str) -> Texts | None:
     """Of the audit's ``content``, or of a trace's ``request`` and ``reply``."""
     content = record.get("content")
     if isinstance(content, dict):
@@ -189,10 +208,11 @@ def _texts(record: Mapping[str, Any]) -> Texts | None:
     if not isinstance(messages, list) or _REDACTED in json.dumps([messages, response]):
         return None
     try:
-        turns = tuple(_message(turn) for turn in messages)
+        turns = tuple(canonical_message(turn) for turn in messages)
     except (KeyError, TypeError):
         return None
-    return Texts(messages=turns, response=response if isinstance(response, str) else None)
+    said = response if isinstance(response, str) else None
+    return Texts(messages=turns, response=said, calls=calls_in(said, calls, request_id))
 
 
 def _reply(record: Mapping[str, Any]) -> Any:
@@ -202,7 +222,12 @@ def _reply(record: Mapping[str, Any]) -> Any:
     return None if changed else record.get("reply")
 
 
-def _message(turn: Mapping[str, Any]) -> Message:
+def canonical_message(turn: Mapping[str, Any]) -> Message:
+    """A turn as `trace.build.canonical_request` has it.
+
+    Raises:
+        KeyError, TypeError: It is none.
+    """
     return Message(
         role=str(turn["role"]),
         content=str(turn["content"] or ""),

@@ -13,7 +13,7 @@ from datetime import datetime
 from hhh_router.calibration import Calibrators
 from hhh_router.pipeline.onerror import JUDGING_FAILURES, failed_decision, unread_plan
 from hhh_router.pipeline.plan import facts_of, judge_output, make_plan
-from hhh_router.pipeline.situation import answered_situation, asked_situation
+from hhh_router.pipeline.situation import answered_situation, asked_situation, called_situation
 from hhh_router.policy import Facts, Policy, asks, for_tenant
 from hhh_router.policy.possible import Possible, forgotten, possible_decisions
 from hhh_router.policy.schema import SEVERITY
@@ -28,6 +28,7 @@ from hhh_router.types import (
     Plan,
     Scores,
     Situation,
+    ToolCall,
     ToolFacts,
     Weights,
 )
@@ -39,6 +40,8 @@ class Texts:
 
     messages: tuple[Message, ...]
     response: str | None = None
+    calls: tuple[ToolCall, ...] = ()
+    """The calls in the response, where they could be found in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,12 +129,17 @@ class _Run:
             return self._stopped()
         for reading in others:
             verdict = self._at_output(reading, plan)
-            if self._unknown or (verdict is not None and self._acts(verdict)):
+            if self._lost or (verdict is not None and self._acts(verdict)):
                 return verdict
         if not self._at_calls(plan):
             return self._stopped()
         self._end(readings, is_last=is_last)
         return None
+
+    @property
+    def _lost(self) -> bool:
+        """Whether the way is not known from here on; that of the record's own policy is the record's."""
+        return bool(self._unknown) and not self._own
 
     def _plan(self, reading: ReadingRecord, raises: dict[str, float]) -> Plan | None:
         scores = _scores(reading)
@@ -174,11 +182,11 @@ class _Run:
                 asked.append(self._possible("tool_result", replace(facts, situation=about)))
         found = [d for d in asked if d is not None]
         if not found:
-            return False
+            return self._own
         first, *others = sorted(found, key=lambda d: -SEVERITY[d.action])
         for decision in (*others, first):
             self._decided(decision)
-        return not self._unknown and not self._acts(first)
+        return not self._lost and not self._acts(first)
 
     def _at_output(self, reading: ReadingRecord, plan: Plan) -> Decision | None:
         scores = _scores(reading)
@@ -233,16 +241,25 @@ class _Run:
             return True
         if self._basis.unseen_calls:
             self._unknown.append("tool_call: nobody looked at the calls")
-        for name in self._basis.calls:
-            about = replace(self._situation, text=None, role="assistant", tool=ToolFacts(name=name))
+        for about in self._calls():
             facts = facts_of(plan.evidence, plan.weights, plan.confidence, about)
             decision = self._possible("tool_call", facts)
             if decision is None:
-                return False
+                if self._lost:
+                    return False
+                continue
             self._decided(decision)
             if self._acts(decision):
                 return False
         return True
+
+    def _calls(self) -> list[Situation]:
+        """What surrounds each call; its arguments only where all calls were found in the text that was kept."""
+        found = self._texts.calls if self._texts else ()
+        names = self._basis.calls
+        if [call.name for call in found] == names or not names:
+            return [called_situation(self._situation, call) for call in found]
+        return [replace(self._situation, text=None, role="assistant", tool=ToolFacts(name=name)) for name in names]
 
     def _end(self, readings: Sequence[ReadingRecord], *, is_last: bool) -> None:
         """Say what was not read although this policy would have gone on."""
