@@ -12,7 +12,7 @@ from hhh_router.errors import BackendTimeout, GeneratorError, ReaderError
 from hhh_router.pipeline.conversations import tainted
 from hhh_router.pipeline.onerror import JUDGING_FAILURES, check_scores, failed_decision, unread_plan
 from hhh_router.pipeline.parts import Parts
-from hhh_router.pipeline.people import BEAT_S, Concerned, Settled, settled_decision
+from hhh_router.pipeline.people import Concerned, People, beats, settled_decision
 from hhh_router.pipeline.plan import judge_call, judge_output, make_plan
 from hhh_router.pipeline.record import Record
 from hhh_router.pipeline.release import Release
@@ -87,7 +87,16 @@ class _Run:
         self._steered: Mapping[str, float] = {}  # likewise: lower bounds that windows have raised
         self._verdict: Decision | None = None
         self._finished: Finished | None = None
-        self._informed: set[tuple[object, ...]] = set()
+        self._people = People(
+            parts.hold,
+            parts.tell,
+            Concerned(
+                request_id=request.request_id,
+                policy=f"{policy.name}@{policy.version}",
+                enforced=self._enforce,
+                conversation=self._followed.name,
+            ),
+        )
         self._redact: dict[str, None] = {}  # what decisions take out of the reply
         self._redacting = parts.redacting()
         self._said: list[ChatDelta] = []  # cleared, as the model said it
@@ -192,48 +201,20 @@ class _Run:
                 continue
             situation = with_calls(self._situation, len(self._calls))
             decision = judge_call(call, plan=plan, policy=self._policy, situation=situation)
-            self._inform(decision, call.name)
-            if decision.action is Action.HOLD and self._enforce and self._parts.hold is not None:
-                waiting = asyncio.ensure_future(self._parts.hold(call, decision, self._concerned(call.name)))
-                async with aclosing(self._waiting(waiting)) as beats:
-                    async for beat in beats:
-                        yield beat
-                decision = settled_decision(decision, waiting.result())
+            self._people.inform(decision, call=call, number=len(self._calls))
+            if self._people.holds(decision):
+                loop, held = asyncio.get_running_loop(), self._people.ask(call, decision)
+                begun = loop.time()
+                async with aclosing(beats(held)) as waiting:
+                    async for _ in waiting:
+                        yield ChatDelta(text="", waits=True)
+                self._deadline += loop.time() - begun  # what people take is no time of the request's
+                decision = settled_decision(decision, held.result())
             self._decide(replace(decision, webhook=None))  # it was told
             if self._verdict is not None:
                 return
         for told in self._leave(piece):
             yield told
-
-    async def _waiting(self, held: asyncio.Future[Settled]) -> AsyncGenerator[ChatDelta, None]:
-        """Beats until a held call is settled; what people take is no time of the request's."""
-        loop = asyncio.get_running_loop()
-        begun = loop.time()
-        try:
-            while not held.done():
-                yield ChatDelta(text="", waits=True)
-                await asyncio.wait({held}, timeout=BEAT_S)
-        finally:
-            self._deadline += loop.time() - begun
-            if not held.done():
-                held.cancel()
-                await asyncio.gather(held, return_exceptions=True)
-
-    def _inform(self, decision: Decision, tool: str | None = None) -> None:
-        """Tell the decision's webhook, once for each rule and call."""
-        told = decision.checkpoint, decision.rule, decision.action, tool and len(self._calls)
-        if self._parts.tell is not None and decision.webhook is not None and told not in self._informed:
-            self._informed.add(told)
-            self._parts.tell(decision, self._concerned(tool))
-
-    def _concerned(self, tool: str | None) -> Concerned:
-        return Concerned(
-            request_id=self._request.request_id,
-            policy=f"{self._policy.name}@{self._policy.version}",
-            enforced=self._enforce,
-            conversation=self._followed.name,
-            tool=tool,
-        )
 
     def _new_scanner(self) -> CallScanner | None:
         """For the calls in a reply; None where nothing may be called."""
@@ -287,7 +268,7 @@ class _Run:
             self._taint()
         for other in event.plan.others:
             self._record.decided(other)
-            self._inform(other)
+            self._people.inform(other)
         self._decide(event.plan.decision)
 
     def _take_window(self, event: Window) -> list[Delta]:
@@ -339,7 +320,7 @@ class _Run:
             why = "text was already released" if self._out else "the second reply is no better"
             decision = replace(decision, action=Action.REFUSE, reason=f"{decision.reason}; not regenerated: {why}")
         self._record.decided(decision)
-        self._inform(decision)
+        self._people.inform(decision)
         if self._enforce and (decision.action.stops or decision.action is Action.REGENERATE):
             self._verdict = decision
 
