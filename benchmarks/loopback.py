@@ -1,13 +1,15 @@
 """Servers on loopback for the sidecar's benchmark, each in a process of its own, and a client that costs little.
 
-``python -m benchmarks.loopback upstream`` answers chats at once; ``sidecar URL MODE [BUNDLE]`` stands before it. Each
-prints its port.
+``python -m benchmarks.loopback upstream`` answers chats at once; ``sidecar URL MODE`` stands before it, with
+``--bundle``, ``--audit`` and ``--max-requests``. Each prints its port.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -15,8 +17,9 @@ import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
+from hhh_router.interfaces.proxy.routes import MAX_REQUESTS, Mode
 from hhh_router.settings import Settings
 
 PATH = "/v1/chat/completions"
@@ -44,10 +47,9 @@ async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
     try:
         while True:
             head = await reader.readuntil(b"\r\n\r\n")
-            length = next(
-                int(line.split(b":")[1]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length")
-            )
-            body = json.loads(await reader.readexactly(length))
+            lengths = (line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length"))
+            length = int(next(lengths, b":0").split(b":")[1])  # a proxy looks around with GET too
+            body = json.loads(await reader.readexactly(length) or b"{}")
             if not body.get("stream"):
                 fields = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
                 writer.write(fields % len(_WHOLE) + _WHOLE)
@@ -73,8 +75,10 @@ async def _upstream() -> None:
     await server.serve_forever()
 
 
-def _sidecar(upstream: str, mode: str, bundle: str | None) -> None:
+def _sidecar(upstream: str, mode: Mode, bundle: str | None, audit: str | None, max_requests: int) -> None:
     """With a bundle its model reads; without one nothing of it is loaded."""
+    from dataclasses import replace
+
     from hhh_router.assemble import build_pipeline, open_raw_client
     from hhh_router.interfaces.proxy.app import Sidecar
     from hhh_router.interfaces.proxy.config import simple_config
@@ -82,21 +86,23 @@ def _sidecar(upstream: str, mode: str, bundle: str | None) -> None:
     from hhh_router.interfaces.proxy.upstreams import Upstreams
     from hhh_router.interfaces.server.run import listen
     from hhh_router.testing.fakes import fake_pipeline
-    from hhh_router.trace.audit import NoAudit
+    from hhh_router.trace.audit import NoAudit, SqliteAudit
 
     settings = Settings.load(bundle=bundle)
     pipeline = fake_pipeline("balanced") if bundle is None else build_pipeline(settings, sinks=(), serving=True)
-    config = simple_config(upstream, settings, mode="enforce" if mode == "enforce" else "observe")
-    sidecar = Sidecar(pipeline, config, Upstreams(open_raw_client()), NoAudit())
+    config = replace(simple_config(upstream, settings, mode=mode), max_requests=max_requests)
+    kept = NoAudit() if audit is None else SqliteAudit(audit)
+    sidecar = Sidecar(pipeline, config, Upstreams(open_raw_client(2 * max_requests)), kept)
     listening = listen("127.0.0.1", 0, settings)
     run(sidecar, listening, on_ready=lambda url: print(url.rpartition(":")[2], flush=True))
 
 
 @contextmanager
-def process(*args: str) -> Iterator[tuple[int, int]]:
-    """Port and process id of one of these servers."""
+def process(*args: str, **settings: object) -> Iterator[tuple[int, int]]:
+    """Port and process id of one of these servers, with settings such as ``max_waiting=32``."""
     command = [sys.executable, "-m", "benchmarks.loopback", *args]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
+    environment = os.environ | {f"HHH_ROUTER_{name.upper()}": str(value) for name, value in settings.items()}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as server:
         assert server.stdout is not None
         try:
             line = server.stdout.readline()
@@ -145,7 +151,7 @@ class Connection:
         """Ask, and read the answer to its end.
 
         Raises:
-            RuntimeError: It is no 200.
+            RuntimeError: It is no 200, or a policy cut the stream off.
         """
         data = json.dumps(body).encode()
         fields = f"POST {PATH} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}"
@@ -160,13 +166,15 @@ class Connection:
             whole = time.perf_counter() - started
             return Heard(whole, whole)
         first: float | None = None
+        piece = b""
         while size := int(await self._reader.readline(), 16):
             piece = await self._reader.readexactly(size + 2)
             if first is None and b'"content": "one' in piece:
                 first = time.perf_counter() - started
         await self._reader.readline()
-        whole = time.perf_counter() - started
-        return Heard(whole if first is None else first, whole)
+        if first is None or b"data: [DONE]" not in piece or b'"content_filter"' in piece:
+            raise RuntimeError(f"the stream was cut off: {piece[:200].decode('utf-8', 'replace')}")
+        return Heard(first, time.perf_counter() - started)
 
 
 @asynccontextmanager
@@ -183,10 +191,20 @@ async def connections(port: int, number: int) -> AsyncIterator[list[Connection]]
 
 def main(args: Sequence[str]) -> None:
     """Be one of the servers."""
-    if args[0] == "upstream":
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.loopback", description=__doc__)
+    servers = parser.add_subparsers(dest="server", required=True)
+    servers.add_parser("upstream")
+    sidecar = servers.add_parser("sidecar")
+    sidecar.add_argument("url")
+    sidecar.add_argument("mode", choices=get_args(Mode))
+    sidecar.add_argument("--bundle")
+    sidecar.add_argument("--audit")
+    sidecar.add_argument("--max-requests", type=int, default=MAX_REQUESTS)
+    given = parser.parse_args(args)
+    if given.server == "upstream":
         asyncio.run(_upstream())
     else:
-        _sidecar(args[1], args[2], args[3] if len(args) > 3 else None)
+        _sidecar(given.url, given.mode, given.bundle, given.audit, given.max_requests)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import secrets
 import socket
 import statistics
 import subprocess
@@ -22,19 +23,33 @@ from time import perf_counter
 from typing import Any
 
 from benchmarks.figures import Figure, Measured, NotMeasured, Results, record, write_json
-from benchmarks.loopback import Heard, connections, process, wait_for
+from benchmarks.loopback import WORDS_PER_CHUNK, Heard, connections, process, wait_for
 from benchmarks.machine import load_average, versions
 from benchmarks.present import present
 from benchmarks.run import Options, leave, line, parse
 from benchmarks.soak import resident_bytes
 from benchmarks.timing import interleaved, ratios
+from hhh_router.bundle import Bundle
 from hhh_router.errors import HHHRouterError
+from hhh_router.model.supervisor import open_supervised
+from hhh_router.protocols import SessionReader
+from hhh_router.settings import Settings
+from hhh_router.types import Message, ReadRequest
 
 LITELLM = "HHH_ROUTER_BENCH_LITELLM"
+LITELLM_STARTS_WITHIN_S = 300.0  # it imports for tens of seconds on a busy machine
+_LITELLM_ENVIRONMENT = {
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "LITELLM_LOG": "ERROR",
+    "LITELLM_MODE": "PRODUCTION",  # no .env is read
+    # it starts without a master key only so; the sidecar has none here either, and checking one would cost it time
+    "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
+}
 STREAMS, CHUNKS, PAUSE_MS = 200, 40, 50  # as many tokens a second as a large model has for each of its readers
 CONCURRENT = 32
 WINDOW_CHUNKS = 4  # of the stub's chunks, in a window of 24 tokens
-_PROMPT_64 = "Tell me about the capital of France and its rivers and bridges. " * 5  # about 64 tokens, with a template
+ANSWER_TOKENS = 2000  # of the reader's, in the answer whose last window is read both ways
+_PROMPT_64 = "Tell me about the capital of France and its rivers. " * 3  # about 64 tokens, with a template and a number
 _BODY: dict[str, Any] = {"model": "stub", "messages": [{"role": "user", "content": "What is the capital of France?"}]}
 
 
@@ -61,7 +76,14 @@ class Bench:
     @cached_property
     def enforcing(self) -> int:
         """Port of a sidecar whose bundle reads."""
-        return self.stack.enter_context(process("sidecar", self.url, "enforce", self.bundle))[0]
+        return self.stack.enter_context(process("sidecar", self.url, "enforce", "--bundle", self.bundle))[0]
+
+    @cached_property
+    def reader(self) -> SessionReader:
+        """The bundle's, in a process of its own, as a sidecar has it."""
+        model = open_supervised(Bundle.load(self.bundle), Settings.load(bundle=self.bundle))
+        self.stack.callback(model.engine.close)
+        return model.reader
 
     @cached_property
     def litellm(self) -> int:
@@ -90,24 +112,46 @@ def _litellm(command: str, url: str) -> Iterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = int(taken.getsockname()[1])
     with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "config.yaml"
+        config, log = Path(folder) / "config.yaml", Path(folder) / "log.txt"
         config.write_text(
             "model_list:\n- model_name: stub\n  litellm_params: "
             f"{{model: openai/stub, api_base: '{url}', api_key: sk-bench}}\n"
         )
-        environ = os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"}
-        with subprocess.Popen(
-            [command, "--config", str(config), "--port", str(port), "--host", "127.0.0.1"],
-            env=environ,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        ) as server:
+        environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | _LITELLM_ENVIRONMENT
+        with (
+            log.open("w") as written,
+            subprocess.Popen(
+                [command, "--config", str(config), "--port", str(port), "--host", "127.0.0.1", "--num_workers", "1"],
+                env=environ,
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=written,
+                stderr=written,
+            ) as server,
+        ):
             try:
-                wait_for(port, 120)
+                _await(server, port, log)
                 yield port
             finally:
                 server.terminate()
                 server.wait(30)
+
+
+def _await(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    """Return when LiteLLM's proxy listens.
+
+    Raises:
+        NotMeasured: It ended, or does not listen in time; its last words are in the message.
+    """
+    until = perf_counter() + LITELLM_STARTS_WITHIN_S
+    while server.poll() is None and perf_counter() < until:
+        try:
+            return wait_for(port, 1)
+        except TimeoutError:
+            continue
+    ended = f"ended with {server.poll()}" if server.poll() is not None else "does not listen"
+    last = " / ".join(log.read_text(errors="replace").split("\n")[-8:])
+    raise NotMeasured(f"LiteLLM's proxy {ended}: {last[-600:]}")
 
 
 # -- sides ------------------------------------------------------------------------------------------------------------
@@ -156,6 +200,23 @@ def _streams_per_second(port: int, streams: int, chunks: int) -> float:
     return asyncio.run(work())
 
 
+def _streamed(port: int, chunks: int, times: int) -> list[Heard]:
+    """Streams one after the other, each for a prompt of its own: the reader remembers what it has read."""
+
+    async def work() -> list[Heard]:
+        async with connections(port, 1) as [connection]:
+            bodies = [
+                {**_BODY, "messages": [_new_prompt()], "stream": True, "user": f"{chunks}:0"} for _ in range(times)
+            ]
+            return [await connection.ask(body) for body in bodies]
+
+    return asyncio.run(work())
+
+
+def _new_prompt() -> dict[str, str]:
+    return {"role": "user", "content": f"{secrets.randbelow(10**6):06}: {_PROMPT_64}"}
+
+
 # -- figures ----------------------------------------------------------------------------------------------------------
 
 
@@ -194,12 +255,10 @@ def _streams(bench: Bench) -> Measured:
 
 
 def _first_token(bench: Bench) -> Measured:
-    body = {"model": "stub", "messages": [{"role": "user", "content": _PROMPT_64}], "stream": True}
-    body["user"] = f"{WINDOW_CHUNKS}:0"
     times = bench.sized(20, 2)
 
     def side(port: int) -> Callable[[], float]:
-        return lambda: 1000 * statistics.median(h.first_s for h in _alone(port, body, times))
+        return lambda: 1000 * statistics.median(h.first_s for h in _streamed(port, WINDOW_CHUNKS, times))
 
     found = interleaved(
         {"direct": side(bench.upstream), "enforce": side(bench.enforcing)}, bench.repeats, on_step=bench.on_step
@@ -210,20 +269,49 @@ def _first_token(bench: Bench) -> Measured:
 
 
 def _window(bench: Bench) -> Measured:
-    windows = bench.sized(16, 4)
-    body = {"model": "stub", "messages": [{"role": "user", "content": _PROMPT_64}], "stream": True}
-    body["user"] = f"{windows * WINDOW_CHUNKS}:0"
-    times = bench.sized(5, 1)
+    windows, times = bench.sized(16, 4), bench.sized(5, 1)
 
     def side(port: int) -> Callable[[], float]:
-        return lambda: 1000 * statistics.median(h.whole_s - h.first_s for h in _alone(port, body, times))
+        chunks = (1 + windows) * WINDOW_CHUNKS  # the first one's are heard first
+        return lambda: 1000 * statistics.median(h.whole_s - h.first_s for h in _streamed(port, chunks, times))
 
     found = interleaved(
         {"direct": side(bench.upstream), "enforce": side(bench.enforcing)}, bench.repeats, on_step=bench.on_step
     )
     added = [(b - a) / windows for a, b in zip(found["direct"], found["enforce"], strict=True)]
-    note = f"mean over {windows} windows of 24 tokens, each of which reads the answer from its start"
+    note = f"mean over {windows} windows of 24 tokens after the first"
     return Measured(values=added, sides={f"{k} (ms)": statistics.median(v) for k, v in found.items()}, note=note)
+
+
+def _window_over_whole(bench: Bench) -> Measured:
+    """The last window of a long answer, read on and read whole."""
+    tokens = bench.sized(ANSWER_TOKENS, 200)
+    answer = WORDS_PER_CHUNK * (tokens // len(WORDS_PER_CHUNK.split()))
+    before = answer[: -WINDOW_CHUNKS * len(WORDS_PER_CHUNK)]
+
+    def messages() -> tuple[Message, ...]:
+        return (Message(role="user", content=_new_prompt()["content"]),)
+
+    async def read_on() -> float:
+        session = bench.reader.open(messages())
+        await session.read(before)
+        started = perf_counter()
+        await session.read(answer)
+        elapsed = perf_counter() - started
+        session.close()
+        return elapsed
+
+    async def read_whole() -> float:
+        request = ReadRequest(messages=messages(), response=answer)
+        started = perf_counter()
+        await bench.reader.read([request])
+        return perf_counter() - started
+
+    sides = {"read on": lambda: asyncio.run(read_on()), "whole": lambda: asyncio.run(read_whole())}
+    found = interleaved(sides, bench.repeats, on_step=bench.on_step)
+    medians = {f"{k} (ms)": 1000 * statistics.median(v) for k, v in found.items()}
+    note = f"{tokens} tokens of answer behind a 64-token prompt, as the reader counts them"
+    return Measured(values=ratios(found, "read on", "whole"), sides=medians, note=note)
 
 
 def _memory(bench: Bench) -> Measured:
@@ -248,18 +336,21 @@ FIGURES: tuple[Figure, ...] = (
     _figure("proxy-streams", "200 streams over direct", "x", 0.95, "least", _streams),
     _figure("proxy-first-token", "added time to first token, enforce", "ms", 60.0, "most", _first_token),
     _figure("proxy-window", "added per window, enforce", "ms", 25.0, "most", _window),
+    _figure(
+        "proxy-window-over-whole", "last window of a long answer over all of it", "x", 0.1, "most", _window_over_whole
+    ),
     _figure("proxy-memory", "resident memory of a worker without a model", "MB", 80.0, "most", _memory),
 )
 
 
-def measure(options: Options, figures: Sequence[Figure]) -> tuple[list[dict[str, Any]], int]:
+def measure(options: Options, figures: Sequence[Figure], kind: type[Bench] = Bench) -> tuple[list[dict[str, Any]], int]:
     """Measure what is asked for; returns all figures of the file, and how many failed."""
     results = Results(options.out, [f.name for f in figures])
     start, failed = load_average(), 0
-    setting = ", ".join(f"{k} {v}" for k, v in versions("aiohttp", "uvicorn", "httptools", "uvloop").items())
+    setting = ", ".join(f"{k} {v}" for k, v in versions("aiohttp", "uvicorn", "httptools").items())
     setting += f", cores {os.cpu_count()}"
     with ExitStack() as stack:
-        bench = Bench(bundle=options.bundle, repeats=options.repeats, quick=options.quick, stack=stack)
+        bench = kind(bundle=options.bundle, repeats=options.repeats, quick=options.quick, stack=stack)
         for figure in figures:
             if figure.name not in options.only:
                 continue

@@ -94,7 +94,7 @@ def calibrate(
     if scores_only:
         with stage_bars() as told:
             kept = keep_scores(workshop(recipe, data, out, work, told))
-        typer.echo(f"scores of {kept} calibration prompts kept")
+        typer.echo(f"scores of {kept} calibration prompts and replies kept")
         return
     with stage_bars() as told:
         file = fit(workshop(recipe, data, out, work, told))

@@ -11,7 +11,7 @@ from typing import NoReturn
 import typer
 
 
-def run_server(*, host: str, port: int, policy: str | None, bundle: str | None) -> None:
+def run_server(*, host: str, port: int, policy: str | None, candidate: str | None, bundle: str | None) -> None:
     """Serve until interrupted; the cheap checks come before the model is loaded.
 
     Raises:
@@ -28,22 +28,26 @@ def run_server(*, host: str, port: int, policy: str | None, bundle: str | None) 
         raise MissingExtra("serve", needed_for="a server") from error
     from hhh_router.assemble import build_pipeline
     from hhh_router.pipeline.situation import SERVER
+    from hhh_router.trace.logs import log_to_stderr
 
     from .session import ready_backbone
 
-    settings = Settings.load(policy=policy, bundle=bundle)
+    settings = Settings.load(policy=policy, candidate=candidate, bundle=bundle)
     policies = PolicyStore.from_settings(settings, door=SERVER)
     with listen(host, port, settings) as listening:
         _end_on_sigterm()
         ready_backbone(bundle)
         pipeline = build_pipeline(settings, serving=True, door=SERVER)
-        logging.basicConfig(format="%(asctime)s %(message)s")
+        log_to_stderr(pipeline.parts.redactor)
         logging.getLogger("hhh_router").setLevel(logging.INFO)
         name = pipeline.parts.bundle_ref.name
 
         def announce(url: str) -> None:
             typer.echo(f"hhh-router listens on {url}/v1")
             typer.echo(f"  policy    {policies.default.name}@{policies.default.version} ({policies.default.mode})")
+            if settings.candidate is not None:
+                beside = policies.candidate(settings.candidate)
+                typer.echo(f"  candidate {beside.name}@{beside.version} (asked, never acting)")
             typer.echo(f"  bundle    {name}")
 
         run(pipeline, listening, on_ready=announce)
@@ -54,6 +58,7 @@ def run_proxy(
     host: str,
     port: int,
     policy: str | None,
+    candidate: str | None,
     bundle: str | None,
     upstream: str | None,
     config: Path | None,
@@ -74,14 +79,18 @@ def run_proxy(
         from hhh_router.interfaces.server.run import listen
     except ImportError as error:
         raise MissingExtra("serve", needed_for="a proxy") from error
+    from hhh_router.trace.logs import log_to_stderr
+
     from .session import ready_backbone
 
-    plan = plan_sidecar(policy=policy, bundle=bundle, upstream=upstream, config=config, mode=mode, audit=audit)
+    plan = plan_sidecar(
+        policy=policy, candidate=candidate, bundle=bundle, upstream=upstream, config=config, mode=mode, audit=audit
+    )
     with listen(host, port, plan.settings) as listening:
         _end_on_sigterm()
         ready_backbone(bundle)
         sidecar = open_sidecar(plan)
-        logging.basicConfig(format="%(asctime)s %(message)s")
+        log_to_stderr(plan.redactor)
         logging.getLogger("hhh_router").setLevel(logging.INFO)
 
         def announce(url: str) -> None:

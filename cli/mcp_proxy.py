@@ -24,7 +24,10 @@ def mcp_proxy(
         str | None, typer.Option("--bundle", metavar="PATH|NAME", help="The bundle to read with.")
     ] = None,
     audit: Annotated[
-        str | None, typer.Option("--audit", metavar="FILE|none", help="Where calls and results are recorded (SQLite).")
+        str | None,
+        typer.Option(
+            "--audit", metavar="FILE|URL|none", help="Where calls and results are recorded: SQLite or Postgres."
+        ),
     ] = None,
     queue: Annotated[
         Path | None, typer.Option("--queue", metavar="FILE", help="Where held calls wait (SQLite).")
@@ -47,6 +50,7 @@ def mcp_proxy(
 
     from hhh_router.errors import EXIT_FAILURE, MissingExtra
     from hhh_router.settings import Settings
+    from hhh_router.trace.logs import log_to_stderr
 
     try:
         import anyio
@@ -65,7 +69,7 @@ def mcp_proxy(
         queue=queue,
         hold_s=hold_s,
     )
-    logging.basicConfig(format="%(asctime)s %(message)s")  # to standard error: standard output is the client's
+    log_to_stderr(plan.redactor)  # standard output is the client's
     logging.getLogger("hhh_router.interfaces.mcp").setLevel(logging.INFO)
     if plan.reads_here:
         from .session import ready_backbone

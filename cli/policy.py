@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .policy_compare import compare
 from .policy_fit import fit
 from .policy_report import report
 from .policy_tools import diff, graph, lint, run_examples
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Show, check, explain, test, fit, compare policies.")
 
 app.command("test")(run_examples)
-for command in (lint, diff, graph, fit, report):
+for command in (lint, diff, graph, fit, report, compare):
     app.command()(command)
 
 _JSON = typer.Option(False, "--json", help="Print JSON.")

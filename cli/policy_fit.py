@@ -1,7 +1,8 @@
-"""``hhh-router policy fit``: the limit that keeps a policy's budget, written into a locked policy."""
+"""``hhh-router policy fit``: the limits that keep a policy's budget, written into a locked policy."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,38 +10,39 @@ import typer
 
 if TYPE_CHECKING:
     from hhh_router.bundle import Bundle
-    from hhh_router.calibration import Calibrators
-    from hhh_router.evaluation.budget import FitRow, FittedPolicy
+    from hhh_router.evaluation.budget import FittedPolicy
+    from hhh_router.evaluation.budget_rows import FitRow
     from hhh_router.policy import Policy
 
 
 def fit(
     file: Annotated[str, typer.Argument(metavar="NAME|FILE", help="A policy with a budget.")],
     data: Annotated[
-        Path | None, typer.Option(help="JSONL of your own labelled prompts; default: what the bundle keeps.")
+        Path | None, typer.Option(help="JSONL of your own labelled rows; default: what the bundle keeps.")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="The locked policy; default: NAME.locked.yaml here.")] = None,
     plot: Annotated[list[Path] | None, typer.Option(help="Draw the curve: FILE.png or FILE.html; repeatable.")] = None,
     bundle: Annotated[str | None, typer.Option("--bundle", "-b", help="Default: the deployment's.")] = None,
     in_place: Annotated[
-        bool, typer.Option("--in-place", help="Write limit and lock into FILE itself, comments kept.")
+        bool, typer.Option("--in-place", help="Write limits and lock into FILE itself, comments kept.")
     ] = False,
     check: Annotated[
         bool, typer.Option("--check", help="Write nothing; exit 1 where the lock says otherwise.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Fit a policy's limit to its budget by conformal risk control, and lock it; fails where no limit keeps it."""
+    """Fit a policy's limits to its budget by conformal risk control, and lock it; fails where none keeps it."""
     import json
 
     from hhh_router.assemble import load_calibrators
     from hhh_router.bundle import Bundle
-    from hhh_router.errors import EXIT_FAILURE, DataError, MissingExtra
+    from hhh_router.errors import EXIT_FAILURE, MissingExtra
     from hhh_router.policy import load_policy
     from hhh_router.settings import Settings
 
     try:
-        from hhh_router.evaluation.budget import KEPT_KNOWN, OWN_KNOWN, attainable, fit_policy, rank
+        from hhh_router.evaluation.budget import BudgetNotKept, fit_policy
+        from hhh_router.evaluation.budget_rows import KEPT_KNOWN, OWN_KNOWN
     except ImportError as error:
         raise MissingExtra("train", needed_for="fitting a policy") from error
     policy = load_policy(file)
@@ -49,14 +51,14 @@ def fit(
     used = Bundle.load(settings.bundle)
     calibrators = load_calibrators(used, settings)
     known = KEPT_KNOWN if data is None else OWN_KNOWN
-    name, data_sha256, rows = _rows(used, calibrators, settings, data)
+    name, data_sha256, rows, replies = _rows(used, policy, settings, data)
     try:
         fitted = fit_policy(
-            policy, rows, calibrators, bundle_sha256=used.sha256, data=name, data_sha256=data_sha256, known=known
+            policy, rows, calibrators, bundle_sha256=used.sha256, data=name, data_sha256=data_sha256, known=known,
+            replies=replies,
         )  # fmt: skip
-    except DataError:
-        assert policy.budget is not None
-        _show_frontier(attainable(rank(policy, rows, calibrators, known), policy.budget.level), as_json)
+    except BudgetNotKept as error:
+        _show_frontiers(error.attainable, as_json)
         raise
     if check:
         same = policy.lock == fitted.policy.lock
@@ -80,27 +82,36 @@ def fit(
         typer.echo(str(path))
 
 
-def _rows(bundle: Bundle, calibrators: Calibrators, settings: Any, data: Path | None) -> tuple[str, str, list[FitRow]]:
-    """Name, hash and rows: the bundle's own, or those of a file, read now."""
+def _rows(
+    bundle: Bundle, policy: Policy, settings: Any, data: Path | None
+) -> tuple[str, str, list[FitRow], list[FitRow]]:
+    """Name and hash, prompts and replies: the bundle's own, or those of a file, read now as far as the budget asks."""
     from hhh_router.calibration.kept import read_kept
     from hhh_router.data.examples import data_hash
     from hhh_router.data.own import read_own
     from hhh_router.errors import BundleError
-    from hhh_router.evaluation.budget import NEED, kept_rows, own_rows
+    from hhh_router.evaluation.budget_rows import FAULT, NEED, kept_replies, kept_rows, own_replies, own_rows
 
     if data is None:
         if bundle.manifest.heads is None:
             raise BundleError(f"{bundle.root}: has no heads", hint="train it first")
         kept = read_kept(bundle.root, heads_sha256=bundle.manifest.heads.sha256)
-        return "bundle", kept.sha256, kept_rows(kept)
+        return "bundle", kept.sha256, kept_rows(kept), kept_replies(kept)
     from hhh_router.evaluation.systems import BundleReadings
 
     from .train import stage_bars
 
-    examples = [e for e in read_own(data, skip_broken=False).examples if NEED in e.needs]
+    asked = set() if policy.budget is None else set(policy.budget.most)
+    used = [
+        e
+        for e in read_own(data, skip_broken=False).examples
+        if (asked - {"output"} and NEED in e.needs) or ("output" in asked and FAULT in e.outcomes)
+    ]
     with stage_bars() as told:
-        rows = own_rows(examples, BundleReadings(bundle, settings, told))
-    return data.name, data_hash(examples), rows
+        readings = BundleReadings(bundle, settings, told)
+        prompts = own_rows(used, readings) if asked - {"output"} else []
+        replies = own_replies(used, readings) if "output" in asked else []
+    return data.name, data_hash(used), prompts, replies
 
 
 def _locked_text(policy: Policy) -> str:
@@ -111,7 +122,7 @@ def _locked_text(policy: Policy) -> str:
 
 
 def _edited(path: Path, fitted: FittedPolicy) -> str:
-    """The file's own text with the limit and the lock in it."""
+    """The file's own text with the limits and the lock in it."""
     from hhh_router.policy.lock import written_into
 
     return written_into(path.read_text(encoding="utf-8"), fitted.policy, folder=path.parent)
@@ -138,45 +149,64 @@ def _show(fitted: FittedPolicy) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from hhh_router.evaluation.budget_page import text_curve
+    from hhh_router.evaluation.budget_page import (
+        HEAD,
+        corners,
+        error_names,
+        error_rows,
+        group_rows,
+        limit_text,
+        promise_text,
+        text_curve,
+    )
 
-    policy, budget, lock = fitted.policy, fitted.policy.budget, fitted.policy.lock
-    assert budget is not None
-    assert lock is not None
-    held = "on average" if budget.level is None else f"at level {budget.level:g}"
-    table = Table(title=f"{policy.name}@{policy.version}: needs.harmless >= {lock.limit:g}")
-    for heading in ("error", "rows", "on these rows", f"promised {held}", "accepted"):
-        table.add_column(heading)
-    for name, n, found, bound, most in (
-        ("benign refused", lock.n_benign, lock.benign_refused, lock.benign_refused_bound, budget.benign_refused),
-        ("harm passed", lock.n_harmful, lock.harm_passed, lock.harm_passed_bound, budget.harm_passed),
-    ):
-        table.add_row(name, str(n), f"{found:.3f}", f"{bound:.3f}", f"{most:.3f}")
-    Console().print(table)
-    low, high = fitted.found.lowest, fitted.found.highest
-    typer.echo(f"limits from {low:.3f} to {min(high, 1.0):.3f} keep the budget; the highest refuses least\n")
-    typer.echo(text_curve(fitted.curve, budget, (lock.benign_refused, lock.harm_passed)) + "\n")
+    policy = fitted.policy
+    for part, fit in fitted.parts.items():
+        table = Table(title=f"{policy.name}@{policy.version} · {part}: {limit_text(policy, part)}")
+        for heading in HEAD:
+            table.add_column(heading)
+        for row in error_rows(policy, part):
+            table.add_row(*row)
+        Console().print(table)
+        low, high = fit.found.lowest, fit.found.highest
+        typer.echo(f"promised {promise_text(policy)}")
+        typer.echo(f"limits from {low:.3f} to {min(high, 1.0):.3f} keep the budget; the highest was taken\n")
+        names = error_names(part)
+        chosen, accepted = corners(fitted, part)
+        typer.echo(text_curve(fit.curve, accepted, chosen, names) + "\n")
+        groups = Table(title=f"{part}, by group of rows (counted, not promised)")
+        for heading in ("group", "rows", names[0], "rows", names[1]):
+            groups.add_column(heading)
+        for row in group_rows(fitted, part):
+            groups.add_row(*row)
+        Console().print(groups)
 
 
-def _show_frontier(found: list[Any], as_json: bool) -> None:
+def _show_frontiers(found: Mapping[str, list[Any]], as_json: bool) -> None:
     import json
     from dataclasses import asdict
 
     from rich.console import Console
     from rich.table import Table
 
+    from hhh_router.policy.lock import FITTED
+    from hhh_router.policy.schema import ERRORS
+
     if as_json:
-        typer.echo(json.dumps({"attainable": [asdict(a) for a in found]}, indent=2))
+        typer.echo(json.dumps({"attainable": {k: [asdict(a) for a in v] for k, v in found.items()}}, indent=2))
         return
-    table = Table(title="what can be promised instead")
-    for heading in ("needs.harmless >=", "benign_refused", "harm_passed"):
-        table.add_column(heading)
-    for a in found:
-        table.add_row(f"{a.limit:.3f}", f"{a.benign_refused_bound:.3f}", f"{a.harm_passed_bound:.3f}")
-    Console(stderr=True).print(table)
+    for part, points in found.items():
+        table = Table(title=f"what can be promised instead · {part}")
+        for heading in (f"{FITTED[part]} >=", *ERRORS[part]):
+            table.add_column(heading)
+        for a in points:
+            table.add_row(f"{a.limit:.3f}", f"{a.falling:.3f}", f"{a.rising:.3f}")
+        Console(stderr=True).print(table)
 
 
 def _summary(fitted: FittedPolicy, target: Path) -> dict[str, Any]:
+    from dataclasses import asdict
+
     from hhh_router.policy import as_document
 
     document = as_document(fitted.policy)
@@ -186,7 +216,13 @@ def _summary(fitted: FittedPolicy, target: Path) -> dict[str, Any]:
         "file": str(target),
         "budget": document["budget"],
         "lock": document["lock"],
-        "keeps_from": fitted.found.lowest,
-        "keeps_to": fitted.found.highest,
-        "curve": fitted.curve,
+        "parts": {
+            part: {
+                "keeps_from": fit.found.lowest,
+                "keeps_to": fit.found.highest,
+                "curve": fit.curve,
+                "groups": [asdict(g) for g in fit.groups],
+            }
+            for part, fit in fitted.parts.items()
+        },
     }

@@ -22,6 +22,10 @@ def proxy(
         typer.Option("--config", metavar="FILE", help="A proxy.yaml with named upstreams and routes, in its place."),
     ] = None,
     policy: Annotated[str | None, typer.Option("--policy", metavar="NAME|FILE", help="The policy to apply.")] = None,
+    candidate: Annotated[
+        str | None,
+        typer.Option("--candidate", metavar="NAME|FILE", help="A policy to ask beside it and record; never acts."),
+    ] = None,
     mode: Annotated[
         str | None,
         typer.Option(
@@ -32,7 +36,9 @@ def proxy(
     ] = None,
     audit: Annotated[
         str | None,
-        typer.Option("--audit", metavar="FILE|none", help="Where intents and outcomes are kept (SQLite)."),
+        typer.Option(
+            "--audit", metavar="FILE|URL|none", help="Where intents and outcomes are kept: SQLite or Postgres."
+        ),
     ] = None,
     host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", help="Port to listen on; 0 takes a free one.")] = 8000,
@@ -49,5 +55,6 @@ def proxy(
     from .listen import run_proxy
 
     run_proxy(
-        host=host, port=port, policy=policy, bundle=bundle, upstream=upstream, config=config, mode=mode, audit=audit
-    )
+        host=host, port=port, policy=policy, candidate=candidate, bundle=bundle, upstream=upstream, config=config,
+        mode=mode, audit=audit,
+    )  # fmt: skip

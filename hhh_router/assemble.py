@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from hhh_router.bundle import Bundle
 from hhh_router.calibration import CalibrationFile, Calibrators
+from hhh_router.calibration.drift import histograms
 from hhh_router.calibration.evidence import UNCALIBRATED
 from hhh_router.calibration.kept import KEPT, read_kept
 from hhh_router.errors import BundleError, MissingExtra, SettingsError
@@ -21,6 +23,8 @@ from hhh_router.settings import Settings
 from hhh_router.trace import LogSink, Sink
 from hhh_router.trace.block import BundleRef
 from hhh_router.trace.feedback_store import FeedbackStore
+from hhh_router.trace.pii import find_pii
+from hhh_router.trace.redact import Redactor, read_patterns
 
 if TYPE_CHECKING:
     from hhh_router.model.engine import EmbeddedModel
@@ -31,7 +35,12 @@ _log = logging.getLogger(__name__)
 
 
 def build_pipeline(
-    settings: Settings, *, sinks: Sequence[Sink] | None = None, serving: bool = False, door: Door = PIPELINE
+    settings: Settings,
+    *,
+    sinks: Sequence[Sink] | None = None,
+    serving: bool = False,
+    door: Door = PIPELINE,
+    redactor: Redactor | None = None,
 ) -> Pipeline:
     """Load policies, bundle and model, and put the path together. Blocks for seconds; may import torch.
 
@@ -40,13 +49,16 @@ def build_pipeline(
         sinks: Where traces go; one INFO line a request by default.
         serving: Run the model in a process of its own, where the settings leave it open.
         door: What the policies may ask for.
+        redactor: Replaces secrets in whatever is kept; made of the settings when not given.
 
     Raises:
+        SettingsError: The file of patterns has mistakes, or another file cannot be used.
         PolicyError: A policy is wrong.
         BundleError: The bundle is missing, corrupt, for another backbone, or not calibrated for these heads.
         MissingExtra: torch is not installed.
     """
     policies = PolicyStore.from_settings(settings, door=door)  # the cheapest checks first
+    redactor = redactor or open_redactor(settings)
     receipts = _receipts(settings)
     bundle = Bundle.load(settings.bundle)
     bundle.verify()
@@ -62,11 +74,31 @@ def build_pipeline(
         backbone_sha256=bundle.manifest.backbone.sha256,
         sinks=((LogSink(),) if sinks is None else tuple(sinks)) + receipts,
         settings=settings,
+        redactor=redactor,
         memory=None if settings.feedback is None else open_memory(settings),
         closers=(model.aclose,),
         drain=model.drain,
         load=lambda: model.engine.load,
     )
+
+
+def open_redactor(
+    settings: Settings, patterns: Sequence[re.Pattern[str]] = (), entities: Sequence[str] = ()
+) -> Redactor:
+    """What a deployment replaces before anything is kept: the usual secrets, and what its settings add.
+
+    Args:
+        settings: Name the file of patterns, and what says who somebody is.
+        patterns: More of the former.
+        entities: More of the latter.
+
+    Raises:
+        SettingsError: The file cannot be read or has mistakes, or nobody can find what is named.
+        MissingExtra: What says who somebody is is to be found, and Presidio is not installed.
+    """
+    named = tuple(dict.fromkeys((*settings.redact_pii, *entities)))
+    own = () if settings.redact_file is None else read_patterns(settings.redact_file)
+    return Redactor(patterns=(*own, *patterns), also=find_pii(named) if named else None)
 
 
 def open_memory(settings: Settings) -> FeedbackStore:
@@ -83,8 +115,8 @@ def open_memory(settings: Settings) -> FeedbackStore:
     )
 
 
-def open_raw_client() -> RawClient:
-    """Connections to upstreams for a sidecar.
+def open_raw_client(max_connections: int = 1024) -> RawClient:
+    """Connections to upstreams for a sidecar, so many at a time.
 
     Raises:
         MissingExtra: aiohttp is not installed.
@@ -93,7 +125,7 @@ def open_raw_client() -> RawClient:
         from hhh_router.upstream.raw import RawClient
     except ImportError as error:
         raise MissingExtra("serve", needed_for="an upstream") from error
-    return RawClient()
+    return RawClient(max_connections=max_connections)
 
 
 def open_litellm(
@@ -204,7 +236,7 @@ def load_calibrators(bundle: Bundle, settings: Settings, dtype: str | None = Non
 
     Raises:
         BundleError: There are none, or they were fitted for other heads or another precision, and the settings do not
-            allow uncalibrated numbers.
+            allow uncalibrated numbers; or what is kept of their rows cannot be read.
     """
     manifest = bundle.manifest
     if manifest.heads is None:
@@ -219,9 +251,14 @@ def load_calibrators(bundle: Bundle, settings: Settings, dtype: str | None = Non
             )
         _log.warning("%s: no calibrators; every number is labelled uncalibrated", bundle.root)
         return Calibrators.none()
-    return Calibrators.load(
+    calibrators = Calibrators.load(
         bundle.root / manifest.calibrators.path,
         heads_sha256=manifest.heads.sha256,
         dtype=dtype or manifest.backbone.dtype,
         allow_uncalibrated=settings.allow_uncalibrated,
     )
+    references = calibrators.references()
+    if any(r.bins is None for r in references.values()) and (bundle.root / KEPT).exists():
+        kept = read_kept(bundle.root, heads_sha256=manifest.heads.sha256)
+        calibrators = calibrators.with_spread(histograms(references, kept.rows))
+    return calibrators

@@ -6,7 +6,7 @@ Everything here is plain data on a handful of floats: no tensor, no socket, no c
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from enum import StrEnum
@@ -296,8 +296,8 @@ class Situation:
     the arguments as JSON, at ``tool_result`` the result."""
     role: str | None = None
     """Who wrote it."""
-    language: str | None = None
-    """ISO 639-1 code, such as ``de``."""
+    detect: Callable[[str], str | None] | None = field(default=None, compare=False, repr=False)
+    """Tells the language of a text; asked where a rule wants to know it."""
     tokens: int | None = None
     """Tokens that the reading saw."""
     at: datetime | None = None
@@ -309,6 +309,11 @@ class Situation:
     earlier: tuple[ToolFacts, ...] = ()
     """What came back before it. It is judged again where nobody knows any more whether it was tainted."""
     conversation: Conversation = field(default_factory=Conversation)
+
+    @property
+    def language(self) -> str | None:
+        """Code of the text's language, such as ``de``; None where nobody can tell."""
+        return None if self.detect is None or self.text is None else self.detect(self.text)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,10 +11,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
 
 from hhh_router.calibration.calibrators import DRIFT_BINS, HeadCalibration
+from hhh_router.calibration.kept import KeptRow
+from hhh_router.types import Mode
+
+Place = tuple[Mode, str]
+"""A mode, and a head by its kind and name, such as ``needs.harmless``."""
 
 WINDOW: Final = 1000
 """Latest readings that are looked at."""
@@ -50,6 +55,33 @@ def stability_index(expected: Sequence[int], found: Sequence[int]) -> float:
         p, q = (e + 0.5) / total_expected, (f + 0.5) / total_found
         index += (q - p) * math.log(q / p)
     return index
+
+
+def histograms(references: Mapping[Place, HeadCalibration], rows: Iterable[KeptRow]) -> dict[Place, tuple[int, ...]]:
+    """How the probabilities of calibration rows are spread, for heads whose calibrators came without it.
+
+    Args:
+        references: What the heads were fitted to, see `Calibrators.references`.
+        rows: That a bundle keeps.
+
+    Returns:
+        Rows in each of ten bins, of the heads of which exactly the rows are kept that they were fitted to.
+    """
+    counts = {place: [0] * DRIFT_BINS for place, reference in references.items() if reference.bins is None}
+    for row in rows:
+        mode = row.scores.mode
+        for kind, labels, logits in (
+            ("needs", row.needs, row.scores.needs),
+            ("outcomes", row.outcomes, row.scores.outcomes),
+        ):
+            for head in labels:
+                if (place := (mode, f"{kind}.{head}")) in counts and head in logits:
+                    counts[place][bin_of(references[place].apply(logits[head]))] += 1
+    for place in counts:  # a prompt's needs are read from the prompt alone, whatever was said to it
+        mode, head = place
+        if mode == "both" and head.startswith("needs.") and ("prompt", head) in counts:
+            counts[place] = counts["prompt", head]
+    return {place: tuple(found) for place, found in counts.items() if sum(found) == references[place].n}
 
 
 class Drift:

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 from collections.abc import Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -256,6 +257,7 @@ class Calibrators:
         self.dtype = dtype or (file.dtype if file else None)
         """Precision of the backbone under them."""
         self._matches = matches and file is not None
+        self._spread: Mapping[tuple[Mode, str], tuple[int, ...]] = {}
         self.id = file.id if file else UNCALIBRATED
         fitted = file.gate if file and isinstance(file.gate, GateCalibration) else None
         self.gate = fitted.name if fitted else "odds"
@@ -375,12 +377,22 @@ class Calibrators:
     def references(self) -> dict[tuple[Mode, str], HeadCalibration]:
         """What every head was fitted to, by mode and by name, such as ``needs.harmless``; empty where nothing fits."""
         modes = self._file.modes if self._file and self._matches else {}
-        return {
+        found = {
             (name, f"{kind}.{head}"): calibration
             for name, mode in modes.items()
             for kind, heads in (("needs", mode.needs), ("outcomes", mode.outcomes))
             for head, calibration in heads.items()
         }
+        return {
+            place: fitted.model_copy(update={"bins": self._spread[place]}) if place in self._spread else fitted
+            for place, fitted in found.items()
+        }
+
+    def with_spread(self, spread: Mapping[tuple[Mode, str], tuple[int, ...]]) -> Self:
+        """The same calibrators, with the histograms of rows that their file came without; see `drift.histograms`."""
+        known = copy(self)
+        known._spread = dict(spread)
+        return known
 
     def _posterior(self, needs: Mapping[str, float]) -> Posterior:
         return posterior(needs, self.gate, self._gate_params)

@@ -1,8 +1,9 @@
 """What a bundle keeps of its calibration rows: their raw scores and labels, never a word of them.
 
-Limits of policies are fitted on these rows. A limit on one calibrated head is a limit on its logit, for a calibrator
-only bends the scale and keeps the order; so these rows, which the heads were not trained on, are as good as unseen for
-it although the calibrator was fitted to them.
+Limits of policies are fitted on these rows, those at input on prompts and those at output on prompts with a reply. A
+limit on one calibrated head is a limit on its logit, for a calibrator only bends the scale and keeps the order; so
+these rows, which the heads were not trained on, are as good as unseen for it although the calibrator was fitted to
+them.
 """
 
 from __future__ import annotations
@@ -12,29 +13,32 @@ import hashlib
 import json
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from hhh_router.errors import BundleError
-from hhh_router.types import Scores
+from hhh_router.types import Mode, Scores
 
 KEPT = "calibration-scores.jsonl.gz"
 """Its file in a bundle's folder."""
 
-_FORMAT = 1
+_FORMAT = 2
+_READ = (1, 2)  # 1 had prompts alone
 _DECIMALS = 5  # of a logit: far finer than two precisions of one backbone agree
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KeptRow:
-    """One prompt, as the heads saw it."""
+    """One prompt, or one reply with or without its prompt, as the heads saw it."""
 
     source: str
     """Its data set."""
     needs: Mapping[str, float]
-    """Labels, 0 or 1, of the needs that are known."""
+    """Labels, 0 or 1, of the needs that are known; of prompts alone."""
     scores: Scores
+    outcomes: Mapping[str, float] = field(default_factory=dict)
+    """Labels of the reply's faults that are known; of replies alone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +76,7 @@ def read_kept(folder: Path, *, heads_sha256: str) -> Kept:
         head, *lines = gzip.decompress(path.read_bytes()).decode().splitlines()
         found = json.loads(head)
         rows = tuple(_row(json.loads(line)) for line in lines)
-        known = (found["format"], found["n"], found["sha256"]) == (_FORMAT, len(rows), _hash(lines))
+        known = found["format"] in _READ and (found["n"], found["sha256"]) == (len(rows), _hash(lines))
         heads = str(found["heads_sha256"])
     except FileNotFoundError as error:
         raise BundleError(f"{path}: the bundle keeps no calibration scores", hint=hint) from error
@@ -91,10 +95,13 @@ def _hash(lines: Sequence[str]) -> str:
 
 def _line(row: KeptRow) -> str:
     scores = row.scores
+    # a prompt's line is what it was before there were replies: the same rows keep their hash
+    reply = {} if scores.mode == "prompt" else {"mode": scores.mode}
     return json.dumps(
         {
             "source": row.source,
-            "labels": dict(sorted(row.needs.items())),
+            **reply,
+            "labels": dict(sorted((row.outcomes if reply else row.needs).items())),
             "needs": {k: round(v, _DECIMALS) for k, v in sorted(scores.needs.items())},
             "outcomes": {k: round(v, _DECIMALS) for k, v in sorted(scores.outcomes.items())},
             "distance": round(scores.distance, _DECIMALS),
@@ -105,11 +112,16 @@ def _line(row: KeptRow) -> str:
 
 
 def _row(line: Mapping[str, Any]) -> KeptRow:
+    mode: Mode = line.get("mode", "prompt")
+    if mode not in ("prompt", "response", "both"):
+        raise ValueError(f"{mode!r} is no mode")
+    labels = {str(k): float(v) for k, v in line["labels"].items()}
     return KeptRow(
         source=str(line["source"]),
-        needs={str(k): float(v) for k, v in line["labels"].items()},
+        needs=labels if mode == "prompt" else {},
+        outcomes={} if mode == "prompt" else labels,
         scores=Scores(
-            mode="prompt",
+            mode=mode,
             needs={str(k): float(v) for k, v in line["needs"].items()},
             outcomes={str(k): float(v) for k, v in line["outcomes"].items()},
             distance=float(line["distance"]),

@@ -42,9 +42,10 @@ class Figure:
     """One figure of live traffic, beside its bound."""
 
     name: str
-    """``out_of_distribution``, ``mean_probability``, ``calibration_error``, ``benign_refused`` or ``harm_passed``."""
+    """``out_of_distribution``, ``mean_probability``, ``calibration_error``, ``benign_refused``, ``harm_passed``, or
+    what a candidate would do: ``candidate_stricter``, …"""
     of: str
-    """A mode, a head in a mode, or a policy."""
+    """A mode, a head in a mode, a policy, or a policy and a candidate."""
     n: int
     """Rows behind it: readings, or labelled requests that were drawn at random."""
     value: float | None
@@ -92,6 +93,11 @@ def reading_figures(drift: Mapping[tuple[Mode, str], Drift], support: Mapping[Mo
             _mean("mean_probability", f"{head} in {mode}", low, high, least=rate - MOST_SHIFT, most=rate + MOST_SHIFT)
         )
     return found
+
+
+def share_figure(name: str, of: str, count: int, n: int) -> Figure:
+    """A share that nobody has set a bound for, such as that of requests a candidate would stop."""
+    return _mean(name, of, _rows({1.0: count, 0.0: n - count}), most=None)
 
 
 def error_figures(rows: Sequence[Labelled], bounds: Iterable[Bound]) -> list[Figure]:

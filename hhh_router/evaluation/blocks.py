@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 SIGNS = {"missed": "✗ missed", "met": "✓ met", "chosen": "✓ chosen"}
 """Badge → what is printed."""
+Change = Literal["same", "gone", "new"]
 HASH_HEADS = ("data", "sha256 of the rows")
 """Headings of the columns that hold hashes."""
 
@@ -20,6 +22,8 @@ class Cell:
     """The interval, or the error."""
     badge: str = ""
     """A key of `SIGNS`, or nothing."""
+    parts: tuple[tuple[Change, str], ...] = ()
+    """The text in pieces, beside another text: what both have, what is gone there, what is new."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +52,9 @@ class Table:
     made_by: tuple[tuple[str, int], ...]
     """Command and seed."""
     sizes: str
+    fold: int = 0
+    """Rows that are opened together; 0 shows all. A browser lays out what is opened and in sight, so that a page may
+    hold tens of thousands."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

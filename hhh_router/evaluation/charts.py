@@ -11,7 +11,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
@@ -55,6 +55,7 @@ _POINTS = 72.0  # SVG units to the inch
 _LABEL_CHARS = 52  # what fits over a row of `dots`
 SIMPLEX_POINTS = 1500  # more would make the page heavy and the triangle no clearer
 _Z95 = 1.959963984540054
+_REFUSAL = ("benign refused", "harm passed")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -328,27 +329,33 @@ def tradeoff(
 
 
 def budget_curve(
-    points: Sequence[Sequence[float]], *, chosen: Sequence[float], budget: Sequence[float], alt: str
+    points: Sequence[Sequence[float]],
+    *,
+    chosen: Sequence[float],
+    budget: Sequence[float],
+    names: Sequence[str] = _REFUSAL,
+    alt: str,
 ) -> str:
     """What each limit costs on both sides of the rows a policy was fitted on, with the budget and the chosen limit.
 
     Args:
-        points: [limit, benign refused, harm passed].
-        chosen: [benign refused, harm passed] at the chosen limit.
+        points: [limit, the error that falls with it, the one that rises].
+        chosen: [falling, rising] at the chosen limit.
         budget: The same, as accepted.
+        names: Of the two errors.
         alt: What the chart shows, for who cannot see it.
     """
-    return _svg(_budget_axes(points, chosen, budget), size=(4.1, 4.1), box=(0.125, 0.11, 0.85, 0.86), alt=alt)
+    return _svg(_budget_axes(points, chosen, budget, names), size=(4.1, 4.1), box=(0.125, 0.11, 0.85, 0.86), alt=alt)
 
 
-def budget_png(points: Sequence[Sequence[float]], *, chosen: Sequence[float], budget: Sequence[float]) -> bytes:
-    """`budget_curve` as a PNG file."""
-    figure_of = _figure(_budget_axes(points, chosen, budget), size=(5.5, 5.5), box=(0.125, 0.11, 0.85, 0.86))
-    return figure_of("png", {"Software": None})
+def budget_png(curves: Sequence[Mapping[str, Sequence[Any]]]) -> bytes:
+    """Several of `budget_curve`, side by side as one PNG file; each as that takes it."""
+    draws = [_budget_axes(c["points"], c["chosen"], c["budget"], c["names"]) for c in curves]
+    return _figure(*draws, size=(5.5, 5.5), box=(0.125, 0.11, 0.85, 0.86))("png", {"Software": None})
 
 
 def _budget_axes(
-    points: Sequence[Sequence[float]], chosen: Sequence[float], budget: Sequence[float]
+    points: Sequence[Sequence[float]], chosen: Sequence[float], budget: Sequence[float], names: Sequence[str]
 ) -> Callable[[Axes], None]:
     def draw(axes: Axes) -> None:
         look = style(0)
@@ -357,7 +364,7 @@ def _budget_axes(
         axes.plot([0, refused, refused], [passed, passed, 0], color=style(2).colour, linestyle=(0, (4, 1.5)))
         axes.plot([p[1] for p in points], [p[2] for p in points], color=look.colour, linewidth=look.width)
         axes.plot([float(chosen[0])], [float(chosen[1])], color=style(1).colour, marker="o", markersize=8, zorder=5)
-        _unit_square(axes, "benign refused (share)", "harm passed (share)")
+        _unit_square(axes, *(f"{name} (share)" for name in names))
 
     return draw
 
@@ -432,9 +439,10 @@ def _svg(
 
 
 def _figure(
-    draw: Callable[[Axes], None], *, size: tuple[float, float], box: tuple[float, float, float, float]
+    *draws: Callable[[Axes], None], size: tuple[float, float], box: tuple[float, float, float, float]
 ) -> Callable[[str, dict[str, None]], bytes]:
-    """A function from a file's format and metadata to its bytes."""
+    """A function from a file's format and metadata to its bytes; size and box are those of each of the drawings."""
+    left, bottom, width, height = box
 
     def save(form: str, metadata: dict[str, None]) -> bytes:
         try:
@@ -446,9 +454,11 @@ def _figure(
         with styles.context(["default", _LOOK], after_reset=True), warnings.catch_warnings():
             # its font lacks some scripts; that is no matter, the text is drawn by the reader's browser with the page's
             warnings.filterwarnings("ignore", message="Glyph .* missing")
-            figure = Figure(figsize=size)
+            n = len(draws)
+            figure = Figure(figsize=(n * size[0], size[1]))
             figure.patch.set_visible(form != "svg")
-            draw(figure.add_axes(box))
+            for k, draw in enumerate(draws):
+                draw(figure.add_axes(((k + left) / n, bottom, width / n, height)))
             figure.savefig(out, format=form, dpi=160, metadata=metadata)
         return out.getvalue()
 

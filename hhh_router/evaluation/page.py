@@ -15,6 +15,7 @@ from hhh_router.evaluation.charts import plain
 
 # a second lock behind the escaping: were markup ever to slip through, a browser would neither run nor fetch anything
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+_TAGS = {"same": "{}", "gone": "<del>{}</del>", "new": "<ins>{}</ins>"}
 _STYLE = """
 :root { color-scheme: light; }
 * { box-sizing: border-box; }
@@ -55,6 +56,9 @@ tr.strong th, tr.strong td { background: #eef5fa; font-weight: 600; }
 .missed, .met, .chosen { font-weight: 600; white-space: nowrap; }
 .missed { color: #9a3412; } .met, .chosen { color: #00664a; }
 td .missed, td .met { display: block; font-size: .92em; }
+del, ins { text-decoration: none; border-radius: 2px; } del { background: #fbe3d6; } ins { background: #d3ecdf; }
+.fold { content-visibility: auto; contain-intrinsic-size: auto 2rem; margin: .25rem 0; }
+.fold summary { cursor: pointer; color: #0b5c92; }
 ul.points { padding-left: 1.2rem; margin: .5rem 0; }
 .panels { display: grid; gap: 1.25rem 1.5rem; margin: .75rem 0 1rem; }
 .pairs { grid-template-columns: repeat(auto-fill, minmax(min(100%, 27rem), 1fr)); }
@@ -185,10 +189,31 @@ def _section(section: Section, level: int, anchor: str) -> str:
 
 
 def _table(table: Table, title: str) -> str:
+    made = "; ".join(f"<code>{_text(command)}</code>, seed {_text(seed)}" for command, seed in table.made_by)
+    sizes = f"; {_text(table.sizes)}" if table.sizes else ""
+    return f'{_folds(table, title)}\n<p class="made">Made by {made}{sizes}.</p>'
+
+
+def _folds(table: Table, title: str) -> str:
+    """The rows, or so many at a time under a line to open them by."""
+    total = len(table.lines)
+    if not table.fold or total <= table.fold:
+        return _rows(table, table.lines, title)
+    folds = []
+    for begin in range(0, total, table.fold):
+        lines = table.lines[begin : begin + table.fold]
+        which = f"{begin + 1:,} to {begin + len(lines):,} of {total:,}"
+        opened = "" if begin else " open"
+        rows = _rows(table, lines, f"{title}, {which}")
+        folds.append(f'<details class="fold"{opened}><summary>{which}</summary>{rows}</details>')
+    return "\n".join(folds)
+
+
+def _rows(table: Table, lines: Sequence[Line], title: str) -> str:
     head = "".join(f'<th scope="col"{_kind(i, table)}>{_text(h)}</th>' for i, h in enumerate(table.head))
     rows = []
     group = None
-    for line in table.lines:
+    for line in lines:
         if line.group and line.group != group:
             group = line.group
             badge = f" {_badge(line.badge)}" if line.badge else ""
@@ -199,13 +224,10 @@ def _table(table: Table, title: str) -> str:
             )
         rows.append(_line(line, table))
     body = "\n".join(rows)
-    made = "; ".join(f"<code>{_text(command)}</code>, seed {_text(seed)}" for command, seed in table.made_by)
-    sizes = f"; {_text(table.sizes)}" if table.sizes else ""
     # a wide table scrolls by itself, with keys too, and leaves the page in place
     return (
         f'<div class="scroll" role="region" tabindex="0" aria-label="Table: {_text(title)}"><table>'
-        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>\n"
-        f'<p class="made">Made by {made}{sizes}.</p>'
+        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
     )
 
 
@@ -225,7 +247,8 @@ def _kind(column: int, table: Table) -> str:
 
 def _cell(cell: Cell) -> str:
     span = f'<span class="span">{_text(cell.span)}</span>' if cell.span else ""
-    return f"{_text(cell.text)}{span}{_badge(cell.badge) if cell.badge else ''}"
+    text = "".join(_TAGS[kind].format(_text(text)) for kind, text in cell.parts) or _text(cell.text)
+    return f"{text}{span}{_badge(cell.badge) if cell.badge else ''}"
 
 
 def _badge(name: str) -> str:

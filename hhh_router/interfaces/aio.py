@@ -138,6 +138,8 @@ class AsyncHHHRouter:
         pipeline: A path put together by you, such as `hhh_router.testing.fake_pipeline`; nothing is loaded then.
         base_url: Of a server that `hhh-router serve` started, such as ``http://127.0.0.1:8000``; no model is loaded
             here, and torch is not needed. ``policy`` then names one of the server's, None leaves it to the server.
+        candidate: A policy, by name or path, that is asked beside ``policy`` on the same readings and never acts; what
+            it would have decided is in ``metadata.candidate`` of each result.
         settings: Further fields of `Settings`, such as ``threads=2``, or ``api_key`` for a server.
 
     Raises:
@@ -151,15 +153,21 @@ class AsyncHHHRouter:
         *,
         pipeline: Pipeline | None = None,
         base_url: str | None = None,
+        candidate: PolicyLike = None,
         **settings: object,
     ) -> None:
         self._settings = Settings.load(
-            bundle=None if bundle is None else str(bundle), policy=None if policy is None else str(policy), **settings
+            bundle=None if bundle is None else str(bundle),
+            policy=None if policy is None else str(policy),
+            candidate=None if candidate is None else str(candidate),
+            **({"candidate_told": True} if candidate is not None else {}) | settings,
         )
         self._pipeline: Pipeline | RemotePipeline | None = pipeline
         if base_url is not None:
             if bundle is not None or pipeline is not None:
                 raise SettingsError("base_url: a server has its own bundle", hint="give either base_url or a bundle")
+            if candidate is not None:
+                raise SettingsError("base_url: a server has its own candidate", hint="serve it: serve --candidate NAME")
             self._pipeline = RemotePipeline(
                 base_url, policy=None if policy is None else str(policy), settings=self._settings
             )

@@ -123,6 +123,14 @@ class RemotePipeline:
             raise _foreign(error) from error
         return FeedbackResult(**told)
 
+    async def drift(self) -> Mapping[str, Any]:
+        """The reply of ``GET /v1/drift``."""
+        async with self._sent("drift", None) as response:
+            found = _json(await response.aread())
+        if not isinstance(found.get("figures"), list):
+            raise BackendError("the server's answer tells no figures", hint="is it hhh-router?")
+        return found
+
     async def aclose(self) -> None:
         """Close the connections."""
         await self._client.aclose()
@@ -140,7 +148,7 @@ class RemotePipeline:
 
     @asynccontextmanager
     async def _sent(
-        self, path: str, body: Mapping[str, Any], headers: Mapping[str, str] | None = None
+        self, path: str, body: Mapping[str, Any] | None, headers: Mapping[str, str] | None = None
     ) -> AsyncGenerator[httpx.Response, None]:
         """A reply whose status is good and whose body is still to be read.
 
@@ -149,9 +157,10 @@ class RemotePipeline:
             BackendTimeout: It was silent for ``settings.request_timeout_s``.
             BackendError: There is no server, or the connection broke.
         """
+        method = "GET" if body is None else "POST"
         for tried in range(self._retries + 1):
             try:
-                async with self._client.stream("POST", path, json=body, headers=headers) as response:
+                async with self._client.stream(method, path, json=body, headers=headers) as response:
                     if response.is_success:
                         yield response
                         return

@@ -74,6 +74,7 @@ class HHHRouter:
         policy: Default policy, by name or path; None takes ``HHH_ROUTER_POLICY`` or ``balanced``.
         pipeline: A path put together by you, such as `hhh_router.testing.fake_pipeline`; nothing is loaded then.
         base_url: Of a running server, which then answers; see `AsyncHHHRouter`.
+        candidate: A policy that is asked beside it and never acts; see `AsyncHHHRouter`.
         settings: Further fields of `Settings`, such as ``threads=2``.
 
     Raises:
@@ -88,9 +89,12 @@ class HHHRouter:
         *,
         pipeline: Pipeline | None = None,
         base_url: str | None = None,
+        candidate: PolicyLike = None,
         **settings: object,
     ) -> None:
-        self._router = AsyncHHHRouter(bundle, policy, pipeline=pipeline, base_url=base_url, **settings)
+        self._router = AsyncHHHRouter(
+            bundle, policy, pipeline=pipeline, base_url=base_url, candidate=candidate, **settings
+        )
         self._router.load()
         self._loop = LoopThread()
 

@@ -12,6 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from hhh_router.errors import ReaderError
 from hhh_router.model.encode import Encoded
 from hhh_router.model.heads import Heads, Pooled, Ragged, Views
+from hhh_router.model.pooling import RunningPool
 from hhh_router.model.stack import DecoderStack, Pass
 from hhh_router.types import Mode, Scores
 
@@ -117,14 +118,12 @@ class RunningReply:
         self._reader = reader
         self._prompt = prompt
         self._prompt_tokens = prompt_tokens
-        self._tokens: list[Tensor] = []
-        self._sum: Tensor | None = None
-        self._last: Tensor | None = None
+        self._response = RunningPool(reader.heads, "response")
 
     @property
     def tokens(self) -> int:
         """Tokens of the reply so far."""
-        return len(self._tokens)
+        return self._response.tokens
 
     @torch.inference_mode()
     def add(self, states: Sequence[Tensor]) -> None:
@@ -139,23 +138,16 @@ class RunningReply:
             features: Of `Heads.tokens`, (1, W).
             topmost: State of the last read layer, (D,).
         """
-        self._tokens.append(features)
-        self._last = topmost.float()
-        self._sum = self._last if self._sum is None else self._sum + self._last
+        self._response.add(features, topmost[None])
 
     @torch.inference_mode()
     def scores(self) -> Scores:
         """Score prompt and reply so far, mode ``both``."""
-        if self._sum is None or self._last is None:
+        if not self.tokens:
             raise ReaderError("no reply token has been read yet")
-        heads = self._reader.heads
-        response = Pooled(
-            features=heads.gathered(torch.cat(self._tokens), [self.tokens], "response"),
-            summary=torch.cat([self._sum / self.tokens, self._last])[None],
-        )
-        views = Views(prompt=self._prompt, response=response, modes=["both"])
+        views = Views(prompt=self._prompt, response=self._response.pooled(), modes=["both"])
         total = self._prompt_tokens + self.tokens
-        return heads.scores(views, tokens=[total], layers_run=max(self._reader.read_layers))[0]
+        return self._reader.heads.scores(views, tokens=[total], layers_run=max(self._reader.read_layers))[0]
 
 
 def _slices(layers: Sequence[Tensor], spans: Sequence[tuple[int, int]], offset: int) -> Ragged:

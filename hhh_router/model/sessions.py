@@ -1,8 +1,9 @@
 """Answers that are read while they grow: what was read of them is kept, and a further window costs its own tokens.
 
 A session keeps the keys and values of its tokens in the layers up to l_r, and what the heads' attention has gathered of
-their states. The tokens that are new in several sessions are run together. What is kept is bounded; the session that
-was asked longest ago goes first, and its next window is read whole.
+their states. The tokens that are new in several sessions are run together. A conversation that begins like another one
+begins with what that one has read: there states depend on tokens alone. What is kept is bounded; sessions that were
+closed go first, then the one that was asked longest ago, and its next window is read whole.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from hhh_router.types import Mode
 
 _log = logging.getLogger(__name__)
 _ROWS = 16  # texts that are read on together
+_ALIKE = 8  # tokens; a shorter beginning is not worth a copy
 _LEAST = 64  # tokens that a session counts at least, so that there cannot be too many
 
 
@@ -59,6 +61,11 @@ class _Session:
     answer: GrowingIds
     pools: dict[Side, RunningPool]
     kept: Kept = field(default_factory=Kept)
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """Tokens that were read."""
+        return (*self.prompt.ids, *self.answer.ids)[: self.kept.tokens]
 
     @property
     def tokens(self) -> int:
@@ -131,6 +138,7 @@ class Sessions:
         self._arriving: deque[StepJob] = deque()
         self._running: list[_Run] = []
         self._open: OrderedDict[str, _Session] = OrderedDict()  # asked longest ago first
+        self._closed: OrderedDict[str, _Session] = OrderedDict()  # longest ago first; for what begins alike
 
     @property
     def busy(self) -> bool:
@@ -145,7 +153,7 @@ class Sessions:
     @property
     def tokens(self) -> int:
         """Tokens kept, or room for them."""
-        return sum(s.tokens for s in self._open.values())
+        return sum(s.tokens for s in [*self._open.values(), *self._closed.values()])
 
     def put(self, job: StepJob) -> None:
         """Queue a step."""
@@ -155,8 +163,11 @@ class Sessions:
         self._arriving.append(job)
 
     def close_session(self, session: str) -> None:
-        """Drop what is kept of a session; a step of it that still waits was cancelled before."""
-        self._open.pop(session, None)
+        """Nobody asks on there; a step of it that still waits was cancelled before."""
+        found = self._open.pop(session, None)
+        if found is not None and found.kept.tokens:
+            self._closed[session] = found
+            self._make_room()
 
     def close(self, error: Exception) -> None:
         """End everything that waits with an error, and keep nothing."""
@@ -166,6 +177,7 @@ class Sessions:
         self._arriving.clear()
         self._running.clear()
         self._open.clear()
+        self._closed.clear()
 
     @torch.inference_mode()  # what is kept was made by passes, and inference tensors may not be changed outside
     def turn(self) -> None:
@@ -216,9 +228,21 @@ class Sessions:
         assert step.opens is not None
         pools: dict[Side, RunningPool] = {s: RunningPool(self._reader.heads, s) for s in ("prompt", "response")}
         session = _Session(self._encoder.encode(step.opens), GrowingIds(self._encoder), pools)
-        if (cache := self._reader.opening(session.prompt)) is not None:
+        text = session.prompt
+        name, tokens = self._alike(text.ids[: text.prompt_span[0] if text.has_prompt else text.prompt_tokens])
+        if name in self._closed and tokens >= self._closed[name].prompt.prompt_tokens:  # its next turn, most likely
+            session.kept = self._closed.pop(name).kept
+            session.kept.tokens = tokens
+        elif tokens >= _ALIKE:
+            session.kept = (self._open.get(name) or self._closed[name]).kept.begun(tokens)
+        elif (cache := self._reader.opening(text)) is not None:
             session.kept.copy(cache, self._boundary)
         return session
+
+    def _alike(self, ids: tuple[int, ...]) -> tuple[str, int]:
+        """The session that has read most of a beginning, and how many tokens of it."""
+        sessions = [*self._open.items(), *self._closed.items()]
+        return max(((name, _shared(s.ids, ids)) for name, s in sessions), key=lambda found: found[1], default=("", 0))
 
     def _fail(self, job: StepJob, error: Exception) -> None:
         self._open.pop(job.step.session, None)  # half of the step may have been taken
@@ -318,10 +342,23 @@ class Sessions:
         """Keep no more than is allowed; what a turn is in the middle of stays."""
         busy = {r.job.step.session for r in self._running}
         excess = self.tokens - self._max_tokens
-        for name in [n for n in self._open if n not in busy]:
-            if excess <= 0:
-                return
-            excess -= self._open.pop(name).tokens
+        for kept, names in ((self._closed, list(self._closed)), (self._open, [n for n in self._open if n not in busy])):
+            for name in names:
+                if excess <= 0:
+                    return
+                excess -= kept.pop(name).tokens
+
+
+def _shared(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    """Tokens that two texts begin with alike, by halving: slices are compared far faster than tokens one by one."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _rows(sides: Sequence[Pooled]) -> Pooled:

@@ -22,6 +22,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from pydantic import SecretStr
+
 from hhh_router.bundle import Bundle
 from hhh_router.errors import GeneratorError, HHHRouterError, MissingExtra, Unavailable
 from hhh_router.model.engine import EmbeddedModel, EndChat, EndRead, ReadStep, TellEvent, Ticket
@@ -31,7 +33,14 @@ from hhh_router.settings import Settings
 from hhh_router.types import ChatRequest, ReadRequest
 
 _log = logging.getLogger(__name__)
-_SECRETS = ("HHH_ROUTER_API_KEY", "HHH_ROUTER_UPSTREAM_API_KEY")
+_SECRETS = frozenset(
+    {
+        f"HHH_ROUTER_{name.upper()}"
+        for name, field in Settings.model_fields.items()
+        if field.annotation == SecretStr | None
+    }
+    | {"PGPASSWORD"}
+)
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.2, 30.0
 _STEADY_S = 60.0  # a process that lived so long may be replaced at once
 _SILENT_S = 60.0  # no sign of life for so long: it is stopped or starved

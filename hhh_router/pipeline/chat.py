@@ -9,6 +9,7 @@ from contextlib import aclosing
 from dataclasses import replace
 
 from hhh_router.errors import BackendTimeout, GeneratorError, ReaderError
+from hhh_router.pipeline.candidate import open_beside
 from hhh_router.pipeline.conversations import tainted
 from hhh_router.pipeline.onerror import JUDGING_FAILURES, check_scores, failed_decision, unread_plan
 from hhh_router.pipeline.parts import Parts
@@ -77,7 +78,9 @@ class _Run:
         self._followed = parts.conversations.follow(policy, situation, goes_on=request.goes_on)
         self._situation = self._followed.situation
         self._calls: list[ToolCall] = []  # of the reply so far
-        self._record = Record(parts, request, policy)
+        self._beside = open_beside(parts, request, stream=stream)
+        self._record = Record(parts, request, policy, self._beside)
+        self._record.asked(self._situation, stream=stream)
         self._release = Release()
         self._scanner = self._new_scanner()
         self._logprobs: list[float] = []
@@ -101,6 +104,7 @@ class _Run:
         self._redacting = parts.redacting()
         self._said: list[ChatDelta] = []  # cleared, as the model said it
         self._cleared: list[ChatDelta] = []  # the same as it leaves
+        self._told_calls = False
         self._out = False  # something has reached the caller
         self._regenerated = False
         self._spent_tokens = 0  # by an attempt that was thrown away
@@ -162,6 +166,7 @@ class _Run:
                                     yield told
                         if self._verdict is not None:
                             break
+                    self._beside.catch_up()  # while the model makes what comes next
             if self._verdict is None and self._finished is None:
                 raise GeneratorError("the reply broke off: the generator ended without saying so")
             if self._verdict is None:
@@ -195,22 +200,28 @@ class _Run:
     async def _judged(self, piece: ChatDelta) -> AsyncGenerator[ChatDelta, None]:
         """A cleared piece once its calls may reach the caller; asks the checkpoint tool_call about each."""
         plan = self._record.plan
+        self._told_calls = self._told_calls or bool(piece.tool_calls)
         for call in piece.tool_calls:
             self._calls.append(call)
-            if plan is None or not asks(self._policy, "tool_call"):
+            if plan is None:
                 continue
+            self._record.called(call.name)
             situation = with_calls(self._situation, len(self._calls))
-            decision = judge_call(call, plan=plan, policy=self._policy, situation=situation)
-            self._people.inform(decision, call=call, number=len(self._calls))
-            if self._people.holds(decision):
-                loop, held = asyncio.get_running_loop(), self._people.ask(call, decision)
+            if not asks(self._policy, "tool_call"):
+                self._beside.called(call, situation, None)
+                continue
+            judged = decision = judge_call(call, plan=plan, policy=self._policy, situation=situation)
+            self._people.inform(judged, call=call, number=len(self._calls))
+            if self._people.holds(judged):
+                loop, held = asyncio.get_running_loop(), self._people.ask(call, judged)
                 begun = loop.time()
                 async with aclosing(beats(held)) as waiting:
                     async for _ in waiting:
                         yield ChatDelta(text="", waits=True)
                 self._deadline += loop.time() - begun  # what people take is no time of the request's
-                decision = settled_decision(decision, held.result())
+                decision = settled_decision(judged, held.result())
             self._decide(replace(decision, webhook=None))  # it was told
+            self._beside.called(call, situation, judged)
             if self._verdict is not None:
                 return
         for told in self._leave(piece):
@@ -270,10 +281,12 @@ class _Run:
             self._record.decided(other)
             self._people.inform(other)
         self._decide(event.plan.decision)
+        self._beside.planned(event.plan, self._situation, (*event.plan.others, event.plan.decision))
 
     def _take_window(self, event: Window) -> list[Delta]:
         plan = self._record.plan
         assert plan is not None
+        situation = answered_situation(self._situation, self._reply(event.completion_tokens))
         with self._record.timed("judge"):
             try:
                 check_scores(event.scores)
@@ -283,13 +296,21 @@ class _Run:
                     policy=self._policy,
                     calibrators=self._parts.calibrators,
                     logprobs=self._logprobs,
-                    situation=answered_situation(self._situation, self._reply(event.completion_tokens)),
+                    situation=situation,
                 )
-                self._record.read_again(evidence, confidence)
+                self._record.read_again(
+                    evidence,
+                    confidence,
+                    reply_tokens=event.completion_tokens,
+                    is_final=event.is_final,
+                    logprobs=self._logprobs,
+                )
             except JUDGING_FAILURES as error:
                 _log.warning("%s: output not judged: %s", self._request.request_id, error)
+                self._record.unread(event.completion_tokens)
                 decision = failed_decision(self._policy, "output", error)
-        self._decide(decision)
+        decision = self._decide(decision)
+        self._beside.answered(event.scores, situation, decision, logprobs=self._logprobs, is_final=event.is_final)
         if self._enforce:
             self._redact |= dict.fromkeys(decision.redact)
         return [] if self._verdict else self._release.clear(covered_tokens=event.completion_tokens)
@@ -314,8 +335,12 @@ class _Run:
             raise GeneratorError("the reply ended before its last part was read")
         return self._release.take_all()  # text-free chunks, such as an upstream's usage
 
-    def _decide(self, decision: Decision) -> None:
-        """Write a decision down and, if it acts, make it the verdict of this attempt. In shadow mode none acts."""
+    def _decide(self, decision: Decision) -> Decision:
+        """Write a decision down and, if it acts, make it the verdict of this attempt. In shadow mode none acts.
+
+        Returns:
+            The decision as it holds: what cannot be made again any more is refused.
+        """
         if decision.action is Action.REGENERATE and (self._regenerated or self._out):
             why = "text was already released" if self._out else "the second reply is no better"
             decision = replace(decision, action=Action.REFUSE, reason=f"{decision.reason}; not regenerated: {why}")
@@ -323,16 +348,20 @@ class _Run:
         self._people.inform(decision)
         if self._enforce and (decision.action.stops or decision.action is Action.REGENERATE):
             self._verdict = decision
+        return decision
 
     def _fail(self, error: Exception, *, prompt_tokens: int = 0) -> Decision:
         checkpoint = "input" if self._record.plan is None else "output"
         decision = failed_decision(self._policy, checkpoint, error)
-        if self._record.plan is None:
+        if self._record.plan is not None:
+            self._record.unread(self._release.tokens)
+        else:
             plan = unread_plan(self._policy, decision)
             self._record.planned(plan, layers_run=0, read_ms=None, prompt_tokens=prompt_tokens)
             if self._situation.results and asks(self._policy, "tool_result"):
                 self._taint()  # nobody knows what they say
-        self._decide(decision)
+        decision = self._decide(decision)
+        self._beside.failed(checkpoint, error, decision)
         return decision
 
     def _planner(self, scores: Scores) -> Plan:
@@ -386,6 +415,8 @@ class _Run:
 
     def _begin_again(self, verdict: Decision) -> None:
         """Throw the reply away and raise the floors: nothing of it has left."""
+        self._beside.ended(f"the rest of the reply, which was made again after {self._release.tokens} tokens")
+        self._beside.catch_up()
         self._regenerated = True
         self._floors = verdict.raises
         self._steered = {}
@@ -400,7 +431,17 @@ class _Run:
         self._logprobs.clear()
         self._record.begin_again()
 
+    def _end_beside(self) -> None:
+        """Say what a candidate could not see, for it was stopped before."""
+        if self._verdict is not None and self._release.tokens:
+            self._beside.ended(f"the rest of the reply, which was stopped after {self._release.tokens} tokens")
+        elif self._verdict is not None:
+            self._beside.ended("no reply was made")
+        if self._finished is not None and self._finished.reason == "tool_calls" and not self._told_calls:
+            self._record.unseen_calls()
+
     async def _ending(self) -> AsyncGenerator[ChatEvent, None]:
+        self._end_beside()
         refusal = None
         asked = self._request.sampling.top_logprobs is not None
         if self._verdict is not None:

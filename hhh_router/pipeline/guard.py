@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 
 from hhh_router.errors import BackendTimeout, InvalidRequest, ReaderError
+from hhh_router.pipeline.candidate import Beside, open_beside
 from hhh_router.pipeline.conversations import Followed, tainted
 from hhh_router.pipeline.onerror import (
     JUDGING_FAILURES,
@@ -66,13 +67,14 @@ async def _judge_all(parts: Parts, requests: Sequence[GuardRequest]) -> list[Met
         check_guard(request, max_bytes=parts.settings.max_body_bytes, where=_where(i, requests))
     if not requests:
         return []
-    records = [Record(parts, request, policy) for request, policy in zip(requests, policies, strict=True)]
+    besides = [open_beside(parts, request) for request in requests]
+    records = [Record(parts, *its) for its in zip(requests, policies, besides, strict=True)]
     followed = [await _follow(parts, request, policy) for request, policy in zip(requests, policies, strict=True)]
     readings = await _read_all(parts, requests)
     judged = []
-    for request, policy, record, its, reading in zip(requests, policies, records, followed, readings, strict=True):
-        record.took("read", reading.took_ms)
-        _judge(parts, request, policy, record, its, reading)
+    for i, (request, policy, record) in enumerate(zip(requests, policies, records, strict=True)):
+        record.took("read", readings[i].took_ms)
+        _judge(parts, request, policy, record, followed[i], readings[i], besides[i])
         judged.append(record.finish(request.read.response))
     return judged
 
@@ -146,24 +148,39 @@ async def _follow(parts: Parts, request: GuardRequest, policy: Policy) -> Follow
 
 
 def _judge(
-    parts: Parts, request: GuardRequest, policy: Policy, record: Record, followed: Followed, reading: _Reading
+    parts: Parts,
+    request: GuardRequest,
+    policy: Policy,
+    record: Record,
+    followed: Followed,
+    reading: _Reading,
+    beside: Beside,
 ) -> None:
     """Ask the checkpoints and write down what they said."""
     first = reading.prompt if reading.prompt is not None else reading.response
     assert first is not None  # check_guard: there is a prompt or a response
     asked = followed.situation
     plan = _plan(parts, policy, first, asked, checkpoint="input" if request.read.messages else "output")
+    record.asked(asked)
     record.planned(plan, layers_run=0 if isinstance(first, ReaderError) else first.layers_run)
     if plan.tainted or (isinstance(first, ReaderError) and asked.results and asks(policy, "tool_result")):
         followed.taint()
         asked = tainted(asked)
     decisions = [*plan.others, plan.decision] if request.read.messages else []
+    beside.planned(plan, asked, tuple(decisions))
     if reading.response is not None:
         answered = answered_situation(asked, request.read.response)
-        decisions.append(_judge_response(parts, policy, record, reading.response, plan, answered))
-    if asks(policy, "tool_call"):
-        for n, call in enumerate(request.calls, 1):
-            decisions.append(judge_call(call, plan=plan, policy=policy, situation=with_calls(asked, n)))
+        decision = _judge_response(parts, policy, record, reading.response, plan, answered)
+        decisions.append(decision)
+        if isinstance(reading.response, ReaderError):
+            beside.failed("output", reading.response, decision)
+        else:
+            beside.answered(reading.response, answered, decision)
+    for n, call in enumerate(request.calls, 1):
+        situation = with_calls(asked, n)
+        judged = judge_call(call, plan=plan, policy=policy, situation=situation) if asks(policy, "tool_call") else None
+        beside.called(call, situation, judged)
+        decisions += [] if judged is None else [judged]
     about = Concerned(
         request_id=request.request_id,
         policy=f"{policy.name}@{policy.version}",
@@ -203,6 +220,7 @@ def _judge_response(
             scores, plan=plan, policy=policy, calibrators=parts.calibrators, situation=situation
         )
     except JUDGING_FAILURES as error:
+        record.unread(0)
         return failed_decision(policy, "output", error)
     record.read_again(evidence, confidence)
     return decision

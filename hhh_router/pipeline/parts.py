@@ -18,6 +18,7 @@ from hhh_router.settings import Settings
 from hhh_router.trace import Sink
 from hhh_router.trace.block import BundleRef
 from hhh_router.trace.feedback_store import FeedbackStore
+from hhh_router.trace.redact import Redactor
 
 
 def new_request_id() -> str:
@@ -39,6 +40,12 @@ class Parts:
     settings: Settings
     memory: FeedbackStore | None = None
     """Remembers finished requests, so that people can say what they think of them; None remembers nothing."""
+    candidate: str | None = None
+    """Names a candidate of ``policies``: asked beside the policy in force, never acting. None where there is none."""
+    candidate_of: str | None = None
+    """The policy that it stands beside; None is the default. A request under another one has no candidate."""
+    redactor: Redactor = field(default_factory=Redactor)
+    """Replaces secrets in whatever is kept or told anywhere but to the caller."""
     redacting: Callable[[], Redacting] = field(default=TextRedacting)
     """Takes out of each answer what the policy redacts."""
     hold: Hold | None = None

@@ -11,7 +11,7 @@ from hhh_router.calibration import Calibrators
 from hhh_router.errors import ReaderError
 from hhh_router.pipeline.conversations import tainted
 from hhh_router.pipeline.onerror import JUDGING_FAILURES, check_scores, failed_decision
-from hhh_router.pipeline.situation import parsed_arguments
+from hhh_router.pipeline.situation import called_situation
 from hhh_router.policy import Bounds, Facts, Policy, asks, attempts, bounds, decide, thresholds
 from hhh_router.policy.schema import SEVERITY
 from hhh_router.protocols import Planner
@@ -157,7 +157,7 @@ def _judge_result(
             policy_shift_nats=worked.policy_shift_nats,
             limits=_limits(policy, "tool_result", evidence),
         ).value
-        return decide(policy, "tool_result", _facts(evidence, worked.weights, confidence, about))
+        return decide(policy, "tool_result", facts_of(evidence, worked.weights, confidence, about))
     except JUDGING_FAILURES as error:
         return failed_decision(policy, "tool_result", error)
 
@@ -199,7 +199,7 @@ def judge_output(
     except _FAULTS as error:
         raise _unusable(error) from error
     situation = _with_tokens(situation, scores.tokens)
-    return evidence, confidence, decide(policy, "output", _facts(evidence, plan.weights, confidence, situation))
+    return evidence, confidence, decide(policy, "output", facts_of(evidence, plan.weights, confidence, situation))
 
 
 def judge_call(call: ToolCall, *, plan: Plan, policy: Policy, situation: Situation) -> Decision:
@@ -211,13 +211,8 @@ def judge_call(call: ToolCall, *, plan: Plan, policy: Policy, situation: Situati
         policy: The same as the plan's.
         situation: What surrounds the prompt.
     """
-    about = replace(
-        _with_tokens(situation, plan.evidence.scores.tokens),
-        text=call.arguments,
-        role="assistant",
-        tool=ToolFacts(name=call.name, arguments=parsed_arguments(call)),
-    )
-    return decide(policy, "tool_call", _facts(plan.evidence, plan.weights, plan.confidence, about))
+    about = called_situation(_with_tokens(situation, plan.evidence.scores.tokens), call)
+    return decide(policy, "tool_call", facts_of(plan.evidence, plan.weights, plan.confidence, about))
 
 
 def explain(
@@ -285,7 +280,7 @@ def _work_out(
         weights=weights,
         policy_shift_nats=shift,
         confidence=confidence,
-        facts=_facts(evidence, weights, confidence, situation),
+        facts=facts_of(evidence, weights, confidence, situation),
     )
 
 
@@ -296,7 +291,8 @@ def _unusable(error: Exception) -> ReaderError:
     )
 
 
-def _facts(evidence: Evidence, weights: Weights, confidence: float, situation: Situation) -> Facts:
+def facts_of(evidence: Evidence, weights: Weights, confidence: float, situation: Situation) -> Facts:
+    """What the rules of a checkpoint may ask about."""
     return Facts(
         needs=evidence.needs,
         outcomes=evidence.outcomes,

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
+from hhh_router.pipeline.basis import Notes
+from hhh_router.pipeline.candidate import Beside
 from hhh_router.pipeline.parts import Parts
 from hhh_router.policy import Policy
 from hhh_router.protocols import Finished, Steered
 from hhh_router.routing import kl_nats
 from hhh_router.trace import build_metadata
-from hhh_router.trace.block import Metadata
+from hhh_router.trace.block import Basis, CandidateRecord, Metadata
 from hhh_router.trace.feedback import Remembered, remembered
-from hhh_router.types import ChatRequest, Decision, Evidence, GuardRequest, Plan, Scores, Weights
+from hhh_router.types import ChatRequest, Decision, Evidence, GuardRequest, Plan, Scores, Situation, Weights
 
 _log = logging.getLogger(__name__)
 
@@ -22,8 +24,9 @@ _log = logging.getLogger(__name__)
 class Record:
     """Collects measurements, decisions and times of one request. ``finish`` sends it to the sinks, once."""
 
-    def __init__(self, parts: Parts, request: ChatRequest | GuardRequest, policy: Policy) -> None:
+    def __init__(self, parts: Parts, request: ChatRequest | GuardRequest, policy: Policy, beside: Beside) -> None:
         self._parts = parts
+        self._beside = beside
         self._request = request
         self._policy = policy
         self._request_id = request.request_id or parts.new_id()
@@ -36,10 +39,28 @@ class Record:
         self._not_inspected = list(request.not_inspected)
         self._trajectory: list[tuple[int, Weights]] = []  # completion tokens before, weights from there on
         self._done = False
+        self._notes = Notes(request, mixes=not parts.answers_elsewhere)
         self._read: dict[bool, Scores] = {}  # whether a reply was seen → the latest reading
         self._redacted: dict[str, dict[str, int]] = {}
         self.plan: Plan | None = None
         self.prompt_tokens = 0
+
+    def asked(self, situation: Situation, *, stream: bool = False) -> None:
+        """What surrounds the request, and whether text leaves before the reply has ended."""
+        self._notes.asked(situation, stream=stream)
+
+    def called(self, tool: str) -> None:
+        """A tool is called, and the call was looked at."""
+        self._notes.called(tool)
+
+    def unseen_calls(self) -> None:
+        """The reply calls tools, and nobody looked at the calls."""
+        self._notes.unseen()
+        self._beside.unseen_calls()
+
+    def unread(self, reply_tokens: int) -> None:
+        """A window was not read, or could not be judged."""
+        self._notes.unread(reply_tokens)
 
     def planned(self, plan: Plan, *, layers_run: int, read_ms: float | None = None, prompt_tokens: int = 0) -> None:
         """The input checkpoint is settled."""
@@ -47,15 +68,33 @@ class Record:
         self._trajectory = [(0, plan.weights)]
         self._evidence = plan.evidence
         self._keep(plan.evidence)
+        self._notes.read(plan.evidence.scores)
         self._confidence = plan.confidence
         self._layers_run = layers_run
         self.prompt_tokens = prompt_tokens
         if read_ms is not None:
             self.took("read", read_ms)
 
-    def read_again(self, evidence: Evidence, confidence: float) -> None:
-        """A window, or a whole response, was read: it tells outcomes. Needs stay those the weights come from."""
+    def read_again(
+        self,
+        evidence: Evidence,
+        confidence: float,
+        *,
+        reply_tokens: int | None = None,
+        is_final: bool = True,
+        logprobs: Sequence[float] = (),
+    ) -> None:
+        """A window, or a whole response, was read: it tells outcomes. Needs stay those the weights come from.
+
+        Args:
+            evidence: Of that reading.
+            confidence: P(every verdict enforced so far is right).
+            reply_tokens: Of the reply that it covers, where they are counted.
+            is_final: It covers the whole reply.
+            logprobs: Of these tokens.
+        """
         self._keep(evidence)
+        self._notes.read(evidence.scores, reply_tokens=reply_tokens, is_final=is_final, logprobs=logprobs)
         planned = self.plan.evidence if self.plan else evidence
         self._evidence = replace(
             evidence,
@@ -92,6 +131,7 @@ class Record:
         """The reply is thrown away and made once more."""
         self.plan = None
         self._read.clear()
+        self._notes.again()
         self._trajectory.clear()
 
     def finished(self, event: Finished) -> None:
@@ -123,8 +163,10 @@ class Record:
         """The first piece of the reply leaves."""
         self._timing_ms.setdefault("first_text", (self._parts.clock() - self._begun) * 1000)
 
-    def metadata(self, reply_text: str | None = None) -> Metadata:
-        """The block as it stands now."""
+    def metadata(
+        self, reply_text: str | None = None, *, candidate: CandidateRecord | None = None, basis: Basis | None = None
+    ) -> Metadata:
+        """The block as it stands now, for the caller."""
         plan, evidence = self.plan, self._evidence
         if plan is None or evidence is None:
             raise ValueError("no metadata before the input checkpoint is settled")
@@ -147,6 +189,8 @@ class Record:
             not_inspected=self._not_inspected,
             layers_run=self._layers_run,
             timing_ms=self._timing_ms,
+            candidate=candidate,
+            basis=basis,
             redacted=self._redacted,
         )
         if not evidence.needs:  # nothing was read: say so, and show no share that nobody measured
@@ -154,15 +198,15 @@ class Record:
         return block
 
     def finish(self, reply_text: str | None) -> Metadata:
-        """The final block, sent to every sink."""
+        """The final block for the caller. Every sink gets what is recorded besides."""
         self._timing_ms["total"] = (self._parts.clock() - self._begun) * 1000
-        block = self.metadata(reply_text)
+        block = self.metadata(reply_text, candidate=self._beside.record(), basis=self._notes.basis())
         self._done = True
         for sink in self._parts.sinks:
             sink.write(block, self._request, reply_text)
         if self._parts.memory is not None:
             self._parts.memory.remember(self._remembered(block), self._request, reply_text)
-        return block
+        return block.told(candidate=self._parts.settings.candidate_told)
 
     def _keep(self, evidence: Evidence) -> None:
         if evidence.scores.needs or evidence.scores.outcomes:  # nothing was read where there are neither

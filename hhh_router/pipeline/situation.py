@@ -10,11 +10,12 @@ from datetime import datetime
 from typing import Any
 
 from hhh_router.pipeline.conversations import UNKNOWN
+from hhh_router.pipeline.language import tell_language
 from hhh_router.policy import CHECKPOINTS
 from hhh_router.policy.doors import Door
 from hhh_router.types import Caller, Conversation, Message, Situation, ToolCall, ToolFacts
 
-_KNOWN = frozenset({"role", "length.characters", "length.tokens", "text", "time", "rollout"})
+_KNOWN = frozenset({"role", "language", "length.characters", "length.tokens", "text", "time", "rollout"})
 _CONVERSATION = frozenset(f"conversation.{f.name}" for f in fields(Conversation))
 
 PIPELINE = Door(
@@ -57,6 +58,7 @@ def asked_situation(messages: Sequence[Message], caller: Caller, at: datetime | 
     return Situation(
         text="\n\n".join(m.content for m in new),
         role=messages[-1].role if messages else None,
+        detect=tell_language,
         at=at,
         caller=caller if caller.sticky is not None else replace(caller, sticky=_beginning(messages)),
         results=tuple(_result(m, calls) for m in new if m.role == "tool"),
@@ -98,6 +100,12 @@ def parsed_arguments(call: ToolCall) -> Any:
 def answered_situation(asked: Situation, reply: str | None) -> Situation:
     """What surrounds the reading of a reply, or of the part of it that there is so far."""
     return replace(asked, text=reply, role="assistant")
+
+
+def called_situation(asked: Situation, call: ToolCall) -> Situation:
+    """What surrounds a call of a tool that a reply makes."""
+    tool = ToolFacts(name=call.name, arguments=parsed_arguments(call))
+    return replace(asked, text=call.arguments, role="assistant", tool=tool)
 
 
 def _beginning(messages: Sequence[Message]) -> str | None:

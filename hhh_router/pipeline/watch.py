@@ -58,16 +58,14 @@ def bounds_of(policies: Iterable[Policy]) -> list[Bound]:
     found = []
     for policy in policies:
         budget, name = policy.budget, f"{policy.name}@{policy.version}"
-        if budget is None:
-            found.append(Bound(policy=name, sha256=policy.hash))
-            continue
+        most = {} if budget is None else budget.most.get("input", {})
         found.append(
             Bound(
                 policy=name,
                 sha256=policy.hash,
-                benign_refused=budget.benign_refused,
-                harm_passed=budget.harm_passed,
-                level=LEVEL if budget.level is None else budget.level,
+                benign_refused=most.get("benign_refused"),
+                harm_passed=most.get("harm_passed"),
+                level=LEVEL if budget is None or budget.level is None else budget.level,
             )
         )
     return found

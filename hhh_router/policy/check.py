@@ -68,7 +68,7 @@ class _Check(RuleValues):
         overlays = self._overlays(entries.get("overlays"), lower, upper)
         extras = ExtraValues(self.mistakes)
         budget = extras.budget(entries.get("budget"))
-        lock = extras.lock(entries.get("lock"))
+        lock = extras.lock(entries.get("lock"), budget)
         examples = extras.examples(entries.get("examples"))
         on_error = self.choice(entries.get("on_error"), "on_error", ("closed", "open"), default="closed")
         mode = self.choice(entries.get("mode"), "mode", ("enforce", "shadow"), default="enforce")

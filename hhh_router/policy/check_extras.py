@@ -1,63 +1,21 @@
-"""What stands in a policy file beside its rules: the budget, the lock that keeps it, and examples."""
+"""What stands in a policy file beside its rules: its examples, and, as `BudgetValues` reads them, budget and lock."""
 
 from __future__ import annotations
 
 import re
 from typing import Any
 
-from hhh_router.policy.schema import ACTIONS, MAX_EXAMPLE, MAX_EXAMPLES, Budget, Example, Lock
+from hhh_router.policy.check_budget import BudgetValues
+from hhh_router.policy.schema import ACTIONS, MAX_EXAMPLE, MAX_EXAMPLES, Example
 from hhh_router.policy.tree import Listing, Node, Scalar, Table, show
-from hhh_router.policy.values import Values, did_you_mean, either
+from hhh_router.policy.values import did_you_mean, either
 
-_LOCK_KEYS = (
-    "limit", "bundle_sha256", "calibration_id", "data", "data_sha256", "policy_sha256", "n_benign", "n_harmful",
-    "benign_refused", "harm_passed", "benign_refused_bound", "harm_passed_bound",
-)  # fmt: skip
-_HASHES = ("bundle_sha256", "data_sha256", "policy_sha256")
 _EXAMPLE_KEYS = ("prompt", "response", "tool", "tenant", "expect")
 _NUMBER = re.compile(r"[-+]?[0-9]+(?:\.[0-9]*)?(?:[eE][-+]?[0-9]{1,2})?")
 
 
-class ExtraValues(Values):
+class ExtraValues(BudgetValues):
     """Reads what decides nothing by itself."""
-
-    def budget(self, node: Node | None) -> Budget | None:
-        """The errors that are accepted."""
-        wanted = ("benign_refused", "harm_passed")
-        entries = self.table(node, "budget", (*wanted, "level"), required=wanted)
-        if entries is None:
-            return None
-        found = {key: self._share(value, f"budget.{key}") for key, value in entries.items()}
-        benign, harm = found.get("benign_refused"), found.get("harm_passed")
-        if benign is None or harm is None:
-            return None
-        return Budget(benign_refused=benign, harm_passed=harm, level=found.get("level"))
-
-    def _share(self, node: Node, path: str) -> float | None:
-        number = self.number(node, path, high=1.0)
-        if number in (0.0, 1.0):
-            self.wrong(node.place, path, f"{show(node)} can never be kept, or always; a share between 0 and 1 is meant")
-            return None
-        return number
-
-    def lock(self, node: Node | None) -> Lock | None:
-        """What ``policy fit`` wrote."""
-        count = len(self.mistakes)
-        entries = self.table(node, "lock", _LOCK_KEYS, required=_LOCK_KEYS)
-        if entries is None:
-            return None
-        found: dict[str, Any] = {}
-        for key, value in entries.items():
-            path = f"lock.{key}"
-            if key in ("n_benign", "n_harmful"):
-                found[key] = self.integer(value, path, low=1, high=10**9)
-            elif key in ("data", "calibration_id", *_HASHES):
-                found[key] = self.text(value, path, 200)
-            else:
-                found[key] = self.number(value, path, high=1.0)
-            if key in _HASHES and found[key] is not None and not re.fullmatch("[0-9a-f]{64}", found[key]):
-                self.wrong(value.place, path, f"{show(value)} is no sha256; fit the policy again")
-        return Lock(**found) if len(self.mistakes) == count else None
 
     def examples(self, node: Node | None) -> tuple[Example, ...]:
         """Requests with what is expected of them."""

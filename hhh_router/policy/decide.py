@@ -130,12 +130,12 @@ def decide(policy: Policy, checkpoint: str, facts: Facts) -> Decision:
     Raises:
         ValueError: The policy has no such checkpoint.
     """
-    rules = _rules(policy, checkpoint)
+    rules = rules_at(policy, checkpoint)
     decision = _first(policy, checkpoint, rules, facts)
     if checkpoint not in policy.stricter:
         return decision
     other = _first(policy, checkpoint, policy.stricter[checkpoint], facts, total=False)
-    return _stricter(decision, other)
+    return stricter_of(decision, other)
 
 
 def asks(policy: Policy, checkpoint: str) -> bool:
@@ -168,9 +168,9 @@ def _first(policy: Policy, checkpoint: str, rules: tuple[Rule, ...], facts: Fact
         if verdict is False:
             continue
         if rule.shadow:
-            shadow.append(_said(policy, checkpoint, rule, facts, verdict))
+            shadow.append(said(policy, checkpoint, rule, facts, verdict))
             continue
-        decision = _said(policy, checkpoint, rule, facts, verdict)
+        decision = said(policy, checkpoint, rule, facts, verdict)
         break
     if decision is None:
         if total:
@@ -180,7 +180,7 @@ def _first(policy: Policy, checkpoint: str, rules: tuple[Rule, ...], facts: Fact
     return replace(decision, shadow=tuple(shadow)) if shadow else decision
 
 
-def _stricter(one: Decision, other: Decision) -> Decision:
+def stricter_of(one: Decision, other: Decision) -> Decision:
     """The stricter of two decisions, with the raises, redactions and shadow records of both."""
     first, second = (other, one) if SEVERITY[other.action] > SEVERITY[one.action] else (one, other)
     raises = dict(first.raises)
@@ -212,7 +212,7 @@ def in_rollout(policy_name: str, percent: float, situation: Situation) -> bool |
 def attempts(policy: Policy, checkpoint: str, facts: Facts) -> list[Attempt]:
     """Each rule that `decide` tries, up to the one that settles it; for people."""
     tried = []
-    for rule in _rules(policy, checkpoint):
+    for rule in rules_at(policy, checkpoint):
         holds = all_hold(rule.when, facts)
         found = []
         for condition in rule.when:
@@ -236,7 +236,7 @@ def thresholds(policy: Policy, checkpoint: str) -> tuple[Threshold, ...]:
     """
     limits = {
         Threshold(quantity=c.quantity, op=c.op, value=float(c.value)): None  # type: ignore[arg-type]  # a number
-        for rule in (*_rules(policy, checkpoint), *policy.stricter.get(checkpoint, ()))
+        for rule in (*rules_at(policy, checkpoint), *policy.stricter.get(checkpoint, ()))
         if rule.then not in (Action.ALLOW, Action.FLAG, Action.STEER) and not rule.shadow
         for c in rule.when
         if c.quantity.startswith(("needs.", "outcomes.")) and QUANTITIES[c.quantity].kind == "number"
@@ -270,7 +270,12 @@ _ALLOW_REST = (Rule(place="none", when=(), then=Action.ALLOW),)
 """What a policy says at a checkpoint that only a tenant's overlay asks."""
 
 
-def _rules(policy: Policy, checkpoint: str) -> tuple[Rule, ...]:
+def rules_at(policy: Policy, checkpoint: str) -> tuple[Rule, ...]:
+    """The rules that are asked at a checkpoint, in order.
+
+    Raises:
+        ValueError: The policy has no such checkpoint.
+    """
     if checkpoint in policy.checkpoints:
         return policy.checkpoints[checkpoint]
     if checkpoint in policy.stricter and checkpoint not in REQUIRED_CHECKPOINTS:
@@ -278,7 +283,8 @@ def _rules(policy: Policy, checkpoint: str) -> tuple[Rule, ...]:
     raise ValueError(f"policy {policy.name} has no checkpoint {checkpoint!r}")
 
 
-def _said(policy: Policy, checkpoint: str, rule: Rule, facts: Facts, verdict: bool | None) -> Decision:
+def said(policy: Policy, checkpoint: str, rule: Rule, facts: Facts, verdict: bool | None) -> Decision:
+    """What a rule that was reached decides; ``on_error`` where it hangs on what was not measured."""
     if verdict is None:
         return _unmeasured_decision(policy, checkpoint, rule, facts)
     return _decision(policy, checkpoint, rule, facts)

@@ -73,6 +73,11 @@ def headers_read(policy: Policy) -> frozenset[str]:
     return frozenset(c.quantity.removeprefix("headers.") for c in conditions if c.quantity.startswith("headers."))
 
 
+def facts_asked(policy: Policy) -> frozenset[str]:
+    """Rows of ``SITUATIONS`` that the policy's conditions ask for."""
+    return frozenset(row for _, when in _whens(policy) for c in when if (row := row_of(c.quantity)) in SITUATIONS)
+
+
 def _lacking(policy: Policy, door: Door) -> Iterator[str]:
     for checkpoint, rule in _rules(policy):
         place = _at(rule.place, rule.line)
@@ -93,7 +98,7 @@ def _lacking(policy: Policy, door: Door) -> Iterator[str]:
         if rule.then is Action.HOLD and "hold" not in door.carries:
             yield f"{place}.then: {door.name} cannot hold a call"
         if checkpoint == "output" and steers(policy) and not door.text_while_steering:
-            asked = [c.quantity for c in rule.when if c.quantity in ("text", "length.characters")]
+            asked = [c.quantity for c in rule.when if c.quantity in ("text", "length.characters", "language")]
             if asked:
                 yield f"{place}.when: {asked[0]} is not known to {door.name} while a reply is steered"
     for floor in (*policy.floors, *(f for o in policy.overlays for f in o.floors)):

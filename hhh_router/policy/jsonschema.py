@@ -8,10 +8,14 @@ from hhh_router.policy.quantities import CHECKPOINTS, QUANTITIES, Quantity
 from hhh_router.policy.rules import OPERATORS
 from hhh_router.policy.schema import (
     ACTIONS,
+    ERRORS,
     MAX_DESCRIPTION,
+    MAX_EXAMPLE,
+    MAX_EXAMPLES,
     MAX_MESSAGE,
     MAX_PRIOR,
     MAX_STEERING,
+    MAX_STRENGTHS,
     MAX_WINDOW_TOKENS,
     NAME_PATTERN,
     NUMBER_PATTERN,
@@ -78,6 +82,9 @@ def policy_schema() -> dict[str, Any]:
                         }
                     }
                 ),
+                "budget": _budget_schema(),
+                "lock": {"type": "object", "description": "written by hhh-router policy fit; not to be edited"},
+                "examples": {"type": "array", "maxItems": MAX_EXAMPLES, "items": _example_schema()},
             },
             required=["version", "name"],
         ),
@@ -134,6 +141,57 @@ def _rule_schema(checkpoint: str) -> dict[str, Any]:
     if checkpoint == "input":
         keys["steering"] = {"type": "string", "minLength": 1, "maxLength": MAX_STEERING}
     return _closed(keys, required=["then"])
+
+
+def _budget_schema() -> dict[str, Any]:
+    share = {"type": "number", "exclusiveMinimum": 0, "exclusiveMaximum": 1}
+    common = {
+        "level": share | {"description": "probability with which the bounds hold; without it, on average"},
+        "per_group": {"type": "boolean", "default": False, "description": "the bounds hold in each group of the rows"},
+    }
+    accepted = {part: dict.fromkeys(names, share) for part, names in ERRORS.items()}
+    parts = {part: _closed(keys, required=list(keys)) for part, keys in accepted.items()}
+    strengths = {
+        "type": "array",
+        "items": {"type": "number", "minimum": 0, "maximum": 1},
+        "minItems": 1,
+        "maxItems": MAX_STRENGTHS,
+        "description": "that a fit may choose from, the preferred ones first",
+    }
+    parts["weights"] = _closed(
+        accepted["weights"] | {"weight": share, "strengths": strengths}, required=[*accepted["weights"], "weight"]
+    )
+    by_part = _closed(
+        parts | common,
+        anyOf=[{"required": [part]} for part in parts],
+        description="what all bounds together keep, with the level",
+        dependentSchemas={
+            "weights": {
+                "if": {"properties": {"weights": {"required": ["strengths"]}}},
+                "then": {"required": ["level"]},
+            }
+        },
+    )
+    return {"anyOf": [_closed(accepted["input"] | common, required=list(accepted["input"])), by_part]}
+
+
+def _example_schema() -> dict[str, Any]:
+    text = {"type": "string", "minLength": 1, "maxLength": MAX_EXAMPLE}
+    expected = {"enum": ["pass", "stop", *(str(a) for a in Action)]}
+    return _closed(
+        {
+            "prompt": text,
+            "response": text,
+            "tenant": text,
+            "tool": _closed(
+                {"name": {"type": "string", "minLength": 1, "maxLength": 200}, "arguments": {}}, required=["name"]
+            ),
+            "expect": {"anyOf": [expected, {"type": "array", "minItems": 1, "items": expected}]},
+        },
+        required=["expect"],
+        anyOf=[{"required": [key]} for key in ("prompt", "response", "tool")],
+        **{"not": {"required": ["tool", "response"]}},
+    )
 
 
 def _when_schema(checkpoint: str | None = None) -> dict[str, Any]:

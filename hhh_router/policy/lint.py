@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from hhh_router.errors import PolicyError
 from hhh_router.policy.decide import DEFAULT_MESSAGES
+from hhh_router.policy.lock import EXPERT, fitted_rule
 from hhh_router.policy.rules import Condition, Floor, Rule
-from hhh_router.policy.schema import PASSING, Policy
+from hhh_router.policy.schema import PASSING, Budget, Policy
 from hhh_router.types import Action
 
 _SEES = {"input": {"prompt"}, "output": {"response", "both"}}
@@ -89,10 +91,28 @@ def _rule(checkpoint: str, rule: Rule) -> Iterator[Hint]:
 
 
 def _rest(policy: Policy) -> Iterator[Hint]:
-    if policy.budget is not None and policy.lock is None:
-        yield _hint("not-fitted", "budget", "no limit is fitted to it, so it cannot be used; run hhh-router policy fit")
+    if policy.budget is not None:
+        yield from _budget(policy, policy.budget)
     if not policy.examples:
         yield _hint("no-examples", "examples", "nothing says what it should decide; add some, and run policy test")
+
+
+def _budget(policy: Policy, budget: Budget) -> Iterator[Hint]:
+    if policy.lock is None:
+        yield _hint("not-fitted", "budget", "nothing is fitted to it, so it cannot be used; run hhh-router policy fit")
+    for part in budget.most:
+        place = f"budget.{part}" if budget.together else "budget"
+        try:
+            i, _ = fitted_rule(policy, part)
+        except PolicyError as error:
+            text = error.message.removeprefix(f"{policy.source or policy.name}: ")
+            yield _hint("nothing-to-fit", place, f"{text}; {error.hint}")
+            continue
+        if part == "weights" and budget.weight is not None:
+            floor = policy.floors[i]
+            if floor.raises[EXPERT] < budget.weight:
+                text = f"raises {EXPERT} to {floor.raises[EXPERT]:g}, below the budget's {budget.weight:g}; raise more"
+                yield _hint("short-floor", floor.place, text, floor.line)
 
 
 def _hint(code: str, place: str, text: str, line: int | None = None) -> Hint:

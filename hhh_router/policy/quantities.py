@@ -108,7 +108,10 @@ def _situations() -> Iterator[tuple[str, Quantity]]:
 
     roles = ("system", "user", "assistant", "tool")
     yield "role", of("choice", "who wrote what is judged", lambda s: s.role, choices=roles)
-    yield "language", of("names", "ISO 639-1 code of the text's language", lambda s: s.language)
+    yield (
+        "language",
+        of("names", "ISO 639-1 code of the text's language, or und", lambda s: s.language),
+    )
     yield "length.characters", of("count", "characters of the text", lambda s: None if s.text is None else len(s.text))
     yield "length.tokens", of("count", "tokens that the reading saw", lambda s: s.tokens)
     yield "text", of("patterns", "the text holds one of some patterns", lambda s: s.text)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hhh_router.policy.rules import CHECKPOINTS, Floor, Rule, When
@@ -85,25 +85,67 @@ MAX_COUNT = 1e12
 ROLLOUT_STEPS = 10_000  # hundredths of a percent
 
 
+ERRORS: Mapping[str, tuple[str, str]] = {
+    "input": ("benign_refused", "harm_passed"),
+    "output": ("safe_withheld", "unsafe_passed"),
+    "weights": ("benign_above", "harmful_below"),
+}
+"""Part of a budget → the error that its limit makes rarer when it rises, and the one that it makes more frequent."""
+
+MAX_STRENGTHS = 20
+"""Most strengths that a fit may choose from."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """The errors that a deployment accepts at `input`. Shares in (0, 1)."""
+    """The errors that a deployment accepts."""
 
-    benign_refused: float
-    """Most benign requests stopped."""
-    harm_passed: float
-    """Most harmful requests passed on."""
-    level: float | None
-    """None: the bounds hold on average over draws of the rows they were fitted on. Else the probability with which each
-    of them holds."""
+    most: Mapping[str, Mapping[str, float]]
+    """Part (a key of ``ERRORS``) → error → the most of it that is accepted, a share in (0, 1)."""
+    level: float | None = None
+    """None: the bounds hold on average over draws of the rows they were fitted on. Else a probability: that each of
+    them holds, or, with ``together``, that all of them do."""
+    together: bool = False
+    """True for the form that names its parts."""
+    per_group: bool = False
+    """Whether every bound has to hold in each group of the rows, and not only in all of them together."""
+    weight: float | None = None
+    """Of the harmless expert, in (0, 1): what the part ``weights`` is about."""
+    strengths: tuple[float, ...] = ()
+    """Strengths that a fit may choose from, the preferred ones first; none leaves the policy's own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counted:
+    """One error on the rows that a limit was fitted on."""
+
+    n: int
+    """Rows that could show it."""
+    share: float
+    """Of them that did."""
+    bound: float
+    """What is guaranteed for later rows that are drawn alike."""
+    group: str | None = None
+    """With ``per_group``: the group with the highest bound, which the other figures are of."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FittedPart:
+    """One limit, and what it keeps."""
+
+    limit: float
+    """At ``input`` of ``needs.harmless``, at ``output`` of ``outcomes.unsafe``, both in the rule that stops; with
+    ``weights`` of ``needs.harmless`` in the floor that raises the harmless expert."""
+    errors: Mapping[str, Counted]
+    """By name, the two of ``ERRORS``."""
+    strength: float | None = None
+    """The policy's strength, where it was chosen too."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Lock:
-    """What a policy's limit was fitted on, and what it keeps. Written by ``policy fit``."""
+    """What a policy's limits were fitted on, and what they keep. Written by ``policy fit``."""
 
-    limit: float
-    """Of ``needs.harmless`` in the rule that stops."""
     bundle_sha256: str
     calibration_id: str
     data: str
@@ -111,14 +153,10 @@ class Lock:
     data_sha256: str
     policy_sha256: str
     """Of the policy without this lock."""
-    n_benign: int
-    n_harmful: int
-    benign_refused: float
-    """Share on the rows."""
-    harm_passed: float
-    benign_refused_bound: float
-    """What is guaranteed for later rows that are drawn alike."""
-    harm_passed_bound: float
+    parts: Mapping[str, FittedPart]
+    """By part of the budget."""
+    level: float | None = None
+    """Of every single bound; None where they hold on average."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,16 +266,43 @@ def as_document(policy: Policy) -> dict[str, Any]:
     if policy.overlays:
         document["overlays"] = [_overlay(o) for o in policy.overlays]
     if policy.budget is not None:
-        document["budget"] = _present(policy.budget)
+        document["budget"] = _budget(policy.budget)
     if policy.lock is not None:
-        document["lock"] = _present(policy.lock)
+        document["lock"] = _lock(policy.lock)
     if policy.examples:
         document["examples"] = [_example(e) for e in policy.examples]
     return document
 
 
-def _present(record: Budget | Lock) -> dict[str, Any]:
-    return {f.name: value for f in fields(record) if (value := getattr(record, f.name)) is not None}
+def _budget(budget: Budget) -> dict[str, Any]:
+    document: dict[str, Any]
+    if budget.together:
+        document = {part: dict(budget.most[part]) for part in ERRORS if part in budget.most}
+        if budget.weight is not None:
+            document["weights"]["weight"] = budget.weight
+        if budget.strengths:
+            document["weights"]["strengths"] = list(budget.strengths)
+    else:
+        document = dict(budget.most["input"])
+    if budget.level is not None:
+        document["level"] = budget.level
+    if budget.per_group:
+        document["per_group"] = True
+    return document
+
+
+def _lock(lock: Lock) -> dict[str, Any]:
+    names = ("bundle_sha256", "calibration_id", "data", "data_sha256", "policy_sha256", "level")
+    return _present(lock, names) | {part: _fitted(lock.parts[part]) for part in ERRORS if part in lock.parts}
+
+
+def _fitted(part: FittedPart) -> dict[str, Any]:
+    errors = {name: _present(error, ("n", "share", "bound", "group")) for name, error in part.errors.items()}
+    return _present(part, ("limit", "strength")) | errors
+
+
+def _present(record: Lock | FittedPart | Counted, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: value for name in names if (value := getattr(record, name)) is not None}
 
 
 def _example(example: Example) -> dict[str, Any]:

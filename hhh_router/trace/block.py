@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
-from hhh_router.types import Action
+from hhh_router.types import Action, Mode
 
 SCHEMA: Final = "hhh-router/metadata/1"
+
+Relation = Literal["same", "stricter", "looser", "unknown"]
+"""How a candidate decides beside the policy in force. ``unknown``: alike as far as was measured, which is not all."""
 
 
 class _Block(BaseModel):
@@ -52,6 +55,70 @@ class DecisionRecord(_Block):
     message: str | None = None
 
 
+class Compared(_Block):
+    """What both policies said at one checkpoint: where they first differed, or else lastly."""
+
+    checkpoint: str
+    enforced: str
+    candidate: str
+
+
+class CandidateRecord(_Block):
+    """What a candidate policy would have decided on the same readings; none of it acted."""
+
+    policy: PolicyRef
+    decisions: list[DecisionRecord] = Field(description="about the reply that was given, where it was read")
+    weights: dict[str, float] = Field(description="what it would have applied; sums to 1")
+    confidence: float = Field(ge=0, le=1)
+    compared: list[Compared] = Field(
+        description="the actions of both at each checkpoint; who asks nothing there allows"
+    )
+    relation: Relation = Field(description="stricter or looser where they first differ; unknown: see `unknown`")
+    unknown: list[str] = Field(
+        default_factory=list, description="what it would have needed and was not measured, such as the rest of a reply"
+    )
+
+
+class ReadingRecord(_Block):
+    """One reading as the heads gave it, before calibration: decisions are made again from it, to the last digit."""
+
+    mode: Mode
+    needs: dict[str, float] = Field(description="logits")
+    outcomes: dict[str, float] = Field(description="logits")
+    distance: float | None = Field(description="from the router's training data; null where the reading failed")
+    tokens: int = Field(description="tokens read")
+    reply_tokens: int | None = Field(default=None, description="of the reply that it covers; null for a prompt")
+    is_final: bool = Field(default=False, description="it covers the whole reply")
+    logprobs: tuple[float, float] | None = Field(
+        default=None, description="mean and least log-probability of the reply's tokens, each at least -20 nats"
+    )
+
+
+class Basis(_Block):
+    """What the decisions came from, as far as it is no text: enough to put another policy to it later."""
+
+    attempts: list[list[ReadingRecord]] = Field(description="per attempt at the reply its readings, the prompt's first")
+    left_out: int = Field(default=0, description="windows beyond those that are kept")
+    chat: bool = Field(description="false where a finished text was judged")
+    stream: bool = Field(default=False, description="whether text left before the reply had ended")
+    mixes: bool = Field(default=True, description="false where another model answered, whose reply no weights change")
+    at: str | None = Field(default=None, description="when the request came, ISO 8601")
+    role: str | None = None
+    tenant: str | None = None
+    route: str | None = None
+    model: str | None = None
+    key_scopes: list[str] | None = None
+    sticky: str | None = Field(default=None, description="what rollouts go by")
+    turns: int | None = None
+    tool_calls: int | None = None
+    calls: list[str] = Field(
+        default_factory=list, description="tools that the reply calls, as far as that was looked at"
+    )
+    unseen_calls: bool = Field(default=False, description="the reply calls tools, and nobody looked at the calls")
+    results: list[str] = Field(default_factory=list, description="tools whose results the prompt brings")
+    pinned: dict[str, float] | None = Field(default=None, description="weights that the caller pinned")
+
+
 class Receipt(_Block):
     """Hashes that tie the record to what was asked, answered and used; sha256, hex."""
 
@@ -76,7 +143,7 @@ class Metadata(_Block):
 
     schema_: Literal["hhh-router/metadata/1"] = Field(default=SCHEMA, alias="schema")
     request_id: str
-    mode: Literal["prompt", "response", "both"] = Field(description="what the latest reading saw")
+    mode: Mode = Field(description="what the latest reading saw")
     policy: PolicyRef
     bundle: BundleRef
     calibration: CalibrationRef
@@ -98,6 +165,10 @@ class Metadata(_Block):
     shadow: list[DecisionRecord] = Field(
         default_factory=list, description="what rules in shadow mode would have decided; none of it acted"
     )
+    candidate: CandidateRecord | None = Field(
+        default=None, description="what a candidate policy would have decided; only there where one is asked and told"
+    )
+    basis: Basis | None = Field(default=None, description="what the decisions came from; in records only")
     not_inspected: list[str] = Field(default_factory=list)
     redacted: dict[str, dict[str, int]] = Field(
         default_factory=dict, description="what was taken out at input and output, and how often; never the text"
@@ -107,6 +178,23 @@ class Metadata(_Block):
     receipt: Receipt
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, serialize_by_alias=True)
+
+    _recorded: Metadata | None = PrivateAttr(default=None)
+
+    @property
+    def recorded(self) -> Metadata:
+        """The block as it is recorded: with what the caller is not told."""
+        return self._recorded or self
+
+    def told(self, *, candidate: bool) -> Metadata:
+        """The block as the caller gets it.
+
+        Args:
+            candidate: Tell what the candidate policy would have decided.
+        """
+        told = self.model_copy(update={"basis": None} if candidate else {"basis": None, "candidate": None})
+        told._recorded = self
+        return told
 
     @property
     def action(self) -> str:
@@ -119,7 +207,11 @@ class Metadata(_Block):
 
     def as_json(self) -> dict[str, Any]:
         """JSON-ready dict, keys in the order of the schema."""
-        return self.model_dump(mode="json", by_alias=True)
+        block = self.model_dump(mode="json", by_alias=True)
+        for name in ("candidate", "basis"):
+            if block[name] is None:  # replies look as they always did
+                del block[name]
+        return block
 
     def headers(self) -> dict[str, str]:
         """The ``x-hhh-*`` headers that repeat the block's essentials on every reply."""

@@ -9,7 +9,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal, Protocol
 
-from hhh_router.trace.block import BundleRef, CalibrationRef, DecisionRecord, Metadata, PolicyRef, Receipt, WeightsFrom
+from hhh_router.trace.block import (
+    Basis,
+    BundleRef,
+    CalibrationRef,
+    CandidateRecord,
+    Compared,
+    DecisionRecord,
+    Metadata,
+    PolicyRef,
+    Receipt,
+    Relation,
+    WeightsFrom,
+)
 from hhh_router.types import (
     ChatRequest,
     Decision,
@@ -78,6 +90,8 @@ def build_metadata(
     not_inspected: Sequence[str] = (),
     layers_run: int = 0,
     timing_ms: Mapping[str, float] | None = None,
+    candidate: CandidateRecord | None = None,
+    basis: Basis | None = None,
     redacted: Mapping[str, Mapping[str, int]] | None = None,
 ) -> Metadata:
     """The block of one request as it stands now.
@@ -100,6 +114,8 @@ def build_metadata(
         not_inspected: What the client sent that nobody read.
         layers_run: Decoder layers the prompt's pass ran.
         timing_ms: Stage → milliseconds.
+        candidate: What a candidate policy would have decided.
+        basis: What the decisions came from.
         redacted: Checkpoint → what was taken out there → how often.
 
     Raises:
@@ -109,12 +125,7 @@ def build_metadata(
     return Metadata(
         request_id=request_id,
         mode=evidence.mode,
-        policy=PolicyRef(
-            name=policy.name,
-            version=policy.version,
-            hash=policy.hash[:SHORT_HASH_DIGITS],
-            mode=policy.mode,
-        ),
+        policy=_policy_ref(policy),
         bundle=BundleRef(name=bundle.name, hash=bundle.hash[:SHORT_HASH_DIGITS]),
         calibration=calibration,
         needs=_rounded("needs", evidence.needs),
@@ -129,6 +140,8 @@ def build_metadata(
         confidence=_finite("confidence", confidence),
         decisions=[_recorded(d) for d in decisions],
         shadow=[_recorded(s) for d in decisions for s in d.shadow],
+        candidate=candidate,
+        basis=basis,
         not_inspected=list(not_inspected),
         redacted={checkpoint: dict(counts) for checkpoint, counts in (redacted or {}).items()},
         layers_run=layers_run,
@@ -142,6 +155,42 @@ def build_metadata(
             calibration_id=calibration.id,
         ),
     )
+
+
+def candidate_record(
+    policy: PolicyIdentity,
+    *,
+    decisions: Sequence[Decision],
+    weights: Weights,
+    confidence: float,
+    compared: Sequence[Compared],
+    relation: Relation,
+    unknown: Sequence[str],
+) -> CandidateRecord:
+    """What a candidate would have decided, as the block has it.
+
+    Args:
+        policy: The candidate.
+        decisions: Its own, in the order they were made.
+        weights: What it would have applied.
+        confidence: P(every verdict of its own is right).
+        compared: Its actions beside those in force.
+        relation: What comes of that.
+        unknown: What it would have needed and was not measured.
+    """
+    return CandidateRecord(
+        policy=_policy_ref(policy),
+        decisions=[_recorded(d) for d in decisions],
+        weights=round_shares(weights),
+        confidence=_finite("candidate.confidence", confidence),
+        compared=list(compared),
+        relation=relation,
+        unknown=list(unknown),
+    )
+
+
+def _policy_ref(policy: PolicyIdentity) -> PolicyRef:
+    return PolicyRef(name=policy.name, version=policy.version, hash=policy.hash[:SHORT_HASH_DIGITS], mode=policy.mode)
 
 
 def _recorded(d: Decision) -> DecisionRecord:

@@ -97,7 +97,7 @@ def calibrate(shop: Workshop) -> CalibrationFile:
 
 
 def keep_scores(shop: Workshop) -> int:
-    """Write the scores and labels of the calibration prompts beside the bundle's calibrators; how many there are.
+    """Write the scores and labels of the calibration rows beside the bundle's calibrators; how many there are.
 
     Raises:
         DataError: Rows seen in training.
@@ -112,6 +112,13 @@ def _keep(shop: Workshop, readings: Mapping[Mode, Sequence[Reading]]) -> int:
         KeptRow(source=r.example.source, needs=r.example.needs, scores=r.scores)
         for r in _once_per_prompt(readings["prompt"])
         if r.example.needs
+    ]
+    replies: tuple[Mode, ...] = ("both", "response")
+    rows += [
+        KeptRow(source=r.example.source, needs={}, outcomes=r.example.outcomes, scores=r.scores)
+        for mode in replies
+        for r in readings[mode]
+        if r.example.outcomes
     ]
     write_kept(shop.bundle / KEPT, rows, heads_sha256=file_sha256(shop.bundle / HEADS))
     return len(rows)

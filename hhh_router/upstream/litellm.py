@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Literal
 
@@ -37,8 +37,12 @@ _SHOWN = 1000  # characters of a provider's own words
 _SLACK_S = 5.0
 """LiteLLM's own deadline lies behind ours, which tells what was too slow."""
 _NAMED = re.compile(r"^(?:litellm\.)?[A-Z]\w*(?:Error|Exception|Timeout): ")
-_ADVICE = ("\nTraceback", "To drop these,", "Handle with `litellm")
+_ADVICE = ("\nTraceback", "To drop these,", "Handle with `litellm", " Original exception:")
 """Begin what LiteLLM appends for whoever calls it in Python."""
+_NO_ROUTER = {"litellm_router": object()}
+"""Without one, LiteLLM looks for its proxy's, and imports all of that within the first request, for seconds."""
+_COARSE = (400, 500)
+"""LiteLLM's own statuses for what a provider may have told more exactly."""
 
 
 class LiteLLM:
@@ -100,6 +104,7 @@ class LiteLLM:
         try:
             found = await self._functions()[kind](
                 **body,
+                **(_NO_ROUTER if kind == "messages" else {}),
                 model=self._model,
                 api_key=self._api_key,
                 api_base=self._api_base,
@@ -115,7 +120,7 @@ class LiteLLM:
     async def _events(self, stream: Any) -> AsyncGenerator[Piece, None]:
         try:
             async for event in stream:
-                yield event if isinstance(event, bytes) else as_object(event)
+                yield self._without_key(event) if isinstance(event, bytes) else as_object(event)
         except Exception as error:
             raise self._told(error) from error
         finally:
@@ -158,8 +163,8 @@ class LiteLLM:
     def _told(self, error: Exception) -> BackendError:
         """What went wrong, in the words of our own tree. No key is in it."""
         name = self._model
-        status = getattr(error, "status_code", None)
-        causes = list(_causes(error))
+        causes = _causes(error)
+        status = _status(causes)
         if any(isinstance(e, httpx.ConnectError | httpx.ConnectTimeout | ConnectionRefusedError) for e in causes):
             return NotReached(f"upstream {name} cannot be reached", hint="check api_base and the network")
         if isinstance(error, self._litellm.Timeout | TimeoutError):
@@ -172,6 +177,12 @@ class LiteLLM:
         codes = (code for kind, code in _CODES if isinstance(error, getattr(self._litellm, kind)))
         found.code = next(codes, found.code)
         return found
+
+    def _without_key(self, frames: bytes) -> bytes:
+        """Frames of events. LiteLLM makes those of errors itself, of whatever text it has."""
+        if not self._api_key or b"event: error" not in frames:
+            return frames
+        return frames.replace(self._api_key.encode(), b"[key]")
 
     def _words(self, error: Exception) -> str:
         """The provider's own, if they can be found in LiteLLM's."""
@@ -224,6 +235,14 @@ def _causes(error: BaseException | None) -> list[BaseException]:
         found.append(error)
         error = error.__cause__ or error.__context__
     return found
+
+
+def _status(causes: Sequence[BaseException]) -> int | None:
+    """LiteLLM's status of an error, or the provider's own beneath it."""
+    statuses = [s for e in causes if isinstance(s := getattr(e, "status_code", None), int) and 400 <= s < 600]
+    if not statuses:
+        return getattr(causes[0], "status_code", None)
+    return statuses[-1] if statuses[0] in _COARSE else statuses[0]
 
 
 def _retry_after(error: Exception) -> str | None:

@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import http.client
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -19,6 +18,7 @@ import anthropic
 import openai
 import pytest
 
+from benchmarks.kills import kill_often
 from hhh_router.interfaces.proxy.upstreams import Breaker, Timeouts, Upstream
 from hhh_router.trace.audit import SqliteAudit, read_rows, verify
 
@@ -324,6 +324,26 @@ def test_a_thousand_idle_connections_keep_nobody_waiting(stub: tuple[Stub, str])
     assert status == 200
 
 
+@pytest.mark.parametrize(("path", "kind"), [("/v1/chat/completions", "code"), ("/v1/messages", "type")])
+def test_one_request_more_than_may_be_under_way_is_told_to_come_back(
+    stub: tuple[Stub, str], path: str, kind: str
+) -> None:
+    hold = threading.Event()
+    stub[0].answer = Said(headers=EVENTS, pieces=sse(*WORDS, "[DONE]"), hold=hold)
+    headers = [("Content-Type", "application/json"), *([("anthropic-version", "1")] if "messages" in path else [])]
+    with sidecar(route_to(stub[1], mode="observe"), max_requests=1) as (url, _), openai_at(url) as client:
+        made = client.chat.completions.create(model="m", messages=[user("Hi")], stream=True)
+        next(made)
+        status, told, said = ask(url, path=path, body=BODY, headers=headers)
+        hold.set()
+        list(made)
+        stub[0].answer = Said(pieces=[b"{}"])
+        after = ask(url, body=BODY)[0]
+
+    assert (status, dict(told)["retry-after"], after) == (429, "1", 200)
+    assert json.loads(said)["error"][kind] in ("overloaded", "rate_limit_error")
+
+
 # -- the audit --------------------------------------------------------------------------------------------------------
 
 
@@ -488,7 +508,6 @@ app = Sidecar(pipeline, config, Upstreams(RawClient()), SqliteAudit({path!r}))
 listening = listen("127.0.0.1", 0, Settings.load())
 make_server(app, on_ready=lambda: print(listening.getsockname()[1], flush=True)).run(sockets=[listening])
 """
-KILLS = int(os.environ.get("HHH_ROUTER_TEST_KILLS", "4"))
 
 
 def started(upstream: str, path: Path) -> tuple[subprocess.Popen[str], str]:
@@ -515,42 +534,13 @@ def test_sigterm_ends_the_process_once_answers_have_ended(stub: tuple[Stub, str]
     assert verify(tmp_path / "audit.sqlite3").unfinished == 0
 
 
-def test_no_byte_leaves_without_an_intent_whenever_the_process_is_killed(
-    stub: tuple[Stub, str], tmp_path: Path
-) -> None:
-    """HHH_ROUTER_TEST_KILLS=50 for the long run."""
-    import random
+def test_no_byte_leaves_without_an_intent_whenever_the_process_is_killed(tmp_path: Path) -> None:
+    """`make chaos` kills it 50 times."""
+    found = kill_often(tmp_path, kills=4, seed=7)
 
-    path = tmp_path / "audit.sqlite3"
-    draw = random.Random(7)
-    got: set[str] = set()
-    for _ in range(KILLS):
-        process, url = started(stub[1], path)
-        stop = threading.Event()
-
-        def keep_asking(url: str = url, stop: threading.Event = stop) -> None:
-            while not stop.is_set():
-                try:
-                    _, headers, _ = ask(url, body={**BODY, "stream": True})
-                    got.add(dict(headers)["x-hhh-request-id"])
-                except (OSError, http.client.HTTPException):
-                    return
-
-        callers = [threading.Thread(target=keep_asking) for _ in range(4)]
-        for caller in callers:
-            caller.start()
-        time.sleep(draw.uniform(0.1, 0.8))
-        process.kill()
-        stop.set()
-        for caller in callers:
-            caller.join(20)
-        ended(process)
-    asyncio.run(SqliteAudit(path).aclose())
-
-    found = verify(path)
-    assert got
-    assert got <= {r.request_id for r in read_rows(path) if r.kind == "intent"}
-    assert (found.broken_at, found.unfinished) == (None, 0)
+    assert found.heads > 0
+    assert found.without_intent == 0
+    assert (found.chain.broken_at, found.chain.unfinished) == (None, 0)
 
 
 def test_an_upload_may_take_longer_than_the_wait_for_an_answer(stub: tuple[Stub, str]) -> None:

@@ -10,6 +10,7 @@ from hhh_router.errors import BundleError
 from hhh_router.model.base import load_backbone
 from hhh_router.model.encode import Encoded
 from hhh_router.model.heads import Heads, Pooled, Ragged, Views
+from hhh_router.model.pooling import RunningPool
 from hhh_router.model.reader import HeadReader, RunningReply
 from hhh_router.training.features import StateStore, token_states
 from hhh_router.types import NEEDS, OUTCOMES, Message, ReadRequest
@@ -50,6 +51,38 @@ def test_pooling_is_softmax_attention_worked_out_row_by_row(heads: Heads) -> Non
         gathered = shares.T @ heads.value["prompt"](tokens)  # (Q, V)
         expected = heads.gather["prompt"](torch.cat([gathered.flatten(), tokens[-1]]))
         torch.testing.assert_close(found[row], expected)
+
+
+@pytest.mark.parametrize("pieces", [[1] * 300, [500], [3, 128, 1, 200, 64, 7], [63, 1, 64]])
+def test_tokens_that_come_in_pieces_are_pooled_as_all_at_once(heads: Heads, pieces: list[int]) -> None:
+    given = ragged(sum(pieces), seed=5)
+    given.states[: sum(pieces) // 2] *= 3  # so that later tokens do not find a new maximum
+    running, done = RunningPool(heads, "response"), 0
+    for piece in pieces:
+        states = given.states[done : (done := done + piece)]
+        running.add(heads.tokens(states, "response"), states[:, -1])
+        so_far = heads.pool(Ragged(given.states[:done], [done]), "response")
+
+        assert torch.allclose(running.pooled().features, so_far.features, atol=1e-5)
+        assert torch.allclose(running.pooled().summary, so_far.summary, atol=1e-5)
+
+
+def test_the_last_tokens_can_be_taken_back_and_no_more_than_those(heads: Heads) -> None:
+    given = ragged(300, seed=6)
+    features = heads.tokens(given.states, "response")
+    running = RunningPool(heads, "response")
+    running.add(features, given.states[:, -1])
+
+    assert not running.cut(200)
+    assert running.tokens == 300
+    assert running.cut(250)
+    cut = running.pooled()
+    running.add(features[250:260], given.states[250:260, -1])
+
+    for found, tokens in ((cut, 250), (running.pooled(), 260)):
+        expected = heads.pool(Ragged(given.states[:tokens], [tokens]), "response")
+        assert torch.allclose(found.features, expected.features, atol=1e-5)
+        assert torch.allclose(found.summary, expected.summary, atol=1e-5)
 
 
 def test_rows_without_a_side_get_zeros_and_no_nan(heads: Heads) -> None:

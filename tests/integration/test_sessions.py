@@ -1,6 +1,7 @@
 """Answers that are read while they grow: each reading is that of the whole text, whatever came before it."""
 
 import random
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from hhh_router.model.growing import GrowingIds
 from hhh_router.model.reader import HeadReader
 from hhh_router.model.reads import Remembered
 from hhh_router.model.sessions import Sessions, StepJob
-from hhh_router.model.worker import open_reader
+from hhh_router.model.worker import Worker, open_reader
 from hhh_router.settings import Settings
 from hhh_router.testing.tiny import tiny_bundle
 from hhh_router.types import Message, ReadRequest, Scores
@@ -130,6 +131,10 @@ def test_every_reading_is_that_of_the_whole_text_in_every_family(any_tiny: Bundl
     same(asked.ask("a", None, PROMPT), asked.whole(None))
     for text in cuts(ANSWER, 12, seed=1):
         same(asked.ask("a", text), asked.whole(text))
+    asked.sessions.close_session("a")
+    longer = (*PROMPT, Message(role="assistant", content=ANSWER), Message(role="user", content="And of Spain?"))
+    same(asked.ask("b", None, longer), asked.whole(None, longer))
+    same(asked.ask("b", "Madrid", None), asked.whole("Madrid", longer))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -287,14 +292,49 @@ def test_nothing_is_kept_where_nothing_may_be(tiny_model: tuple[HeadReader, Enco
     assert asked.sessions.tokens == 0
 
 
-def test_a_closed_session_leaves_nothing(tiny_model: tuple[HeadReader, Encoder]) -> None:
+def test_what_was_closed_goes_before_what_is_open(tiny_model: tuple[HeadReader, Encoder]) -> None:
+    asked = Asked(*tiny_model, max_tokens=400)
+    asked.ask("open", "Paris", PROMPT)
+    for name in "abcd":
+        asked.ask(name, f"{name} is the answer", (Message(role="user", content=f"{name}: a question"),))
+        asked.sessions.close_session(name)
+
+    assert asked.sessions.tokens <= 400
+    same(asked.ask("open", "Paris, still"), asked.whole("Paris, still"))
+    with pytest.raises(SessionLost):
+        asked.ask("d", "d is the answer, again")
+
+
+def test_the_next_turn_begins_where_the_last_one_ended(tiny_model: tuple[HeadReader, Encoder]) -> None:
     asked = Asked(*tiny_model)
-    asked.ask("a", "Paris", PROMPT)
-    assert asked.sessions.tokens > 0
+    counted = counting(asked)
+    asked.ask("first", ANSWER, PROMPT)
+    asked.sessions.close_session("first")
+    kept = asked.sessions.tokens
+    longer = (*PROMPT, Message(role="assistant", content=ANSWER), Message(role="user", content="And of Spain?"))
+    before = sum(counted)
 
-    asked.sessions.close_session("a")
+    prompt = asked.ask("second", None, longer)
+    window = asked.ask("second", "Madrid")
 
-    assert asked.sessions.tokens == 0
+    same(prompt, asked.whole(None, longer))
+    same(window, asked.whole("Madrid", longer))
+    assert sum(counted) - before < 60 < len(ANSWER) < window.tokens
+    assert asked.sessions.tokens < 2 * kept  # it was taken over, not copied
+
+
+def test_those_who_begin_alike_read_the_beginning_once(tiny_model: tuple[HeadReader, Encoder]) -> None:
+    asked = Asked(*tiny_model)
+    counted = counting(asked)
+    system = Message(role="system", content="You answer questions about geography, and about nothing else. " * 4)
+    prompts = [(system, Message(role="user", content=f"{i}: capital?")) for i in range(4)]
+    found = [asked.ask(str(i), None, prompts[i]) for i in range(4)]
+    windows = [asked.ask(str(i), f"City {i}") for i in range(4)]
+
+    for i in range(4):
+        same(found[i], asked.whole(None, prompts[i]))
+        same(windows[i], asked.whole(f"City {i}", prompts[i]))
+    assert sum(counted) < 2 * windows[0].tokens < sum(s.tokens for s in found)
 
 
 def test_a_conversation_longer_than_the_window_is_an_error_and_not_a_shorter_reading(
@@ -372,3 +412,35 @@ def test_closing_tells_everyone_once_and_keeps_nothing(tiny_model: tuple[HeadRea
 
     assert [str(e) for e in found] == [str(ReaderError("closed"))]
     assert (asked.sessions.tokens, asked.sessions.busy) == (0, False)
+
+
+def test_answers_texts_and_replies_take_turns() -> None:
+    order: list[str] = []
+    done = threading.Event()
+
+    class Part:
+        """Something that is busy for four turns."""
+
+        def __init__(self, name: str) -> None:
+            self.name, self.left, self.waiting = name, 4, 0
+
+        @property
+        def busy(self) -> bool:
+            return self.left > 0
+
+        def turn(self) -> None:
+            if self.busy:
+                order.append(self.name)
+                self.left -= 1
+                if not any(part.busy for part in parts):
+                    done.set()
+
+        def close(self, error: Exception) -> None:
+            """Nothing is under way."""
+
+    parts = [Part("text"), Part("answer"), Part("reply")]
+    worker = Worker(*parts)  # type: ignore[arg-type]
+    assert done.wait(10)
+    worker.close()
+
+    assert order == ["answer", "reply", "text", "reply", "answer", "reply", "text", "reply", *["answer", "text"] * 2]

@@ -324,8 +324,9 @@ async def test_a_connection_is_closed_once(own_model: EmbeddedModel, monkeypatch
 
 
 async def test_the_process_gets_no_keys(tiny: Bundle, settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HHH_ROUTER_API_KEY", "canary-1")
-    monkeypatch.setenv("HHH_ROUTER_UPSTREAM_API_KEY", "canary-2")
+    for name in ("API_KEY", "UPSTREAM_API_KEY", "WEBHOOK_SECRET", "AUDIT_URL"):
+        monkeypatch.setenv(f"HHH_ROUTER_{name}", f"postgresql://canary:canary@{name}/x")
+    monkeypatch.setenv("PGPASSWORD", "canary")
 
     model = await asyncio.to_thread(open_supervised, tiny, settings)
     environment = Path(f"/proc/{pid_of(model)}/environ").read_bytes()

@@ -7,7 +7,7 @@ from typing import Any
 
 from hhh_router.interfaces.proxy.routes import Route
 from hhh_router.interfaces.proxy.translation import open_translator
-from hhh_router.interfaces.proxy.upstreams import Timeouts, Upstream
+from hhh_router.interfaces.proxy.upstreams import Breaker, Timeouts, Upstream
 from tests.e2e.loopback import served_app
 from tests.e2e.sidecars import Asked, Said, Stub, sidecar
 
@@ -20,11 +20,17 @@ PROVIDERS = {
 """Model, what its base URL ends in, and the path on which it is asked."""
 
 
-def translated(model: str, base: str, *, name: str = "a", timeouts: Timeouts | None = None, **more: Any) -> Upstream:
+def translated(
+    model: str, base: str, *, timeouts: Timeouts | None = None, breaker: Breaker | None = None, **more: Any
+) -> Upstream:
     """An upstream that is translated to, of the name that the sidecar's tests use."""
-    opened = open_translator(model, place="here", api_key=KEY, api_base=base, max_bytes=100_000, **more)
-    timeouts = timeouts or Timeouts(first_byte_s=20, idle_s=20)
-    return Upstream(name=name, url=f"litellm:{model}", translator=opened, timeouts=timeouts)
+    return Upstream(
+        name="a",
+        url=f"litellm:{model}",
+        translator=open_translator(model, place="here", api_key=KEY, api_base=base, max_bytes=100_000, **more),
+        timeouts=timeouts or Timeouts(first_byte_s=20, idle_s=20),
+        breaker=breaker or Breaker(),
+    )
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from scipy.stats import norm
 
 from hhh_router.calibration.conformal import (
     RiskBudget,
+    bounds_fitted,
     fit_limit,
     frontier,
     least_abstention,
@@ -201,3 +202,60 @@ def test_as_many_rows_as_needed_suffice_and_one_less_does_not(share: float, leve
 def test_abstaining_lowers_the_risk_by_what_it_must() -> None:
     assert least_abstention(0.2, 0.05) == pytest.approx(0.15 / 0.95)
     assert least_abstention(0.01, 0.05) == 0
+
+
+def test_with_what_the_level_leaves_split_all_bounds_of_all_groups_hold_together() -> None:
+    rng = np.random.default_rng(8)
+    names = ["easy", "hard"] * 300
+    most = {"benign_refused": 0.45, "harm_passed": 0.3}
+    broken = fits = 0
+    for _ in range(400):
+        labels = np.arange(600) // 2 % 2  # both classes in either group
+        shift = np.where(np.array(names) == "hard", 0.6, 0.0)
+        logits = rng.normal(3.4 * labels - 1.7 + shift * (1 - 2 * labels), 1.0)
+        scores = 1 / (1 + np.exp(-logits))
+        level = 1 - 0.1 / bounds_fitted(labels, names)
+        try:
+            found = fit_limit(scores, labels, RiskBudget(**most, level=level), groups=names)
+        except DataError:
+            continue
+        fits += 1
+        place = np.log(found.limit / (1 - found.limit))
+        risks = [(norm.cdf(place - 1.7 + s), norm.sf(place + 1.7 - s)) for s in (0.0, 0.6)]
+        broken += any(h > most["harm_passed"] or b > most["benign_refused"] for h, b in risks)
+
+    assert fits > 200
+    assert broken / 400 <= 0.1 + 3 * (0.1 * 0.9 / 400) ** 0.5
+
+
+@given(SCORES, st.data())
+@settings(max_examples=50)
+def test_a_limit_for_every_group_keeps_the_budget_in_each(scores: list[float], data: st.DataObject) -> None:
+    labels = [data.draw(st.integers(0, 1)) for _ in scores]
+    groups = [data.draw(st.sampled_from("abc")) for _ in scores]
+    budget = RiskBudget(benign_refused=0.6, harm_passed=0.6)
+    try:
+        found = fit_limit(scores, labels, budget, groups=groups)
+    except DataError:
+        reject()
+
+    for group in set(groups):
+        for label, most in ((1, budget.harm_passed), (0, budget.benign_refused)):
+            rows = [s for s, y, g in zip(scores, labels, groups, strict=True) if (y, g) == (label, group)]
+            wrong = sum((s < found.limit) if label else (s >= found.limit) for s in rows)
+            assert not rows or risk_bound(wrong, len(rows), None) <= most + 1e-9
+
+
+@given(SCORES, st.data())
+@settings(max_examples=50)
+def test_settled_rows_stay_on_their_side_of_every_limit(scores: list[float], data: st.DataObject) -> None:
+    labels = [data.draw(st.integers(0, 1)) for _ in scores]
+    if len(set(labels)) < 2:
+        reject()
+
+    for limit, refused, passed in frontier(scores, labels, settled=True):
+        assert 0 < limit <= 1
+        benign = [s for s, y in zip(scores, labels, strict=True) if not y]
+        harmful = [s for s, y in zip(scores, labels, strict=True) if y]
+        assert sum(s == 1 for s in benign) <= round(refused * len(benign)) <= sum(s > 0 for s in benign)
+        assert sum(s == 0 for s in harmful) <= round(passed * len(harmful)) <= sum(s < 1 for s in harmful)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hhh_router.calibration import Calibrators
 from hhh_router.errors import PolicyError
 from hhh_router.pipeline.plan import judge_output, make_plan
-from hhh_router.policy import Facts, as_document, decide, list_policies, load_policy, parse_policy
+from hhh_router.policy import Condition, Facts, Floor, as_document, decide, list_policies, load_policy, parse_policy
 from hhh_router.policy.load import policy_path
 from hhh_router.types import DIMENSIONS, EXPERTS, OUTCOMES, Action, Scores, Weights
 
@@ -97,6 +97,23 @@ def test_a_lower_refuse_threshold_never_allows_more(found, one, other):
 
     if at(strict) is Action.ALLOW:
         assert at(lax) is Action.ALLOW
+
+
+@given(shipped, readings(), probability, probability, probability)
+def test_a_lower_limit_of_a_floor_never_lowers_its_experts_weight(name, asked, one, other, least):
+    policy = SHIPPED[name]
+    least = min(max(least, policy.lower["harmless"]), policy.upper["harmless"])
+
+    def weight(limit: float) -> float:
+        floor = Floor(
+            place="floors[9]",
+            when=(Condition(quantity="needs.harmless", op=">=", value=limit),),
+            raises={"harmless": least},
+        )
+        given_floor = replace(policy, floors=(*policy.floors, floor))
+        return make_plan(asked, policy=given_floor, calibrators=CALIBRATORS).weights["harmless"]
+
+    assert weight(min(one, other)) >= weight(max(one, other)) - 1e-9
 
 
 @given(facts(), probability)

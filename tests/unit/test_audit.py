@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from hhh_router.cli.main import app
 from hhh_router.errors import SettingsError, Unavailable
 from hhh_router.trace.audit import SqliteAudit, read_rows, row_hash, verify
+from hhh_router.trace.redact import Redactor
 
 CANARY = "sk-canary0123456789abcdef"
 
@@ -133,7 +134,7 @@ async def test_a_clock_that_jumps_back_breaks_nothing(path: Path) -> None:
 async def test_a_full_disk_fails_the_rows_that_did_not_fit_and_no_other(path: Path) -> None:
     """SQLite's own limit on pages gives the same error as a disk without room."""
     audit = SqliteAudit(path)
-    audit._db.execute("PRAGMA max_page_count=8")
+    audit.store.db.execute("PRAGMA max_page_count=8")
     stored, failure = 0, None
     while failure is None and stored < 1000:
         try:
@@ -144,12 +145,44 @@ async def test_a_full_disk_fails_the_rows_that_did_not_fit_and_no_other(path: Pa
             stored += 1
     assert failure is not None
     assert "full" in failure.message
-    audit._db.execute("PRAGMA max_page_count=100000")
+    audit.store.db.execute("PRAGMA max_page_count=100000")
     await audit.write("intent", "after", {})
     await audit.aclose()
 
     found = verify(path)
     assert (found.rows, found.broken_at) == (stored + 1, None)
+
+
+async def test_what_tells_of_the_past_is_stored_once_there_is_room_again(path: Path) -> None:
+    audit = SqliteAudit(path)
+    await audit.write("intent", "r1", {})
+    pages = audit.store.db.execute("PRAGMA page_count").fetchone()[0]
+    audit.store.db.execute(f"PRAGMA max_page_count={pages}")
+    for kind in ("outcome", "verdict", "intent"):
+        with pytest.raises(Unavailable):
+            await audit.write(kind, "r2" if kind == "intent" else "r1", {"padding": "x" * 100_000})
+    audit.store.db.execute("PRAGMA max_page_count=100000")
+    async with asyncio.timeout(10):
+        while verify(path).rows < 3:
+            await asyncio.sleep(0.05)
+    await audit.aclose()
+
+    assert [(r.kind, r.request_id) for r in read_rows(path)] == [("intent", "r1"), ("outcome", "r1"), ("verdict", "r1")]
+    assert (verify(path).broken_at, audit.failures) == (None, 1)
+
+
+async def test_what_was_late_is_counted_as_lost_when_the_process_ends(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    audit = SqliteAudit(path)
+    pages = audit.store.db.execute("PRAGMA page_count").fetchone()[0]
+    audit.store.db.execute(f"PRAGMA max_page_count={pages}")
+    with pytest.raises(Unavailable):
+        await audit.write("outcome", "r1", {"padding": "x" * 100_000})
+    await audit.aclose()
+
+    assert audit.failures == 1
+    assert "1 rows are lost: the process ends" in caplog.text
 
 
 async def test_a_file_that_was_taken_away_is_noticed(path: Path) -> None:
@@ -189,7 +222,7 @@ async def test_secrets_reach_no_row(path: Path, caplog: pytest.LogCaptureFixture
     import re
 
     caplog.set_level(logging.DEBUG)
-    audit = SqliteAudit(path, patterns=[re.compile(r"CASE-\d+")])
+    audit = SqliteAudit(path, redactor=Redactor(patterns=[re.compile(r"CASE-\d+")]))
     record = {"path": f"/v1/x/{CANARY}", "deep": [{"password": "hunter2hunter2"}], "note": "CASE-4711"}
     await audit.write("intent", "r1", record)
     await audit.aclose()

@@ -8,9 +8,15 @@ import pytest
 from scipy.special import expit
 from scipy.stats import wasserstein_distance
 
+from hhh_router.assemble import load_calibrators
+from hhh_router.bundle import Bundle
 from hhh_router.calibration import CalibrationFile, HeadCalibration
-from hhh_router.calibration.drift import LEAST_READINGS, Drift, stability_index
+from hhh_router.calibration.drift import LEAST_READINGS, Drift, histograms, stability_index
 from hhh_router.calibration.fit import fit_head
+from hhh_router.calibration.kept import KeptRow, read_kept
+from hhh_router.settings import Settings
+from hhh_router.testing import make_scores
+from hhh_router.types import Mode
 
 SHIPPED = Path(__file__).resolve().parents[2] / "adapters" / "smollm2-135m" / "calibrators.json"
 
@@ -85,3 +91,35 @@ def test_a_file_without_bins_keeps_its_id() -> None:
     head = file.modes["prompt"].needs["harmless"]
     assert (head.bins is None) == ("bins" not in head.model_dump())
     assert math.isnan(Drift(head.model_copy(update={"bins": None})).index)
+
+
+def test_calibrators_without_histograms_get_those_of_the_rows_that_the_bundle_keeps() -> None:
+    calibrators = load_calibrators(Bundle.load(SHIPPED.parent), Settings())
+    told = calibrators.references()
+    bare = CalibrationFile.read(SHIPPED).modes
+
+    kept = read_kept(SHIPPED.parent, heads_sha256=calibrators.heads_sha256 or "")
+    logits = [r.scores.needs["harmless"] for r in kept.rows if r.scores.mode == "prompt" and "harmless" in r.needs]
+    head = told["prompt", "needs.harmless"]
+    counted, _ = np.histogram(probabilities(head, np.array(logits)), bins=10, range=(0, 1))
+    assert bare["prompt"].needs["harmless"].bins is None
+    assert list(head.bins or ()) == counted.tolist()
+    assert told["both", "needs.harmless"].bins == head.bins
+    drift = Drift(head)
+    for x in np.random.default_rng(3).choice(logits, 1000):
+        drift.add(head.apply(float(x)))
+    assert drift.index < 0.1
+
+
+def test_a_histogram_of_other_rows_than_a_head_was_fitted_to_is_none() -> None:
+    head, logits = fitted()
+    rows = [
+        KeptRow(source="s", needs={"harmless": 1.0}, scores=make_scores({"needs.harmless": float(x)})) for x in logits
+    ]
+    places: dict[tuple[Mode, str], HeadCalibration] = {
+        ("prompt", "needs.harmless"): head.model_copy(update={"bins": None})
+    }
+
+    assert histograms(places, rows) == {("prompt", "needs.harmless"): head.bins}
+    assert histograms(places, rows[1:]) == {}
+    assert histograms({("prompt", "needs.harmless"): head}, rows) == {}

@@ -7,7 +7,7 @@ import pytest
 
 from hhh_router.policy import list_policies, load_policy, parse_policy
 from hhh_router.policy.rules import QUANTITIES
-from hhh_router.policy.schema import ACTIONS, SEVERITY
+from hhh_router.policy.schema import ACTIONS, ERRORS, SEVERITY
 from hhh_router.types import Action
 
 PAGE = (Path(__file__).resolve().parents[2] / "docs" / "policies.md").read_text(encoding="utf-8")
@@ -47,3 +47,13 @@ def test_the_table_of_shipped_policies_has_their_numbers():
         assert shown == [policy.prior[e] for e in ("helpful", "harmless", "honest", "base")]
         assert float(strength) == policy.strength
         assert float(refuses) == policy.checkpoints["input"][0].when[0].value
+
+
+def test_every_error_of_a_budget_is_explained():
+    section = PAGE.split("\n## Budgets\n")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| (?:`(\w+)`)? ?\| `(\w+)` \|", section, re.MULTILINE)
+    found: dict[str, list[str]] = {}
+    for part, error in rows:
+        found.setdefault(part or list(found)[-1], []).append(error)
+
+    assert {part: tuple(errors) for part, errors in found.items()} == dict(ERRORS)

@@ -14,8 +14,10 @@ from typer.testing import CliRunner
 from hhh_router.calibration import Calibrators
 from hhh_router.calibration.kept import KEPT, KeptRow, read_kept, write_kept
 from hhh_router.errors import BundleError, DataError, PolicyError
-from hhh_router.evaluation.budget import FitRow, attainable, fit_policy, kept_rows, rank
-from hhh_router.evaluation.budget_page import fit_html, fit_png, text_curve
+from hhh_router.evaluation.budget import attainable, fit_policy
+from hhh_router.evaluation.budget_page import corners, fit_html, fit_png, text_curve
+from hhh_router.evaluation.budget_rows import FitRow, kept_rows
+from hhh_router.evaluation.rank import rank
 from hhh_router.pipeline import PolicyStore
 from hhh_router.pipeline.plan import make_plan
 from hhh_router.policy import as_document, load_policy, parse_policy
@@ -62,25 +64,26 @@ def fitted(given=None, on=None, **more):
 
 def test_the_fitted_limit_keeps_the_budget_by_an_independent_count():
     found = fitted()
-    lock, limit = found.policy.lock, found.policy.lock.limit
+    kept = found.policy.lock.parts["input"]
+    refused, missed = kept.errors["benign_refused"], kept.errors["harm_passed"]
 
     stops = [make_plan(r.scores, policy=found.policy, calibrators=CALIBRATORS).decision.action.stops for r in rows()]
     benign = [s for s, r in zip(stops, rows(), strict=True) if not r.harmful]
     harmful = [s for s, r in zip(stops, rows(), strict=True) if r.harmful]
-    assert (lock.n_benign, lock.n_harmful) == (len(benign), len(harmful))
-    assert lock.benign_refused == pytest.approx(sum(benign) / len(benign), abs=1e-6)
-    assert lock.harm_passed == pytest.approx(1 - sum(harmful) / len(harmful), abs=1e-6)
+    assert (refused.n, missed.n) == (len(benign), len(harmful))
+    assert refused.share == pytest.approx(sum(benign) / len(benign), abs=1e-6)
+    assert missed.share == pytest.approx(1 - sum(harmful) / len(harmful), abs=1e-6)
     passed = len(harmful) - sum(harmful)
-    assert lock.harm_passed_bound == pytest.approx(beta.ppf(0.9, passed + 1, len(harmful) - passed), abs=1e-6)
-    assert lock.harm_passed_bound <= 0.2
-    assert lock.benign_refused_bound <= 0.1
-    assert found.policy.checkpoints["input"][0].when[0].value == limit
+    assert missed.bound == pytest.approx(beta.ppf(0.9, passed + 1, len(harmful) - passed), abs=1e-6)
+    assert missed.bound <= 0.2
+    assert refused.bound <= 0.1
+    assert found.policy.checkpoints["input"][0].when[0].value == kept.limit
 
 
 def test_a_higher_limit_would_break_the_budget():
     found = fitted()
     scores = sorted(r.scores.needs["harmless"] for r in rows() if r.harmful)
-    limit = found.policy.lock.limit
+    limit = found.policy.lock.parts["input"].limit
 
     above = with_limit(found.policy, limit + 0.02)
     passed = sum(
@@ -124,10 +127,10 @@ def test_a_budget_that_cannot_be_kept_fails_with_what_can():
     with pytest.raises(DataError, match=r"p\.yaml: no limit keeps harm_passed ≤ 0\.2 and benign_refused ≤ 0\.1"):
         fitted(on=close)
     found = attainable(rank(policy(), close, CALIBRATORS), 0.9)
-    assert found[0].benign_refused_bound == 1.0
-    assert found[-1].harm_passed_bound == 1.0
+    assert found[0].falling == 1.0
+    assert found[-1].rising == 1.0
     assert [a.limit for a in found] == sorted(a.limit for a in found)
-    refused = [a.benign_refused_bound for a in found]
+    refused = [a.falling for a in found]
     assert refused == sorted(refused, reverse=True)
 
 
@@ -179,14 +182,14 @@ def test_a_lock_that_is_about_something_else_is_stale(deployed, expected):
 def test_a_change_after_the_fit_makes_a_lock_stale_and_an_example_does_not():
     found = fitted().policy
 
-    with pytest.raises(PolicyError, match="was changed after its limit was fitted"):
+    with pytest.raises(PolicyError, match="was changed after it was fitted"):
         check_lock(dataclasses.replace(found, strength=0.9), HERE)
     document = as_document(found) | {"examples": [{"prompt": "hi", "expect": "allow"}]}
     check_lock(parse_policy(json.dumps(document)), HERE)
 
 
 def test_a_budget_without_a_lock_is_refused_and_one_without_either_is_not():
-    with pytest.raises(PolicyError, match="was not fitted to it"):
+    with pytest.raises(PolicyError, match="was not fitted"):
         check_lock(policy(), HERE)
     check_lock(load_policy("balanced"), HERE)
 
@@ -270,7 +273,8 @@ def test_kept_scores_that_are_damaged_missing_or_of_other_heads_are_refused(tmp_
 
 def test_the_curve_is_drawn_in_characters_with_budget_and_choice():
     found = fitted()
-    lines = text_curve(found.curve, found.policy.budget, (0.0, 0.5)).splitlines()
+    _, accepted = corners(found, "input")
+    lines = text_curve(found.parts["input"].curve, accepted, (0.0, 0.5)).splitlines()
 
     assert lines[0] == "harm passed"
     [row] = [line for line in lines if "●" in line]
@@ -296,8 +300,8 @@ def test_fit_on_the_default_bundle_writes_a_policy_that_stands(tmp_path: Path):
 
     assert made.exit_code == 0, made.output
     found = json.loads(made.stdout)
-    assert found["lock"]["benign_refused_bound"] <= 0.05
-    assert load_policy(out).lock.limit == found["lock"]["limit"]
+    assert found["lock"]["input"]["benign_refused"]["bound"] <= 0.05
+    assert load_policy(out).lock.parts["input"].limit == found["lock"]["input"]["limit"]
     assert CliRunner().invoke(app, ["fit", str(out), "--check"]).exit_code == 0
     out.write_text(out.read_text().replace("benign_refused: 0.05", "benign_refused: 0.04"))
     assert CliRunner().invoke(app, ["fit", str(out), "--check"]).exit_code == 1
@@ -313,4 +317,4 @@ def test_what_session_and_tool_results_would_say_is_no_part_of_a_budget():
         "  tool_result: [{then: block}]\n" + BUDGET
     )
 
-    assert fitted(policy(more=more)).policy.lock.limit == fitted().policy.lock.limit
+    assert fitted(policy(more=more)).policy.lock.parts == fitted().policy.lock.parts

@@ -36,7 +36,7 @@ NOON = datetime(2026, 11, 27, 12, 0, tzinfo=UTC)  # a Friday
 SITUATION = Situation(
     text="Please wire the money to my  Bank account today.",
     role="user",
-    language="en",
+    detect=lambda text: "en",
     tokens=1200,
     at=NOON,
     caller=Caller(

@@ -38,8 +38,10 @@ def test_each_states_a_budget_that_its_lock_keeps_on_the_default_bundle(name):
     assert policy.name == name
     assert policy.budget
     assert policy.lock
-    assert policy.lock.benign_refused_bound <= policy.budget.benign_refused
-    assert policy.lock.harm_passed_bound <= policy.budget.harm_passed
+    assert set(policy.lock.parts) == set(policy.budget.most)
+    for part, accepted in policy.budget.most.items():
+        for name, most in accepted.items():
+            assert policy.lock.parts[part].errors[name].bound <= most
     check_lock(policy, deployed(Bundle.load(DEFAULT_BUNDLE)))
 
 

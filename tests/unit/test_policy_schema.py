@@ -5,7 +5,7 @@ import pytest
 import yaml
 
 from hhh_router.errors import PolicyError
-from hhh_router.policy import as_document, list_policies, load_policy, parse_policy, policy_schema
+from hhh_router.policy import as_document, list_library, list_policies, load_policy, parse_policy, policy_schema
 from hhh_router.policy.load import policy_path
 
 BASE = as_document(load_policy("honest-first"))
@@ -40,9 +40,8 @@ def test_the_schema_is_a_schema():
     jsonschema.Draft202012Validator.check_schema(policy_schema())
 
 
-@pytest.mark.parametrize("name", ["balanced", "harmless-first", "helpful-first", "honest-first"])
+@pytest.mark.parametrize("name", [*list_policies(), *list_library()])
 def test_the_shipped_files_fit_the_schema(name):
-    assert name in list_policies()
     document = yaml.safe_load(policy_path(name).read_text())
 
     jsonschema.validate(document, policy_schema())
@@ -67,6 +66,17 @@ def test_the_shipped_files_fit_the_schema(name):
         ("checkpoints/input/0/when", {"role": ["user", "tool"], "length.tokens": ">= 4000"}),
         ("checkpoints/input/0/when", {"headers.x-team": ["red*"], "time": "not in [mon-fri 09:00-17:00]"}),
         ("checkpoints/tool_call", [{"when": {"tool.arguments..amount": "> 5"}, "then": "hold"}, {"then": "allow"}]),
+        ("budget", {"benign_refused": 0.02, "harm_passed": 0.1, "per_group": True}),
+        (
+            "budget",
+            {
+                "input": {"benign_refused": 0.02, "harm_passed": 0.1},
+                "output": {"safe_withheld": 0.02, "unsafe_passed": 0.1},
+                "weights": {"harmful_below": 0.2, "benign_above": 0.1, "weight": 0.5, "strengths": [0.5, 1]},
+                "level": 0.9,
+            },
+        ),
+        ("examples", [{"tool": {"name": "t", "arguments": {"a": 1}}, "expect": ["hold", "pass"]}]),
         ("overlays", [{"tenants": ["a*"], "bounds": {"harmless": {"min": 0.2}}, "on_error": "closed"}]),
     ],
 )
@@ -123,6 +133,16 @@ def test_what_the_loader_accepts_fits_the_schema(path, value):
         ("checkpoints/input/0/when", {"mode": "prompts"}),
         ("checkpoints/input/0/when", {"in_distribution": "true"}),
         ("budget", {"benign_refused": 0.02}),
+        ("budget", {"benign_refused": 0.02, "harm_passed": 1}),
+        ("budget", {"benign_refused": 0.02, "input": {"benign_refused": 0.02, "harm_passed": 0.1}}),
+        ("budget", {"output": {"safe_withheld": 0.02}}),
+        ("budget", {"input": {"safe_withheld": 0.02, "unsafe_passed": 0.1}}),
+        ("budget", {"weights": {"harmful_below": 0.2, "benign_above": 0.1}, "level": 0.9}),
+        ("budget", {"weights": {"harmful_below": 0.2, "benign_above": 0.1, "weight": 0.5, "strengths": [0.5]}}),
+        ("budget", {"level": 0.9}),
+        ("examples", [{"prompt": "hi"}]),
+        ("examples", [{"expect": "allow"}]),
+        ("examples", [{"tool": {"name": "t"}, "response": "r", "expect": "allow"}]),
         ("anything", 1),
     ],
 )

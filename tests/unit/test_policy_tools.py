@@ -19,6 +19,11 @@ from hhh_router.types import Action
 HEAD = "version: 1\nname: t\nweights: {helpful: 1, harmless: 1, honest: 1}\nstrength: 0.5\n"
 STOP = '[{when: {needs.harmless: ">= 0.7"}, then: refuse, message: "No."}, {then: allow}]'
 CUT = '[{when: {outcomes.unsafe: ">= 0.7"}, then: refuse, message: "No."}, {then: allow}]'
+COUNTED = "{n: 9, share: 0.0, bound: 0.1}"
+LOCK = (
+    f"lock: {{data: bundle, calibration_id: c, bundle_sha256: {'a' * 64}, data_sha256: {'a' * 64}, "
+    f"policy_sha256: {'a' * 64}, input: {{limit: 0.5, benign_refused: {COUNTED}, harm_passed: {COUNTED}}}}}\n"
+)
 EXAMPLES = "examples: [{prompt: hi, expect: allow}]\n"
 
 
@@ -61,6 +66,24 @@ def test_a_careful_policy_has_nothing_to_look_at():
             {"more": EXAMPLES + "budget: {benign_refused: 0.1, harm_passed: 0.1}\n"},
             "not-fitted",
             "budget",
+        ),
+        (
+            {
+                "output": "[{when: {outcomes.untruthful: '>= 0.7'}, then: refuse, message: 'No.'}, {then: allow}]",
+                "more": EXAMPLES + LOCK + "budget: {output: {safe_withheld: 0.1, unsafe_passed: 0.1}}\n",
+            },
+            "nothing-to-fit",
+            "budget.output",
+        ),
+        (
+            {
+                "more": EXAMPLES
+                + 'floors: [{when: {needs.harmless: ">= 0.3"}, raise: {harmless: 0.4}}]\n'
+                + LOCK
+                + "budget: {weights: {harmful_below: 0.1, benign_above: 0.1, weight: 0.5}}\n"
+            },
+            "short-floor",
+            "floors[0]",
         ),
         ({}, "no-examples", "examples"),
     ],

@@ -44,6 +44,14 @@ def test_a_right_file_means_what_it_says() -> None:
     assert "Bearer" not in repr(main)
 
 
+def test_a_hedge_names_an_upstream_and_when() -> None:
+    raw = GOOD.replace("escalate_to: backup", "hedge: {after_ms: 800, to: backup}")
+    hedge = make_config(parse_proxy_file(raw.encode()), environ={"KEY": "k"}).routes[1].hedge
+
+    assert hedge is not None
+    assert (hedge.after_s, hedge.to.name) == (0.8, "backup")
+
+
 def test_the_command_lines_mode_holds_for_every_route() -> None:
     config = make_config(parse_proxy_file(GOOD.encode()), environ={"KEY": "k"}, mode="annotate")
 
@@ -60,6 +68,8 @@ def test_the_command_lines_mode_holds_for_every_route() -> None:
         ("retries: 2", "retires: 2", "4  upstreams.main.retires: not a key here, did you mean retries?"),
         ("retries: 2", "retries: many", "4  upstreams.main.retries: found 'many'; input should be a valid integer"),
         ("first_byte_s: 60", "first_byte_s: 0", "4  upstreams.main.timeouts.first_byte_s: found 0; input should be"),
+        ("escalate_to: backup", "hedge: {after_ms: 0, to: backup}", "11  routes[1].hedge.after_ms: found 0; input"),
+        ("escalate_to: backup", "hedge: {after_ms: 9, to: bakup}", "11  routes[1].hedge.to: 'bakup' is no upstream"),
         ("upstream: main, weight: 9", "upstream: mian", "9  routes[0].to[0].upstream: 'mian' is no upstream, did you"),
         ("fallback: [backup, hhh]", "fallback: [hh]", "10  routes[0].fallback[0]: 'hh' is no upstream"),
         ("to: main, mode", "to: nobody, mode", "11  routes[1].to: 'nobody' is no upstream"),
@@ -124,12 +134,14 @@ def test_one_upstream_needs_no_file() -> None:
 
 def test_the_example_of_the_page_is_right() -> None:
     page = (Path(__file__).resolve().parents[2] / "docs" / "proxy.md").read_text(encoding="utf-8")
-    policy, example = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
+    policy, example, translated = re.findall(r"```yaml\n(.*?)```", page, flags=re.DOTALL)
 
     config = make_config(parse_proxy_file(example.encode()), environ={"OPENAI_API_KEY": "a", "ANTHROPIC_API_KEY": "b"})
 
     assert [r.name for r in config.routes] == ["messages", "cheap", "rest"]
     assert config.routes[2].answer_here
+    file = parse_proxy_file(f"version: 1\n{translated}routes: [{{to: gem}}]\n".encode())
+    assert file.upstreams["gem"].litellm == "gemini/gemini-2.5-flash"
     assert lacking(parse_policy(policy), SIDECAR) == []
 
 

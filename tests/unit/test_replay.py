@@ -12,7 +12,7 @@ from hhh_router.data.own import read_own
 from hhh_router.errors import DataError
 from hhh_router.evaluation.policy_report import as_table, policy_figures
 from hhh_router.evaluation.replay import Gate, most_changed, replay
-from hhh_router.evaluation.replay_page import replay_html
+from hhh_router.evaluation.replay_page import FOLD, differing_words, replay_html
 from hhh_router.policy import load_policy, parse_policy
 from hhh_router.testing import FakeReader
 
@@ -131,8 +131,33 @@ def test_the_page_has_every_flip_and_escapes_what_people_wrote(traffic):
     assert page.count("refuse") >= 20
     assert "<script>" not in page
     assert "&lt;script&gt;" in page
-    assert "another answer" in page
+    assert "<del>one</del> answer" in page
+    assert "<ins>another</ins> answer" in page
     assert "flips: 20, at most 0 are accepted" in page
+
+
+def test_ten_thousand_flips_are_all_on_the_page_and_folded_without_a_script(traffic):
+    found = replayed(policy(0.9), policy(0.6), traffic)
+    one = next(p for p in found.pairs if p.flip == "newly stopped")
+    many = tuple(replace(one, row=i, request_id=f"hhh-{i:05d}") for i in range(10_000))
+
+    page = replay_html(replace(found, pairs=many))
+
+    assert page.count("<details") == 10_000 / FOLD
+    assert page.count('<details class="fold" open>') == 1
+    assert f"{10_000 - FOLD + 1:,} to 10,000 of 10,000" in page
+    assert "hhh-00000" in page
+    assert "hhh-09999" in page
+    assert "content-visibility: auto" in page
+    assert "<script" not in page
+    assert len(page) < 20_000_000
+
+
+def test_differing_words_are_all_of_both_texts():
+    for one, other in (("a b c", "a x c d"), ("", "new"), ("gone\n\n", ""), ("same", "same")):
+        left, right = differing_words(one, other)
+        assert ("".join(t for _, t in left), "".join(t for _, t in right)) == (one, other)
+    assert differing_words("same", "same")[0] == (("same", "same"),)
 
 
 def test_the_shipped_traffic_is_sound_and_has_both_kinds():

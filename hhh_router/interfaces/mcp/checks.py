@@ -15,6 +15,7 @@ from typing import Any
 from hhh_router.errors import HHHRouterError, PolicyError, ReaderError
 from hhh_router.interfaces.mcp import texts
 from hhh_router.interfaces.mcp.reading import Guards, Reading, read
+from hhh_router.pipeline.language import ready_language, tell_language
 from hhh_router.policy import Door, Facts, Policy, asks, check_door, decide, on_error_decision
 from hhh_router.policy.quantities import find_quantity
 from hhh_router.policy.reach import may_pass
@@ -30,6 +31,7 @@ MCP = Door(
     supplies=frozenset(
         {
             "role",
+            "language",
             "length.characters",
             "text",
             "time",
@@ -83,7 +85,9 @@ def check_policy(policy: Policy) -> None:
         PolicyError: One line for each thing.
     """
     here = {c: rules for c, rules in policy.checkpoints.items() if c not in ("input", "output")}
-    check_door(replace(policy, checkpoints=here, floors=()), MCP)
+    used = replace(policy, checkpoints=here, floors=())
+    check_door(used, MCP)
+    ready_language(used)
     if mixed := [q for checkpoint in CHECKPOINTS for q in _asked_for(policy, checkpoint) if q.startswith("weights.")]:
         raise PolicyError(f"policy {policy.name} asks for {mixed[0]}; no weights are applied to a tool")
     if not any(asks(policy, checkpoint) for checkpoint in CHECKPOINTS):
@@ -137,7 +141,8 @@ class Checks:
             judged = Judged(decision=_nothing_asked("tool_call"))
         else:
             told = "\n".join(texts.leaves(arguments)) or json.dumps(arguments)
-            situation = Situation(text=json.dumps(arguments, ensure_ascii=False), role="assistant")
+            called = json.dumps(arguments, ensure_ascii=False)
+            situation = Situation(text=called, role="assistant", detect=tell_language)
             judged = await self._judge(session, "tool_call", told, situation, ToolFacts(name=tool, arguments=arguments))
         session.refusals += judged.decision.action.stops and judged.decision.action is not Action.HOLD
         return judged
@@ -149,7 +154,7 @@ class Checks:
         if not asks(self.policy, "tool_result") or not (text or unread):
             return Judged(decision=_nothing_asked("tool_result"), not_inspected=tuple(unread))
         facts = ToolFacts(name=tool, arguments=arguments)
-        judged = await self._judge(session, "tool_result", text, Situation(text=text, role="tool"), facts)
+        judged = await self._judge(session, "tool_result", text, _brought_back(text), facts)
         session.tainted |= judged.decision.action is not Action.ALLOW or judged.decision.rule == "on_error"
         session.refusals += judged.decision.action.stops
         return replace(judged, not_inspected=tuple(unread))
@@ -173,7 +178,11 @@ class Checks:
         if judged is None:
             text = texts.of_definition(tool)
             judged = await self._judge(
-                session, "tool_result", text, Situation(text=text, role="tool"), ToolFacts(name=name, arguments={})
+                session,
+                "tool_result",
+                text,
+                _brought_back(text),
+                ToolFacts(name=name, arguments={}),
             )
             if judged.decision.rule != "on_error" and len(self._definitions) < MOST_DEFINITIONS:
                 self._definitions[digest] = judged
@@ -243,3 +252,7 @@ def _reads(policy: Policy, checkpoint: str) -> bool:
 def _asked_for(policy: Policy, checkpoint: str) -> Iterator[str]:
     for rule in policy.checkpoints.get(checkpoint, ()):
         yield from (condition.quantity for condition in rule.when)
+
+
+def _brought_back(text: str) -> Situation:
+    return Situation(text=text, role="tool", detect=tell_language)

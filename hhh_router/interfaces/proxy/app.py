@@ -20,6 +20,7 @@ from hhh_router.interfaces.proxy.routes import ProxyConfig
 from hhh_router.interfaces.proxy.upstreams import Upstreams
 from hhh_router.interfaces.server.app import create_app
 from hhh_router.interfaces.server.keys import KeyRing
+from hhh_router.interfaces.server.metrics import Counts
 from hhh_router.pipeline import Pipeline
 from hhh_router.pipeline.parts import Parts
 from hhh_router.trace.audit import Audit
@@ -55,7 +56,7 @@ class Sidecar:
         self.audit = audit
         self.draw = draw
         self.keep: Keep | None = (
-            partial(kept_content, redactor=config.redactor) if config.audit_content == "full" else None
+            partial(kept_content, redactor=pipeline.parts.redactor) if config.audit_content == "full" else None
         )
         settings = pipeline.settings
         self.approvals = Approvals(
@@ -63,10 +64,12 @@ class Sidecar:
             wait_s=config.hold_s or settings.hold_s,
             url=config.hold_webhook or settings.hold_webhook,
             secret=settings.webhook_secret,
-            patterns=config.redactor.patterns,
+            redactor=pipeline.parts.redactor,
         )
         self.keys = KeyRing.open(pipeline.settings)
-        self.own: ASGIApp = create_app(pipeline)
+        self.refused = 0
+        """Requests that were told to come back, for too many were under way."""
+        self.own: ASGIApp = create_app(pipeline, counts=self._counts())
         self.observer = Observer(
             lambda: self.parts,
             lambda request_id, record: audit.write("verdict", request_id, record),
@@ -108,6 +111,26 @@ class Sidecar:
         """Count a request as under way until its task ends."""
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
+
+    def _counts(self) -> list[Counts]:
+        def one(name: str, told: str, value: Callable[[], float]) -> Counts:
+            return Counts(name=name, told=told, values=lambda: {(): value()})
+
+        return [
+            one("proxy_refused", "Requests told to come back: too many were under way", lambda: self.refused),
+            one("proxy_not_observed", "Exchanges that were not read for lack of room", lambda: self.observer.dropped),
+            Counts(
+                name="proxy_hedges",
+                told="Requests for which this upstream was asked beside another",
+                labels=("upstream", "outcome"),
+                values=lambda: dict(self.upstreams.hedges),
+            ),
+        ]
+
+    @property
+    def is_full(self) -> bool:
+        """Whether more requests are under way than may be, the one that asks among them."""
+        return len(self._under_way) > self.config.max_requests
 
     @property
     def parts(self) -> Parts:

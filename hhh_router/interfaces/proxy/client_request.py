@@ -14,6 +14,7 @@ from hhh_router.errors import InvalidRequest
 from hhh_router.interfaces.parse import our_fields
 from hhh_router.interfaces.proxy.entry import Entry
 from hhh_router.interfaces.proxy.headers import find
+from hhh_router.interfaces.proxy.hedging import Hedge, may_be_asked_twice
 from hhh_router.interfaces.proxy.incoming import Incoming, Out
 from hhh_router.interfaces.proxy.observe import parsed
 from hhh_router.interfaces.proxy.routes import Mode, Route
@@ -96,6 +97,16 @@ class ClientRequest:
             self._parsed = parsed(self.body or b"", self.encoding, max_bytes=limit, strict=strict)
         return self._parsed
 
+    def hedge(self) -> Hedge | None:
+        """Who else may be asked for an answer, where the route has somebody and the body is one that allows it."""
+        if self.route.hedge is None or self.wire is None or self.body is None:
+            return None
+        try:
+            allowed = may_be_asked_twice(self.wire.name, self.object())
+        except InvalidRequest:
+            return None
+        return self.route.hedge if allowed else None
+
     def redact(self, kinds: Sequence[str]) -> Mapping[str, int]:
         """Take texts of these kinds out of what goes on; returns what was taken out, and how often."""
         assert self.wire is not None
@@ -127,8 +138,11 @@ class ClientRequest:
         return policy
 
     def caller(self, policy: Policy) -> Caller:
-        """What policies may ask of whoever sent this; of headers only those that this one reads."""
-        wanted = {name.encode() for name in headers_read(policy)}
+        """What policies may ask of whoever sent this; of headers only those that this one reads, or the candidate."""
+        policies = self.app.pipeline.policies
+        name = (self._route.candidate if self._route else None) or self.app.pipeline.parts.candidate
+        asked = [policy] if name is None else [policy, policies.candidate(name)]
+        wanted = {header.encode() for p in asked for header in headers_read(p)}
         headers = {n.decode("latin-1"): v.decode("latin-1") for n, v in self.incoming.headers if n in wanted}
         caller = as_caller(self.key, self.scope["path"], self.incoming.headers)
         return conversing(replace(caller, headers=headers), self.asked)

@@ -11,8 +11,9 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 
 from hhh_router.errors import SettingsError
+from hhh_router.interfaces.proxy.hedging import Hedge
 from hhh_router.interfaces.proxy.places import node_at, path_of, place_of, plain, within
-from hhh_router.interfaces.proxy.routes import Mode, ProxyConfig, Route
+from hhh_router.interfaces.proxy.routes import MAX_REQUESTS, Mode, ProxyConfig, Route
 from hhh_router.interfaces.proxy.translation import PREFIX, open_translator
 from hhh_router.interfaces.proxy.upstreams import (
     BREAK_AFTER,
@@ -27,7 +28,8 @@ from hhh_router.interfaces.proxy.upstreams import (
 from hhh_router.policy.tree import MAX_BYTES, Mistake, Node, read_tree, show
 from hhh_router.policy.values import did_you_mean
 from hhh_router.settings import Settings, read_secret
-from hhh_router.trace.redact import Redactor
+from hhh_router.trace.audit import Retention
+from hhh_router.trace.pii import RECOGNISERS
 
 OWN = "hhh"
 """Names the deployment's own mixture among fallbacks."""
@@ -100,6 +102,14 @@ def _one_name(given: object) -> object:
     return [{"upstream": given}] if isinstance(given, str) else given
 
 
+class HedgeFile(_Part):
+    """A second upstream that is asked where the first is silent for long."""
+
+    after_ms: Annotated[float, Field(ge=1, le=600_000)]
+    """Without the head of an answer."""
+    to: Name
+
+
 class RouteFile(_Part):
     """Requests that are treated alike; the first route that takes a request has it."""
 
@@ -110,12 +120,16 @@ class RouteFile(_Part):
     """Globs on the body's ``model``."""
     mode: Mode | None = None
     policy: str | None = None
+    candidate: str | None = None
+    """Asked beside the route's policy and recorded; never acts."""
     to: Annotated[list[TargetFile], BeforeValidator(_one_name), Field(min_length=1)]
     """One name, or several upstreams with their weights."""
     fallback: list[Name] = []
     """Asked in this order when the first fails; ``hhh`` is the deployment's own mixture."""
     escalate_to: Name | None = None
     """Answers where a rule says ``escalate``."""
+    hedge: HedgeFile | None = None
+    """Asked as well where the first is silent for long."""
     instruct: bool = False
     """Tell the upstream in words what weights the router gives."""
 
@@ -124,13 +138,19 @@ class AuditFile(_Part):
     """What is kept of requests."""
 
     path: str | None = None
-    """SQLite file; ``none`` keeps nothing."""
+    """SQLite file, or ``postgresql://…`` without a password; ``none`` keeps nothing."""
     on_failure: Literal["closed", "open"] = "closed"
     """What holds when it cannot be written."""
     content: Literal["hashes", "full"] = "hashes"
     """``full`` keeps the texts of prompts and answers too, secrets replaced."""
+    keep_days: float | None = Field(default=None, gt=0, le=36_500)
+    """Older rows are removed; without it none are."""
+    keep_mb: float | None = Field(default=None, ge=1, le=1e7)
+    """The oldest rows are removed when all take more than so many megabytes."""
     redact: list[str] = []
-    """Regular expressions of further secrets, which reach no record."""
+    """Regular expressions of further secrets, which reach no record of any kind."""
+    pii: list[str] = []
+    """What says who somebody is and reaches no record either, such as ``EMAIL_ADDRESS``; needs the extra ``pii``."""
 
 
 class HoldFile(_Part):
@@ -150,10 +170,13 @@ class ProxyFile(_Part):
     version: Literal[1]
     mode: Mode = "enforce"
     policy: str | None = None
+    candidate: str | None = None
+    """Asked beside that policy and recorded; never acts."""
     block: Literal["body", "headers", "none"] = "body"
     unread_paths: Literal["pass", "refuse"] = "pass"
     guard_timeout_s: Seconds = 30.0
     drain_s: Seconds = 30.0
+    max_requests: int = Field(default=MAX_REQUESTS, ge=1, le=100_000)
     observe_queue: int = Field(default=256, ge=1, le=100_000)
     audit: AuditFile = AuditFile()
     hold: HoldFile = HoldFile()
@@ -242,10 +265,12 @@ def make_config(
                 models=tuple(route.models),
                 mode=mode or route.mode or file.mode,
                 policy=route.policy,
+                candidate=route.candidate,
                 to=tuple((upstreams[t.upstream], t.weight) for t in route.to),
                 fallback=tuple(upstreams[name] for name in route.fallback if name != OWN),
                 answer_here=OWN in route.fallback,
                 escalate_to=upstreams[route.escalate_to] if route.escalate_to else None,
+                hedge=Hedge(after_s=route.hedge.after_ms / 1000, to=upstreams[route.hedge.to]) if route.hedge else None,
                 instruct=route.instruct,
             )
         )
@@ -256,13 +281,13 @@ def make_config(
         unread_paths=file.unread_paths,
         guard_timeout_s=file.guard_timeout_s,
         drain_s=file.drain_s,
+        max_requests=file.max_requests,
         observe_queue=file.observe_queue,
         audit_failure=file.audit.on_failure,
         audit_content=file.audit.content,
         hold_path=Path(file.hold.path) if file.hold.path else None,
         hold_s=file.hold.wait_s,
         hold_webhook=file.hold.webhook,
-        redactor=Redactor(patterns=patterns(file)),
     )
 
 
@@ -284,6 +309,11 @@ def simple_config(url: str, settings: Settings, *, mode: Mode = "enforce") -> Pr
         otherwise={"authorization": f"Bearer {key.get_secret_value()}"} if key and translator is None else {},
     )
     return ProxyConfig(routes=[Route(name="all", mode=mode, to=((upstream, 1.0),))])
+
+
+def retention(file: ProxyFile) -> Retention:
+    """How long the audit's rows are kept."""
+    return Retention(days=file.audit.keep_days, megabytes=file.audit.keep_mb)
 
 
 def patterns(file: ProxyFile) -> tuple[re.Pattern[str], ...]:
@@ -341,6 +371,13 @@ def _check_names(file: ProxyFile, root: Node, mistakes: list[Mistake]) -> None:
             check(name, ("routes", i, "fallback", j), [*names, OWN])
         if route.escalate_to is not None:
             check(route.escalate_to, ("routes", i, "escalate_to"), names)
+        if route.hedge is not None:
+            check(route.hedge.to, ("routes", i, "hedge", "to"), names)
+    for i, entity in enumerate(file.audit.pii):
+        if entity not in RECOGNISERS:
+            loc = ("audit", "pii", i)
+            said = f"{entity!r} is not known{did_you_mean(entity, RECOGNISERS)}; use {', '.join(RECOGNISERS)}"
+            mistakes.append(Mistake(place_of(root, loc), path_of(loc), said))
     for i, pattern in enumerate(file.audit.redact):
         try:
             re.compile(pattern)
@@ -398,7 +435,7 @@ def _keys(loc: tuple[str | int, ...]) -> list[str]:
     """The keys that are known at a place of the file."""
     kinds: dict[str, type[BaseModel]] = {"upstreams": UpstreamFile, "routes": RouteFile, "audit": AuditFile}
     kinds["hold"] = HoldFile
-    kinds |= {"timeouts": TimeoutsFile, "breaker": BreakerFile, "to": TargetFile}
+    kinds |= {"timeouts": TimeoutsFile, "breaker": BreakerFile, "to": TargetFile, "hedge": HedgeFile}
     kind: type[BaseModel] = ProxyFile
     for step in loc:
         kind = kinds.get(str(step), kind)

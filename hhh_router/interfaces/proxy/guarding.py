@@ -14,7 +14,7 @@ from hhh_router.interfaces.proxy.exchange import Exchange
 from hhh_router.interfaces.proxy.guarded import Guarded
 from hhh_router.interfaces.proxy.headers import passing
 from hhh_router.interfaces.proxy.passing import Passing
-from hhh_router.interfaces.proxy.policies import escalated, rules_of, shadowed
+from hhh_router.interfaces.proxy.policies import compared, escalated, rules_of, shadowed
 from hhh_router.interfaces.proxy.redacting import FrameRedacting
 from hhh_router.interfaces.proxy.upstreams import Answer, Upstream
 from hhh_router.interfaces.server.http import WireError
@@ -62,14 +62,14 @@ class Guarding:
             metadata = await self._guarded(policy, enforce=enforce)
         finally:
             if metadata is not None:
-                client.entry.outcome["hhh"] = metadata.as_json()
+                client.entry.outcome["hhh"] = metadata.recorded.as_json()
 
     async def _guarded(
         self, policy: str | None, *, enforce: bool, escalating: Upstream | None = None
     ) -> Metadata | None:
         client, route = self._client, self._client.route
         assert client.wire is not None
-        parts = self._app.parts
+        parts = compared(self._app.parts, route.policy, route.candidate)
         settings = parts.settings
         applied = parts.policies.get(policy)
         extra = {"x-hhh-upstream": "-"}
@@ -82,9 +82,13 @@ class Guarding:
             if exchange.redact:
                 exchange.taken_out = client.redact(exchange.redact)
             answer = await self._passing.ask_one_of(
-                order, lambda u: self._passing.outgoing(u, self._passing.body_for(u, told))
+                order,
+                lambda u: self._passing.outgoing(u, self._passing.body_for(u, told)),
+                may_hedge=escalating is None,
             )
             extra["x-hhh-upstream"] = client.asking.answered_by or "-"
+            if client.asking.hedge is not None:
+                extra["x-hhh-hedge"] = client.asking.hedge
             return answer
 
         exchange = Exchange(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
-from hhh_router.errors import BackendError, HHHRouterError, InvalidRequest, Unavailable
+from hhh_router.errors import BackendError, HHHRouterError, InvalidRequest, Overloaded, Unavailable
 from hhh_router.interfaces.proxy.client_request import ClientRequest
 from hhh_router.interfaces.proxy.guarding import Guarding
 from hhh_router.interfaces.proxy.headers import encoded, find
@@ -88,6 +88,10 @@ class Handling:
             raise InvalidRequest("the request's target is no path", hint="use this address as a base URL, not a proxy")
         if app.draining:
             raise Unavailable("the proxy is shutting down", hint="try again", retry_after_s=5.0)
+        if app.is_full:
+            app.refused += 1
+            most = app.config.max_requests
+            raise Overloaded(f"{most:,} requests are under way here already", hint="try again", retry_after_s=1.0)
         if app.keys.required:
             client.key = app.keys.caller(Request(client.scope))
             if client.key is not None:
@@ -143,5 +147,6 @@ class Handling:
                 "sha256": out.sha256 if out.bytes else None,
                 "whole": out.over,
                 "upstreams": self._client.asking.tried,
+                **({"hedge": self._client.asking.hedge} if self._client.asking.hedge else {}),
             }
         )

@@ -13,7 +13,7 @@ from hhh_router.errors import HHHRouterError, InvalidRequest
 from hhh_router.interfaces.proxy.entry import Keep
 from hhh_router.interfaces.proxy.frames import Frame, Frames, decoded
 from hhh_router.interfaces.proxy.headers import Headers, find
-from hhh_router.interfaces.proxy.policies import shadowed
+from hhh_router.interfaces.proxy.policies import compared, shadowed
 from hhh_router.interfaces.proxy.wires import Asked, Wire
 from hhh_router.interfaces.proxy.wires.reading import Reply, conversing
 from hhh_router.pipeline.guard import run_guard
@@ -58,6 +58,8 @@ class Seen:
     request_id: str
     wire: Wire
     policy: str | None
+    candidate: str | None
+    """Asked beside it."""
     caller: Caller
     """Who asked; the model that was named is found when it is read."""
     body: bytes
@@ -164,13 +166,14 @@ class Observer:
             calls=reply.take_calls() if reply else (),
         )
         try:
-            [result] = await run_guard(shadowed(self._parts()), [request])
+            parts = compared(shadowed(self._parts()), seen.policy, seen.candidate)
+            [result] = await run_guard(parts, [request])
         except HHHRouterError as error:
             return {"unread": [*unread, f"{error.code}: {error.message}"], **content}
         if reply is not None and reply.answer_id is not None:
             told = asked_situation(request.turns, request.caller, None)
             self._parts().conversations.also_called(told.caller, reply.answer_id)
-        return {"hhh": result.metadata.as_json(), **content}
+        return {"hhh": result.metadata.recorded.as_json(), **content}
 
     def _asked(self, seen: Seen) -> Asked:
         return seen.wire.asked(parsed(seen.body, seen.body_encoding, max_bytes=self._max_bytes, strict=False))

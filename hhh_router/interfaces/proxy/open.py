@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast, get_args
 
-from hhh_router.assemble import build_pipeline, check_upstream, open_raw_client
+from hhh_router.assemble import build_pipeline, check_upstream, open_raw_client, open_redactor
 from hhh_router.errors import SettingsError
 from hhh_router.interfaces.proxy.app import Sidecar
-from hhh_router.interfaces.proxy.config import make_config, patterns, read_proxy_file, simple_config
+from hhh_router.interfaces.proxy.config import make_config, patterns, read_proxy_file, retention, simple_config
 from hhh_router.interfaces.proxy.policies import check_upstreams, rules_of
 from hhh_router.interfaces.proxy.routes import Mode, ProxyConfig
 from hhh_router.interfaces.proxy.translation import PREFIX
@@ -19,7 +18,8 @@ from hhh_router.pipeline import Pipeline, PolicyStore
 from hhh_router.pipeline.situation import SIDECAR
 from hhh_router.policy import check_door, load_policy
 from hhh_router.settings import Settings
-from hhh_router.trace.audit import Audit, NoAudit, SqliteAudit, default_audit
+from hhh_router.trace.audit import Retention, check_place, default_audit, open_audit, shown_place
+from hhh_router.trace.redact import Patterns, Redactor
 from hhh_router.types import Action
 
 
@@ -29,9 +29,12 @@ class SidecarPlan:
 
     settings: Settings
     config: ProxyConfig
-    audit: Path | None
-    """None keeps nothing."""
-    patterns: tuple[re.Pattern[str], ...]
+    audit: str
+    """A file, a URL, or ``none``. It may hold a password."""
+    retention: Retention
+    """Of the audit."""
+    redactor: Redactor
+    """Replaces secrets in whatever is kept."""
 
     def told(self, pipeline: Pipeline) -> list[str]:
         """What an operator wants to see at the start."""
@@ -43,7 +46,10 @@ class SidecarPlan:
         for route in self.config.routes:
             names = ", ".join(u.url for u, _ in route.to)
             lines.append(f"route     {route.name}: {route.mode} → {names}")
-        lines.append(f"audit     {self.audit or 'none'}")
+        if (name := self.settings.candidate) is not None:
+            candidate = pipeline.policies.candidate(name)
+            lines.insert(1, f"candidate {candidate.name}@{candidate.version} (asked, never acting)")
+        lines.append(f"audit     {shown_place(self.audit)}")
         return lines
 
 
@@ -55,6 +61,7 @@ def plan_sidecar(
     config: Path | None,
     mode: str | None,
     audit: str | None,
+    candidate: str | None = None,
 ) -> SidecarPlan:
     """Check every option and file.
 
@@ -72,26 +79,38 @@ def plan_sidecar(
     if mode is not None and mode not in get_args(Mode):
         raise SettingsError(f"--mode {mode!r} is not known", hint=f"use {', '.join(get_args(Mode))}")
     chosen = cast("Mode | None", mode)
-    own: tuple[re.Pattern[str], ...] = ()
+    kept = Retention()
+    own: Patterns = ()
+    entities: list[str] = []
     if upstream is not None:
         if not upstream.startswith(PREFIX):
             check_upstream(upstream)
-        settings = Settings.load(policy=policy, bundle=bundle)
+        settings = Settings.load(policy=policy, candidate=candidate, bundle=bundle)
         made, where = simple_config(upstream, settings, mode=chosen or "enforce"), audit
     else:
         assert config is not None
         file = read_proxy_file(config)
-        settings = Settings.load(policy=policy or file.policy, bundle=bundle)
+        settings = Settings.load(policy=policy or file.policy, candidate=candidate or file.candidate, bundle=bundle)
         made, where = make_config(file, mode=chosen, max_bytes=settings.max_body_bytes), audit or file.audit.path
-        own = patterns(file)
+        kept, own, entities = retention(file), patterns(file), file.audit.pii
     names = {u.name for u in made.upstreams()}
-    for policy_ in [PolicyStore.from_settings(settings, door=SIDECAR).default] + [
-        load_policy(route.policy) for route in made.routes if route.policy is not None
-    ]:
+    store = PolicyStore.from_settings(settings, door=SIDECAR)
+    named = [name for route in made.routes for name in (route.policy, route.candidate) if name is not None]
+    beside = [] if settings.candidate is None else [store.candidate(settings.candidate)]
+    for policy_ in [store.default, *beside, *map(load_policy, named)]:
         check_door(policy_, SIDECAR)
         check_upstreams(policy_, names)
-    path = None if where == "none" else Path(where) if where else default_audit()
-    return SidecarPlan(settings=settings, config=made, audit=path, patterns=own)
+    if where is not None:
+        check_place(where)
+    elif settings.audit_url is not None:
+        where = settings.audit_url.get_secret_value()
+    return SidecarPlan(
+        settings=settings,
+        config=made,
+        audit=where or str(default_audit()),
+        retention=kept,
+        redactor=open_redactor(settings, own, entities),
+    )
 
 
 def open_sidecar(plan: SidecarPlan) -> Sidecar:
@@ -99,14 +118,16 @@ def open_sidecar(plan: SidecarPlan) -> Sidecar:
 
     Raises:
         ConfigError: The bundle is wrong, or the audit cannot be written.
-        MissingExtra: torch or aiohttp is not installed.
+        MissingExtra: torch, aiohttp or the audit's database driver is not installed.
     """
-    client = open_raw_client()
-    audit: Audit = NoAudit() if plan.audit is None else SqliteAudit(plan.audit, patterns=plan.patterns)
-    pipeline = build_pipeline(plan.settings, serving=True, door=SIDECAR)
+    client = open_raw_client(2 * plan.config.max_requests)  # a request may ask two upstreams at once
+    audit = open_audit(plan.audit, redactor=plan.redactor, retention=plan.retention)
+    pipeline = build_pipeline(plan.settings, serving=True, door=SIDECAR, redactor=plan.redactor)
     for route in plan.config.routes:
         if route.policy is not None:
             pipeline.policies.add_file(route.policy)
+        if route.candidate is not None:
+            pipeline.policies.add_candidate(route.candidate)
     sidecar = Sidecar(pipeline, plan.config, Upstreams(client), audit)
     policies = [pipeline.policies.get(route.policy) for route in plan.config.routes]
     if any(rule.then is Action.HOLD for policy in policies for rule in rules_of(policy)):

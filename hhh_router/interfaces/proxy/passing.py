@@ -63,6 +63,7 @@ class Passing:
                     request_id=client.request_id,
                     wire=client.wire,
                     policy=client.route.policy,
+                    candidate=client.route.candidate,
                     caller=client.caller(self._app.pipeline.policies.get(client.route.policy)),
                     body=client.body,
                     body_encoding=client.encoding,
@@ -95,13 +96,16 @@ class Passing:
         """Ask the route's upstreams in their order."""
         return await self.ask_one_of(self._client.route.order(self._app.draw), make)
 
-    async def ask_one_of(self, order: list[Upstream], make: Callable[[Upstream], Outgoing]) -> Answer:
-        """Ask these in their order.
+    async def ask_one_of(
+        self, order: list[Upstream], make: Callable[[Upstream], Outgoing], *, may_hedge: bool = True
+    ) -> Answer:
+        """Ask these in their order, and the route's hedge beside the first.
 
         Raises:
             UpstreamError: None of them answers; where the own mixture stands in, also a status that says so.
         """
-        answer = await self._app.upstreams.ask(order, make, self._client.asking)
+        asking = self._client.asking
+        answer = await self._app.upstreams.ask(order, make, asking, self._client.hedge() if may_hedge else None)
         if self._client.route.answer_here and answer.status in BREAKS | RETRIED:
             answer.close()
             raise UpstreamError(f"the last upstream answered {answer.status}", status=answer.status)

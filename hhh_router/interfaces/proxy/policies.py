@@ -33,10 +33,25 @@ class _Changed(PolicyStore):
         """See `PolicyStore.get`."""
         return self._change(self._store.get(name))
 
+    def candidate(self, name: str) -> Policy:
+        """See `PolicyStore.candidate`."""
+        return self._change(self._store.candidate(name))
+
 
 def shadowed(parts: Parts) -> Parts:
     """A deployment that records what its policies would do, and does none of it."""
     return replace(parts, policies=_Changed(parts.policies, lambda policy: replace(policy, mode="shadow")))
+
+
+def compared(parts: Parts, policy: str | None, candidate: str | None) -> Parts:
+    """A deployment with the candidate of one route, where it has its own.
+
+    Args:
+        parts: The deployment; its own candidate stands beside its default policy.
+        policy: The route's.
+        candidate: The route's.
+    """
+    return parts if candidate is None else replace(parts, candidate=candidate, candidate_of=policy)
 
 
 def escalated(parts: Parts) -> Parts:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
+from hhh_router.interfaces.proxy.hedging import Hedge
 from hhh_router.interfaces.proxy.upstreams import Upstream
-from hhh_router.trace.redact import Redactor
 
 Mode = Literal["observe", "annotate", "enforce"]
 """``observe`` reads beside the request and records; ``annotate`` tells the caller too; ``enforce`` acts."""
+
+MAX_REQUESTS = 1000
+"""Under way together, fewer than the connections to upstreams that `RawClient` opens."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +30,8 @@ class Route:
     mode: Mode = "enforce"
     policy: str | None = None
     """Name in the deployment's policies; None takes the default."""
+    candidate: str | None = None
+    """Name in the deployment's policies of what is asked beside the route's policy, and never acts."""
     to: tuple[tuple[Upstream, float], ...]
     """Upstreams with their weights; one of them is drawn for each request."""
     fallback: tuple[Upstream, ...] = ()
@@ -35,6 +40,8 @@ class Route:
     """When all of them fail, the deployment's own mixture answers."""
     escalate_to: Upstream | None = None
     """Answers where a rule says ``escalate``."""
+    hedge: Hedge | None = None
+    """Who is asked as well where the first is silent for long, of requests that may be asked twice."""
     instruct: bool = False
     """Tell the upstream in words what weights the router would have given: it cannot be mixed."""
 
@@ -83,6 +90,8 @@ class ProxyConfig:
     """Longest wait for one reading."""
     drain_s: float = 30.0
     """How long answers under way may go on after SIGTERM."""
+    max_requests: int = MAX_REQUESTS
+    """Requests under way together; one more is told to come back."""
     observe_queue: int = 256
     """Exchanges that wait to be read in ``observe``; one more is not read, and counted."""
     audit_failure: Literal["closed", "open"] = "closed"
@@ -95,14 +104,13 @@ class ProxyConfig:
     """How long such a call waits; None takes the deployment's ``hold_s``."""
     hold_webhook: str | None = None
     """URL that is told of every held call; None takes the deployment's ``hold_webhook``."""
-    redactor: Redactor = field(default_factory=Redactor)
-    """Replaces secrets in whatever is kept."""
 
     def upstreams(self) -> list[Upstream]:
         """All of them, each once."""
         found: dict[str, Upstream] = {u.name: u for u in self.others}
         for route in self.routes:
-            for upstream in (*(u for u, _ in route.to), *route.fallback, route.escalate_to):
+            hedged = None if route.hedge is None else route.hedge.to
+            for upstream in (*(u for u, _ in route.to), *route.fallback, route.escalate_to, hedged):
                 if upstream is not None:
                     found[upstream.name] = upstream
         return list(found.values())

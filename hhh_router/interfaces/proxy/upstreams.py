@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Literal, Protocol
 
 from hhh_router.errors import BackendError, BackendTimeout, NotReached, Unavailable, UpstreamError
 from hhh_router.interfaces.proxy.headers import Headers, replaced, target
+from hhh_router.interfaces.proxy.hedging import Hedge, race
 
 RETRIED = frozenset({429, 502, 503, 504, 529})
 """Statuses with which an upstream says that it did not take the request up; another may."""
@@ -181,6 +183,8 @@ class Asking:
     tried: list[str] = field(default_factory=list)
     """Names and outcomes in order, such as ``main: 503``."""
     answered_by: str | None = None
+    hedge: Literal["won", "lost"] | None = None
+    """What became of the second upstream that was asked beside the first; None where none was."""
 
 
 class Upstreams:
@@ -202,18 +206,21 @@ class Upstreams:
         self._client = client
         self._draw = draw
         self._sleep = sleep
+        self.hedges: Counter[tuple[str, str]] = Counter()
+        """How often each upstream was asked beside another, and ``won`` or ``lost``."""
 
     async def ask(
         self,
         order: Sequence[Upstream],
         make: Callable[[Upstream], Outgoing],
         asking: Asking,
+        hedge: Hedge | None = None,
     ) -> Answer:
         """The answer of the first that gives one; the last one's own words when all of them fail.
 
         An answer that has begun is never asked for again. The same upstream is asked again only where nothing was sent,
         or where it turned the request away; another one also where the first fell silent or broke off, if the request
-        changes nothing.
+        changes nothing. With a hedge, somebody else is asked as well when the first of them is silent for long.
 
         Raises:
             NotReached, UpstreamError, BackendTimeout: The last one failed without an answer.
@@ -227,8 +234,12 @@ class Upstreams:
                 if not upstream.breaker.take():
                     break
                 request = make(upstream)
+                who = upstream
                 try:
-                    answer = await self._send(upstream, request)
+                    if hedge is not None and i == again == 0 and hedge.to is not upstream and request.can_repeat:
+                        who, answer = await self._hedged(upstream, request, hedge, make, asking)
+                    else:
+                        answer = await self._send(upstream, request)
                 except NotReached as error:
                     failure = error
                     asking.tried.append(f"{upstream.name}: not reached")
@@ -241,10 +252,10 @@ class Upstreams:
                 else:
                     final = is_last and again == upstream.retries
                     if answer.status not in RETRIED or final or not request.can_repeat:
-                        asking.answered_by = upstream.name
-                        asking.tried.append(f"{upstream.name}: {answer.status}")
+                        asking.answered_by = who.name
+                        asking.tried.append(f"{who.name}: {answer.status}")
                         return answer
-                    asking.tried.append(f"{upstream.name}: {answer.status}")
+                    asking.tried.append(f"{who.name}: {answer.status}")
                     answer.close()
                 if again < upstream.retries:
                     await self._pause(again)
@@ -257,6 +268,34 @@ class Upstreams:
             hint="try again later",
             retry_after_s=max(1.0, wait_s),
         )
+
+    async def _hedged(
+        self,
+        upstream: Upstream,
+        request: Outgoing,
+        hedge: Hedge,
+        make: Callable[[Upstream], Outgoing],
+        asking: Asking,
+    ) -> tuple[Upstream, Answer]:
+        async def second() -> Answer:
+            if not hedge.to.breaker.take():
+                raise Unavailable(f"{hedge.to.name} is not asked at the moment")
+            asking.hedge = "lost"
+            asking.tried.append(f"{hedge.to.name}: asked beside {upstream.name}")
+            return await self._send(hedge.to, make(hedge.to))
+
+        try:
+            answer, by_second = await race(
+                lambda: self._send(upstream, request),
+                second,
+                after_s=hedge.after_s,
+                turned_away=lambda answer: answer.status in RETRIED,
+            )
+            asking.hedge = "won" if by_second else asking.hedge
+        finally:
+            if asking.hedge is not None:
+                self.hedges[hedge.to.name, asking.hedge] += 1
+        return (hedge.to if by_second else upstream), answer
 
     async def _pause(self, again: int) -> None:
         waited = self._sleep(PAUSE_S * 2**again * (0.5 + self._draw()))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import partial
@@ -37,7 +37,7 @@ from hhh_router.interfaces.server.http import (
 )
 from hhh_router.interfaces.server.idempotency import Replies, once
 from hhh_router.interfaces.server.keys import Key, KeyRing, caller_of, check_policy, owner
-from hhh_router.interfaces.server.metrics import CountReplies, Metrics
+from hhh_router.interfaces.server.metrics import CountReplies, Counts, Metrics
 from hhh_router.interfaces.server.models import list_models
 from hhh_router.interfaces.server.moderations import moderations
 from hhh_router.interfaces.server.openai import parse_chat
@@ -52,11 +52,18 @@ WORDS: Mapping[Wire, Callable[[Exception], Failure]] = {"openai": failure, "anth
 """How each wire tells an error."""
 
 
-def create_app(pipeline: Pipeline) -> Starlette:
-    """The HTTP door of a pipeline, as an ASGI application. It closes the pipeline when it shuts down."""
+def create_app(pipeline: Pipeline, *, counts: Sequence[Counts] = ()) -> Starlette:
+    """The HTTP door of a pipeline, as an ASGI application. It closes the pipeline when it shuts down.
+
+    Args:
+        pipeline: Answers.
+        counts: Told at ``/metrics`` too.
+    """
     settings = pipeline.settings
     started = int(time.time())
     metrics = Metrics(lambda: pipeline.load, pipeline.parts.calibrators.references())
+    for counted in counts:
+        metrics.watch(counted)
     pipeline.add_sink(metrics)
     if pipeline.parts.memory is None:
         pipeline.remember_in(open_memory(settings))
@@ -64,7 +71,7 @@ def create_app(pipeline: Pipeline) -> Starlette:
 
     keys = KeyRing.open(settings)
     replies = Replies()
-    tracing = Tracing.from_settings(settings)
+    tracing = Tracing.from_settings(settings, pipeline.parts.redactor)
 
     def answered(call: C, request: Request, body: Mapping[str, Any]) -> Response:
         key: Key | None = request.state.key

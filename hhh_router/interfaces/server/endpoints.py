@@ -130,6 +130,27 @@ _FIGURE = _whole(
 )
 
 
+_PAIR = _whole(
+    {
+        "policy": _TEXT,
+        "candidate": _TEXT,
+        "requests": _COUNT,
+        "disagreements": listed(
+            _whole({"checkpoint": _TEXT, "enforced": _TEXT, "candidate": _TEXT, "n": _COUNT}),
+        ),
+    }
+)
+_DRIFT = _whole(
+    {
+        "object": {"const": "drift"},
+        "labelled": _COUNT,
+        "outside": _COUNT,
+        "figures": listed(_FIGURE),
+        "comparisons": listed(_PAIR),
+    }
+)
+
+
 def _list(of: Schema) -> Schema:
     return _whole({"object": {"const": "list"}, "data": listed(of)})
 
@@ -269,7 +290,7 @@ ENDPOINTS: Final = (
         method="GET",
         path="/v1/drift",
         does="which figures have left their bounds, on readings and on labels",
-        gives=_whole({"object": {"const": "drift"}, "labelled": _COUNT, "outside": _COUNT, "figures": listed(_FIGURE)}),
+        gives=_DRIFT,
         door="metrics",
     ),
     Endpoint(method="GET", path="/v1/policies", does="the policies a caller may pick", gives=_list(_POLICY)),

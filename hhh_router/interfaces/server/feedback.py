@@ -87,7 +87,7 @@ class Monitor:
     async def _look(self) -> None:
         memory = self._pipeline.parts.memory
         rows = await memory.labelled() if memory is not None else []
-        readings = reading_figures(self._metrics.drift, self._metrics.support)
+        readings = reading_figures(self._metrics.drift, self._metrics.support) + self._metrics.comparisons.figures()
         self._figures = readings + await asyncio.to_thread(self._of_labels, rows)
         self._labelled = len(rows)
         self._metrics.show(self._figures)
@@ -100,6 +100,7 @@ class Monitor:
             "labelled": self._labelled,
             "outside": sum(f.state == "outside" for f in figures),
             "figures": [f.as_json() for f in figures],
+            "comparisons": [pair.as_json() for pair in self._metrics.comparisons.pairs],
         }
 
     def _of_labels(self, rows: Sequence[Labelled]) -> list[Figure]:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Final
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hhh_router.calibration import HeadCalibration
 from hhh_router.calibration.drift import Drift, Support
 from hhh_router.calibration.monitor import Figure
+from hhh_router.pipeline.comparison import Comparisons
 from hhh_router.protocols import Load
-from hhh_router.trace.block import Metadata
+from hhh_router.trace.block import CandidateRecord, Metadata
 from hhh_router.trace.sinks import Request
 from hhh_router.types import Action, ChatRequest, Mode
 
@@ -23,6 +26,24 @@ _SHARES: Final = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1)
 _STATES: Final = ("ready", "starting", "draining")
 _REASONS: Final = ("harmless", "injection")
 """Needs that a refusal answers. The larger of the two is a lower bound of the probability that one of them is there."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Counts:
+    """What another part counts, asked at every scrape."""
+
+    name: str
+    told: str
+    labels: tuple[str, ...] = ()
+    values: Callable[[], Mapping[tuple[str, ...], float]]
+    """By their labels."""
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """As Prometheus' client wants it."""
+        family = CounterMetricFamily(f"hhh:{self.name}", self.told, labels=self.labels)
+        for labels, value in self.values().items():
+            family.add_metric(labels, value)
+        yield family
 
 
 class Metrics:
@@ -66,6 +87,13 @@ class Metrics:
         """What was read in each mode since the start, beside the calibration rows' support."""
         self.drift = {place: Drift(reference) for place, reference in references.items()}
         """The same of each head in each mode, beside those rows' probabilities."""
+        self.comparisons = Comparisons()
+        """What a candidate would have decided otherwise, see `hhh_router.pipeline.comparison`."""
+        self._compared = counter("policy_comparisons", "Requests that a candidate was asked about", "checkpoint")
+        self._differing = counter(
+            "policy_disagreements", "Of these, decided otherwise", "checkpoint", "enforced", "candidate"
+        )
+        self._related = counter("policy_compared_requests", "The same, by who is stricter first", "relation")
         figure = ("figure", "of")
         self._figure = Gauge("hhh:drift_value", "Figure that GET /v1/drift tells", figure, registry=self.registry)
         self._left = Gauge("hhh:drift_outside", "1 where it has left its bound", figure, registry=self.registry)
@@ -108,9 +136,19 @@ class Metrics:
             self._need.labels(need).observe(p)
         if metadata.calibration.calibrated:
             self._watch(kind, metadata)
+        if metadata.candidate is not None:
+            self._compare(metadata, metadata.candidate)
         if metadata.mode != "prompt":  # of a prompt alone they say how it might be answered, not how it was
             for outcome, p in metadata.outcomes.items():
                 self._outcome.labels(outcome).observe(p)
+
+    def _compare(self, metadata: Metadata, candidate: CandidateRecord) -> None:
+        self.comparisons.add(metadata)
+        self._related.labels(candidate.relation).inc()
+        for at in candidate.compared:
+            self._compared.labels(at.checkpoint).inc()
+            if at.enforced != at.candidate:
+                self._differing.labels(at.checkpoint, at.enforced, at.candidate).inc()
 
     def _show_drift(self) -> None:
         def gauge(name: str, told: str, *labels: str) -> Gauge:
@@ -146,6 +184,10 @@ class Metrics:
             if passed is not None:
                 self._passed.labels(kind, policy).inc()
                 self._harm.labels(kind, policy).inc(passed)
+
+    def watch(self, counts: Counts) -> None:
+        """Tell of what another part counts."""
+        self.registry.register(counts)  # type: ignore[arg-type]
 
     def show(self, figures: Iterable[Figure]) -> None:
         """Take over what the monitors found last."""

@@ -1,0 +1,110 @@
+"""What a request's decisions came from, noted for its record: raw readings, and of its surroundings what is no text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Final
+
+from hhh_router.trace.block import Basis, ReadingRecord
+from hhh_router.types import ChatRequest, GuardRequest, Scores, Situation
+
+MOST_READINGS: Final = 200
+"""Of one request: some 50 kB of a record. Windows beyond are counted and left out."""
+LOGPROB_FLOOR: Final = -20.0
+"""As `calibration.confidence` cuts them."""
+
+
+class Notes:
+    """Collects the basis of one request.
+
+    Args:
+        request: What was asked.
+        mixes: Whether weights change the reply.
+    """
+
+    def __init__(self, request: ChatRequest | GuardRequest, *, mixes: bool) -> None:
+        self._chat = isinstance(request, ChatRequest)
+        self._pinned = request.weights if isinstance(request, ChatRequest) else None
+        self._mixes = mixes
+        self._situation = Situation()
+        self._stream = self._unseen = False
+        self._attempts: list[list[ReadingRecord]] = [[]]
+        self._calls: list[str] = []
+        self._count = self._left_out = 0
+
+    def asked(self, situation: Situation, *, stream: bool) -> None:
+        """What surrounds the request."""
+        self._situation, self._stream = situation, stream
+
+    def read(
+        self,
+        scores: Scores,
+        *,
+        reply_tokens: int | None = None,
+        is_final: bool = False,
+        logprobs: Sequence[float] = (),
+    ) -> None:
+        """A reading; one without any head is one that failed."""
+        known = [max(x, LOGPROB_FLOOR) for x in logprobs if not math.isnan(x)]
+        failed = not scores.needs and not scores.outcomes
+        self._put(
+            ReadingRecord(
+                mode=scores.mode,
+                needs=dict(scores.needs),
+                outcomes=dict(scores.outcomes),
+                distance=None if failed else scores.distance,
+                tokens=scores.tokens,
+                reply_tokens=reply_tokens,
+                is_final=is_final,
+                logprobs=(math.fsum(known) / len(known), min(known)) if known else None,
+            )
+        )
+
+    def unread(self, reply_tokens: int) -> None:
+        """A reading of the reply that failed."""
+        self._put(ReadingRecord(mode="both", needs={}, outcomes={}, distance=None, tokens=0, reply_tokens=reply_tokens))
+
+    def called(self, tool: str) -> None:
+        """A tool is called."""
+        self._calls.append(tool)
+
+    def unseen(self) -> None:
+        """The reply calls tools, and nobody looked at the calls."""
+        self._unseen = True
+
+    def again(self) -> None:
+        """The reply is made once more."""
+        self._attempts.append([])
+        self._calls.clear()
+
+    def basis(self) -> Basis:
+        """What is known by now."""
+        about, caller = self._situation, self._situation.caller
+        return Basis(
+            attempts=self._attempts,
+            left_out=self._left_out,
+            chat=self._chat,
+            stream=self._stream,
+            mixes=self._mixes,
+            at=None if about.at is None else about.at.isoformat(),
+            role=about.role,
+            tenant=caller.tenant,
+            route=caller.route,
+            model=caller.model,
+            key_scopes=None if caller.key_scopes is None else list(caller.key_scopes),
+            sticky=caller.sticky,
+            turns=about.conversation.turns,
+            tool_calls=about.conversation.tool_calls,
+            calls=self._calls,
+            unseen_calls=self._unseen,
+            results=[tool.name or "unknown" for tool in about.results],
+            pinned=None if self._pinned is None else self._pinned.as_dict(),
+        )
+
+    def _put(self, reading: ReadingRecord) -> None:
+        self._count += 1
+        if self._count > MOST_READINGS and not reading.is_final:
+            self._left_out += 1
+        else:
+            self._attempts[-1].append(reading)

@@ -1,0 +1,1 @@
+"""The audit in Postgres, against a server that these tests start: make test-postgres."""
