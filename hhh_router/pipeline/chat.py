@@ -78,7 +78,6 @@ class _Run:
         self._calls: list[ToolCall] = []  # of the reply so far
         self._beside = open_beside(parts, request, stream=stream)
         self._record = Record(parts, request, policy, self._beside)
-        self._record.asked(self._situation, stream=stream)
         self._release = Release()
         self._scanner = self._new_scanner()
         self._logprobs: list[float] = []
@@ -97,6 +96,7 @@ class _Run:
     async def events(self) -> AsyncGenerator[ChatEvent, None]:
         try:
             self._situation = await with_readings(self._parts.reader, self._policy, self._situation)
+            self._record.asked(self._situation, stream=self._stream)
             while True:
                 async with aclosing(self._attempt()) as deltas:
                     async for delta in deltas:
