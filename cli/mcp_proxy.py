@@ -50,6 +50,7 @@ def mcp_proxy(
 
     from hhh_router.errors import EXIT_FAILURE, MissingExtra
     from hhh_router.settings import Settings
+    from hhh_router.trace.logs import log_to_stderr
 
     try:
         import anyio
@@ -68,7 +69,7 @@ def mcp_proxy(
         queue=queue,
         hold_s=hold_s,
     )
-    logging.basicConfig(format="%(asctime)s %(message)s")  # to standard error: standard output is the client's
+    log_to_stderr(plan.redactor)  # standard output is the client's
     logging.getLogger("hhh_router.interfaces.mcp").setLevel(logging.INFO)
     if plan.reads_here:
         from .session import ready_backbone

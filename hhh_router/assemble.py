@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -22,6 +23,8 @@ from hhh_router.settings import Settings
 from hhh_router.trace import LogSink, Sink
 from hhh_router.trace.block import BundleRef
 from hhh_router.trace.feedback_store import FeedbackStore
+from hhh_router.trace.pii import find_pii
+from hhh_router.trace.redact import Redactor, read_patterns
 
 if TYPE_CHECKING:
     from hhh_router.model.engine import EmbeddedModel
@@ -32,7 +35,12 @@ _log = logging.getLogger(__name__)
 
 
 def build_pipeline(
-    settings: Settings, *, sinks: Sequence[Sink] | None = None, serving: bool = False, door: Door = PIPELINE
+    settings: Settings,
+    *,
+    sinks: Sequence[Sink] | None = None,
+    serving: bool = False,
+    door: Door = PIPELINE,
+    redactor: Redactor | None = None,
 ) -> Pipeline:
     """Load policies, bundle and model, and put the path together. Blocks for seconds; may import torch.
 
@@ -41,13 +49,16 @@ def build_pipeline(
         sinks: Where traces go; one INFO line a request by default.
         serving: Run the model in a process of its own, where the settings leave it open.
         door: What the policies may ask for.
+        redactor: Replaces secrets in whatever is kept; made of the settings when not given.
 
     Raises:
+        SettingsError: The file of patterns has mistakes, or another file cannot be used.
         PolicyError: A policy is wrong.
         BundleError: The bundle is missing, corrupt, for another backbone, or not calibrated for these heads.
         MissingExtra: torch is not installed.
     """
     policies = PolicyStore.from_settings(settings, door=door)  # the cheapest checks first
+    redactor = redactor or open_redactor(settings)
     receipts = _receipts(settings)
     bundle = Bundle.load(settings.bundle)
     bundle.verify()
@@ -63,11 +74,31 @@ def build_pipeline(
         backbone_sha256=bundle.manifest.backbone.sha256,
         sinks=((LogSink(),) if sinks is None else tuple(sinks)) + receipts,
         settings=settings,
+        redactor=redactor,
         memory=None if settings.feedback is None else open_memory(settings),
         closers=(model.aclose,),
         drain=model.drain,
         load=lambda: model.engine.load,
     )
+
+
+def open_redactor(
+    settings: Settings, patterns: Sequence[re.Pattern[str]] = (), entities: Sequence[str] = ()
+) -> Redactor:
+    """What a deployment replaces before anything is kept: the usual secrets, and what its settings add.
+
+    Args:
+        settings: Name the file of patterns, and what says who somebody is.
+        patterns: More of the former.
+        entities: More of the latter.
+
+    Raises:
+        SettingsError: The file cannot be read or has mistakes, or nobody can find what is named.
+        MissingExtra: What says who somebody is is to be found, and Presidio is not installed.
+    """
+    named = tuple(dict.fromkeys((*settings.redact_pii, *entities)))
+    own = () if settings.redact_file is None else read_patterns(settings.redact_file)
+    return Redactor(patterns=(*own, *patterns), also=find_pii(named) if named else None)
 
 
 def open_memory(settings: Settings) -> FeedbackStore:

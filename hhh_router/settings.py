@@ -59,6 +59,10 @@ class Settings(BaseSettings):
     """PEM file of the Ed25519 private key that signs receipts."""
     cache_dir: Path = Field(default_factory=default_cache_dir)
     """Where converted backbones are kept."""
+    redact_file: Path | None = None
+    """File of further secrets, one regular expression a line; what matches reaches no log, record, span or webhook."""
+    redact_pii: Annotated[tuple[str, ...], NoDecode] = ()
+    """What says who somebody is and reaches none of them, comma-separated: ``EMAIL_ADDRESS``, … (extra ``pii``)."""
     threads: int = Field(default_factory=lambda: os.cpu_count() or 1, ge=1)
     """Threads the model may use; more than there are cores is very slow."""
     device: str = "cpu"
@@ -104,6 +108,8 @@ class Settings(BaseSettings):
     """YAML file of further keys, hashed, each with what it opens and how much it may ask for."""
     audit_url: SecretStr | None = None
     """Where a proxy keeps its audit when neither an option nor its file says: ``postgresql://user:password@host/name``."""
+    guardrail_tenant: Literal["key", "key_alias", "user_id", "team_id", "team_alias", "org_id"] = "key"
+    """Whose traffic LiteLLM's guardrail is asked about. ``key``: the asker's; else what LiteLLM says of its caller."""
     hold_s: float = Field(default=120.0, gt=0, le=86_400)
     """Seconds that a call which a policy holds waits to be approved; then it is denied."""
     hold_webhook: str | None = Field(default=None, pattern=r"^https?://[^\s]+$")
@@ -135,10 +141,10 @@ class Settings(BaseSettings):
             if variable not in os.environ and (kept := read_secret(variable, os.environ)) is not None:
                 given[name] = kept
         given |= {k: v for k, v in overrides.items() if v is not None}
-        if isinstance(names := given.get("allowed_policies"), str):
-            given["allowed_policies"] = _split(names)
-        elif "allowed_policies" not in given and (listed := os.environ.get("HHH_ROUTER_ALLOWED_POLICIES")):
-            given["allowed_policies"] = _split(listed)
+        for listed in ("allowed_policies", "redact_pii"):
+            names = given.get(listed) or os.environ.get(f"HHH_ROUTER_{listed.upper()}")
+            if isinstance(names, str):
+                given[listed] = _split(names)
         try:
             return cls(**given)  # type: ignore[arg-type]  # validated by pydantic
         except ValidationError as error:

@@ -21,7 +21,7 @@ from uuid import uuid4
 
 from hhh_router.errors import InvalidRequest, SettingsError, Unavailable
 from hhh_router.trace.audit import default_audit
-from hhh_router.trace.redact import Patterns, redact
+from hhh_router.trace.redact import Redactor
 
 Status = Literal["waiting", "approved", "denied", "expired", "abandoned"]
 """``expired``: nobody decided in time; ``abandoned``: whoever asked for the call has gone."""
@@ -115,7 +115,7 @@ class HeldCalls:
     Args:
         path: The file; it is made, readable by its owner alone, where there is none.
         clock: Seconds since 1970.
-        patterns: Further secrets to replace before anything is written.
+        redactor: Replaces secrets before anything is written.
         poll_s: Seconds between two looks at a row that somebody waits for.
 
     Raises:
@@ -127,12 +127,12 @@ class HeldCalls:
         path: str | Path,
         *,
         clock: Callable[[], float] = time.time,
-        patterns: Patterns = (),
+        redactor: Redactor | None = None,
         poll_s: float = POLL_S,
     ) -> None:
         self.path = Path(path)
         self._clock = clock
-        self._patterns = patterns
+        self._redactor = redactor or Redactor()
         self._poll_s = poll_s
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,13 +147,20 @@ class HeldCalls:
             ) from error
 
     async def put(self, asked: Asked, *, wait_s: float) -> HeldCall:
-        """Let a call wait for so long.
+        """Let a call wait for so long. One whose caller goes away while it is stored is abandoned.
 
         Raises:
             InvalidRequest: It is too large to be shown to anybody.
             Unavailable: It cannot be stored.
         """
-        return await asyncio.to_thread(self._put, asked, wait_s)
+        stored = asyncio.ensure_future(asyncio.to_thread(self._put, asked, wait_s))
+        try:
+            return await asyncio.shield(stored)
+        except asyncio.CancelledError:
+            await asyncio.wait({stored})  # the thread writes its row all the same
+            if stored.exception() is None:
+                self.settle(stored.result().id, "abandoned")
+            raise
 
     async def wait(self, call: HeldCall) -> HeldCall:
         """The call once it waits no longer: approved, denied or expired. A caller that goes away abandons it.
@@ -214,7 +221,7 @@ class HeldCalls:
         return [c for c in found if everything or c.status == "waiting"]
 
     def _put(self, asked: Asked, wait_s: float) -> HeldCall:
-        arguments = json.dumps(redact(asked.arguments, patterns=self._patterns), ensure_ascii=False)
+        arguments = json.dumps(self._redactor.value(asked.arguments), ensure_ascii=False)
         if len(arguments.encode("utf-8", "surrogatepass")) > MAX_ARGUMENT_BYTES:
             raise InvalidRequest(
                 f"arguments of {len(arguments):,} characters cannot be shown to whoever decides",
@@ -226,11 +233,11 @@ class HeldCalls:
             door=asked.door,
             request_id=asked.request_id,
             session=asked.session,
-            tool=asked.tool,
+            tool=self._redactor.text(asked.tool),
             arguments=json.loads(arguments),
             policy=asked.policy,
             rule=asked.rule,
-            reason=asked.reason,
+            reason=self._redactor.text(asked.reason),
             created=now,
             expires=now + wait_s,
             status="waiting",

@@ -14,6 +14,8 @@ from typing import Any
 import httpx
 from pydantic import SecretStr
 
+from hhh_router.trace.redact import Redactor
+
 _log = logging.getLogger(__name__)
 
 SIGNATURE = "x-hhh-signature"
@@ -39,6 +41,7 @@ class Webhook:
 
     Args:
         secret: Signs every body; without one they go unsigned.
+        redactor: Replaces secrets before anything is told.
         clock: Seconds since 1970.
         transport: Of httpx, for tests.
         pause_s: Before the second try; doubled before each further one.
@@ -48,11 +51,13 @@ class Webhook:
         self,
         secret: SecretStr | None,
         *,
+        redactor: Redactor | None = None,
         clock: Callable[[], float] = time.time,
         transport: httpx.AsyncBaseTransport | None = None,
         pause_s: float = _PAUSE_S,
     ) -> None:
         self._secret = secret
+        self._redactor = redactor or Redactor()
         self._clock = clock
         self._pause_s = pause_s
         self._client = httpx.AsyncClient(timeout=TIMEOUT_S, transport=transport)
@@ -66,7 +71,8 @@ class Webhook:
             self.failures += 1
             _log.warning("webhook: %d messages are under way, one was left out", len(self._tasks))
             return
-        task = asyncio.get_running_loop().create_task(self._post(url, json.dumps(message).encode()))
+        body = json.dumps(self._redactor.value(message)).encode()
+        task = asyncio.get_running_loop().create_task(self._post(url, body))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

@@ -21,45 +21,41 @@ class Kept:
         """Tokens whose keys and values hold."""
         self.room = 0
         """Tokens there is room for."""
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}  # (heads, room, size) each
+        self._layers: dict[int, Tensor] = {}  # (2, heads, room, size): keys, then values
 
     def reserve(self, tokens: int) -> None:
         """Make room for so many tokens in all."""
         if tokens <= self.room:
             return
         self.room = math.ceil(max(tokens, self.tokens * _GROWTH) / _STEP) * _STEP
-        for index, pair in self._layers.items():
-            grown = tuple(old.new_zeros(old.shape[0], self.room, old.shape[2]) for old in pair)
-            for new, old in zip(grown, pair, strict=True):
-                new[:, : self.tokens] = old[:, : self.tokens]
-            self._layers[index] = (grown[0], grown[1])
+        for index, old in self._layers.items():
+            new = old.new_zeros(2, old.shape[1], self.room, old.shape[3])
+            new[:, :, : self.tokens] = old[:, :, : self.tokens]
+            self._layers[index] = new
 
     def copy(self, cache: Cache, layers: int) -> None:
         """Begin with what another cache, of one row, has in the first so many layers."""
         self.tokens = int(cache.get_seq_length())
         self.reserve(self.tokens)
         for index, layer in enumerate(cache.layers[:layers]):
-            self.write(index, 0, layer.keys[0], layer.values[0])
+            self.write(index, 0, torch.stack([layer.keys[0], layer.values[0]]))
 
     def begun(self, tokens: int) -> Kept:
         """A copy of the first so many tokens."""
         copy = Kept()
         copy.reserve(tokens)
         copy.tokens = tokens
-        for index, (keys, values) in self._layers.items():
-            copy.write(index, 0, keys[:, :tokens], values[:, :tokens])
+        for index, both in self._layers.items():
+            copy.write(index, 0, both[:, :, :tokens])
         return copy
 
-    def write(self, index: int, start: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Put a layer's keys and values, (H, N, d), behind ``start`` tokens; returns those and all before."""
+    def write(self, index: int, start: int, both: Tensor) -> Tensor:
+        """Put a layer's keys and values, (2, H, N, d), behind ``start`` tokens; returns those and all before."""
         if index not in self._layers:
-            shape = (keys.shape[0], self.room, keys.shape[2])
-            self._layers[index] = (keys.new_zeros(shape), values.new_zeros(shape))
-        stop = start + keys.shape[1]
-        kept = self._layers[index]
-        for store, new in zip(kept, (keys, values), strict=True):
-            store[:, start:stop] = new
-        return kept[0][:, :stop], kept[1][:, :stop]
+            self._layers[index] = both.new_zeros(2, both.shape[1], self.room, both.shape[3])
+        stop = start + both.shape[2]
+        self._layers[index][:, :, start:stop] = both
+        return self._layers[index][:, :, :stop]
 
 
 class Extension:
@@ -77,19 +73,18 @@ class Extension:
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """transformers' cache protocol: take a layer's new keys and values, (B, H, T, d), and return all of them."""
+        both = torch.stack([keys, values])  # (2, B, H, T, d)
         rows = [
-            kept.write(layer_idx, past, keys[i, :, :length], values[i, :, :length])
+            kept.write(layer_idx, past, both[:, i, :, :length])
             for i, (kept, past, length) in enumerate(zip(self._kept, self.past, self.lengths, strict=True))
         ]
         if len(rows) == 1:
             return rows[0][0][None], rows[0][1][None]
         if self._padded is None:
-            shape = (len(rows), keys.shape[1], self.places, keys.shape[3])
-            self._padded = (keys.new_zeros(shape), values.new_zeros(shape))
+            self._padded = both.new_zeros(*both.shape[:3], self.places, both.shape[4])
         for i, row in enumerate(rows):
-            for padded, found in zip(self._padded, row, strict=True):
-                padded[i, :, : found.shape[1]] = found
-        return self._padded
+            self._padded[:, i, :, : row.shape[2]] = row
+        return self._padded[0], self._padded[1]
 
     def advance(self) -> None:
         """Count the tokens that were written."""

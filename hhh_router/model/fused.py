@@ -77,13 +77,22 @@ class FusedLayer(nn.Module):
         values = found[:, :, self._heads + self._kv_heads :].transpose(1, 2)
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.layer_idx)
-        attended, _ = sdpa_attention_forward(self, queries, keys, values, attention_mask, scaling=self._scaling)
+        attended = self._attended(queries, keys, values, attention_mask)
         between = self.o(attended.reshape(rows, length, -1))
         between += hidden
         gate, up = self.gate_up(_norm(self.post_attention_layernorm, between)).chunk(2, dim=-1)
         after = self.down(self.act_fn(gate).mul_(up))
         after += between
         return after
+
+    def _attended(self, queries: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+        """(B, T, H, d). With a mask transformers copies keys and values for every head, as CUDA's kernels want it."""
+        if mask is None or queries.shape[2] == 1 or queries.device.type != "cpu":
+            return sdpa_attention_forward(self, queries, keys, values, mask, scaling=self._scaling)[0]
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            queries, keys, values, attn_mask=mask, scale=self._scaling, enable_gqa=True
+        )
+        return attended.transpose(1, 2)
 
 
 def _norm(of: Any, x: Tensor) -> Tensor:

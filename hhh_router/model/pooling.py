@@ -33,6 +33,7 @@ class RunningPool:
         self._sum = torch.zeros(heads.dim, device=device)
         self._tail: list[tuple[Tensor, Tensor]] = []  # what came last, as it came
         self._loose = 0  # tokens of it
+        self._pooled: Pooled | None = None
 
     def add(self, features: Tensor, topmost: Tensor) -> None:
         """Take further tokens.
@@ -41,6 +42,7 @@ class RunningPool:
             features: Of `Heads.tokens`, (N, W).
             topmost: Their states of the last read layer, (N, D), any float dtype.
         """
+        self._pooled = None
         self.tokens += len(features)
         self._loose += len(features)
         self._tail.append((features, topmost.float()))
@@ -56,18 +58,22 @@ class RunningPool:
         left = tokens - (self.tokens - self._loose)
         if left < 0 or (left == 0 and tokens):  # the last token has to be at hand
             return False
+        self._pooled = None
         tail, states = self._joined()
         self._tail, self._loose, self.tokens = [(tail[:left], states[:left])], left, tokens
         return True
 
     def pooled(self) -> Pooled:
         """What the heads score, one row; there has to be a token."""
+        if self._pooled is not None:  # a prompt's, at every window
+            return self._pooled
         tail, states = self._joined()
         _, weight, found = self._with(tail)
         found = (found / weight[:, None]).flatten()
         features = self._heads.gather[self._side](torch.cat([found, tail[-1]]))[None]
         mean = (self._sum + states.sum(0)) / self.tokens
-        return Pooled(features=features, summary=torch.cat([mean, states[-1]])[None])
+        self._pooled = Pooled(features=features, summary=torch.cat([mean, states[-1]])[None])
+        return self._pooled
 
     def nothing(self) -> Pooled:
         """What stands for a side that is not there: one row of zeros."""

@@ -1,7 +1,7 @@
 """The only thread that touches the model: an `Engine` in this process.
 
-The thread takes turns: some tokens of answers that are read while they grow, one batch of texts that are only to be
-read, then one decode step of all replies under way, so that a guard call waits for a step, not for a chat.
+The thread takes turns: one batch of texts that are only to be read, or of answers that are read while they grow, then
+one decode step of all replies under way, so that a guard call waits for a step, not for a chat.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ class Worker:
         self._reads = reads
         self._sessions = sessions
         self._batcher = batcher
+        self._by_turns: tuple[Reads | Sessions, Reads | Sessions] = (sessions, reads)
         self._inbox: queue.SimpleQueue[_Job | CloseSession | None] = queue.SimpleQueue()
         self._open = threading.Lock()
         self._refusal: str | None = None  # what new work is told, once none is taken
@@ -159,8 +160,7 @@ class Worker:
                 pass
             self._began = time.monotonic()
             try:
-                self._sessions.turn()
-                self._reads.turn()
+                self._read()
                 self._batcher.turn()
             except Exception as error:  # a fault of ours, not of one request: end what is open and go on from nothing
                 _log.exception("the engine failed; everything under way is lost")
@@ -169,6 +169,15 @@ class Worker:
                 self._sessions.close(ReaderError(lost))
                 self._batcher.close(GeneratorError(lost))
             self._began = 0.0
+
+    def _read(self) -> None:
+        """One batch of texts or of growing answers, by turns, so that a step of the replies waits for no more."""
+        first, second = self._by_turns
+        if first.busy:
+            self._by_turns = (second, first)
+            first.turn()
+        else:
+            second.turn()
 
     def _take(self, job: _Job | CloseSession) -> None:
         match job:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 from hhh_router.calibration import Calibrators
 from hhh_router.errors import InvalidRequest
@@ -28,6 +29,8 @@ from hhh_router.trace import Sink
 from hhh_router.trace.block import BundleRef
 from hhh_router.trace.feedback import Label
 from hhh_router.trace.feedback_store import FeedbackStore
+from hhh_router.trace.redact import Redactor
+from hhh_router.trace.sinks import Redacting
 from hhh_router.types import ChatRequest, GuardRequest
 
 __all__ = [
@@ -46,6 +49,9 @@ __all__ = [
 ]
 
 
+Place = TypeVar("Place", bound=Sink | FeedbackStore)
+
+
 class Pipeline:
     """Answers chats and judges texts; every door holds one.
 
@@ -59,6 +65,7 @@ class Pipeline:
         sinks: Where the record of each finished request goes.
         settings: Limits and deadlines.
         memory: Remembers finished requests for `feedback`; closed with the pipeline.
+        redactor: Replaces secrets in whatever the sinks and the memory keep.
         answers_elsewhere: True when the generator asks an upstream model, so that no mixture is applied.
         closers: Awaited once by `aclose`, in order.
         drain: Takes seconds; nothing new is taken in, and what has not ended by then ends with an error.
@@ -77,6 +84,7 @@ class Pipeline:
         sinks: Sequence[Sink],
         settings: Settings,
         memory: FeedbackStore | None = None,
+        redactor: Redactor | None = None,
         answers_elsewhere: bool = False,
         closers: Sequence[Callable[[], Awaitable[None]]] = (),
         drain: Callable[[float], Awaitable[None]] | None = None,
@@ -85,6 +93,7 @@ class Pipeline:
         self._closers = list(closers)
         self._drain = drain
         self._load = load
+        self._redactor = redactor or Redactor()
         self._parts = Parts(
             reader=reader,
             generator=generator,
@@ -92,9 +101,10 @@ class Pipeline:
             policies=policies,
             bundle_ref=bundle_ref,
             backbone_sha256=backbone_sha256,
-            sinks=tuple(sinks),
+            sinks=tuple(self._redacting(sink) for sink in sinks),
             settings=settings,
-            memory=memory,
+            memory=None if memory is None else self._redacting(memory),
+            redactor=self._redactor,
             candidate=settings.candidate,
             answers_elsewhere=answers_elsewhere,
         )
@@ -136,11 +146,16 @@ class Pipeline:
 
     def add_sink(self, sink: Sink) -> None:
         """Send the record of each request that finishes from now on to another place too."""
-        self._parts = replace(self._parts, sinks=(*self._parts.sinks, sink))
+        self._parts = replace(self._parts, sinks=(*self._parts.sinks, self._redacting(sink)))
 
     def remember_in(self, memory: FeedbackStore) -> None:
         """Remember requests that finish from now on; it is closed with the pipeline."""
-        self._parts = replace(self._parts, memory=memory)
+        self._parts = replace(self._parts, memory=self._redacting(memory))
+
+    def _redacting(self, place: Place) -> Place:
+        if isinstance(place, Redacting):
+            place.redactor = self._redactor
+        return place
 
     async def feedback(self, label: Label, *, key: str = "") -> FeedbackResult:
         """Keep what somebody says of a finished request.

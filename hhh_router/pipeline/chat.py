@@ -13,6 +13,7 @@ from hhh_router.pipeline.candidate import open_beside
 from hhh_router.pipeline.conversations import tainted
 from hhh_router.pipeline.onerror import JUDGING_FAILURES, check_scores, failed_decision, unread_plan
 from hhh_router.pipeline.parts import Parts
+from hhh_router.pipeline.people import BEAT_S, Concerned, Settled, settled_decision
 from hhh_router.pipeline.plan import judge_call, judge_output, make_plan
 from hhh_router.pipeline.record import Record
 from hhh_router.pipeline.release import Release
@@ -21,8 +22,9 @@ from hhh_router.pipeline.situation import answered_situation, asked_situation, w
 from hhh_router.pipeline.tool_results import with_readings
 from hhh_router.pipeline.validate import check_chat
 from hhh_router.policy import Policy, asks, for_tenant, steers
-from hhh_router.protocols import Delta, Event, Finished, Planned, Steered, TokenLogprob, Unread, Window
+from hhh_router.protocols import Delta, Event, Finished, Planned, Redacted, Steered, TokenLogprob, Unread, Window
 from hhh_router.tools import CallScanner, calls_as_text
+from hhh_router.trace.spans import redacted
 from hhh_router.types import Action, ChatRequest, Decision, Plan, Scores, ToolCall, Weights
 
 _log = logging.getLogger(__name__)
@@ -87,7 +89,11 @@ class _Run:
         self._steered: Mapping[str, float] = {}  # likewise: lower bounds that windows have raised
         self._verdict: Decision | None = None
         self._finished: Finished | None = None
-        self._cleared: list[ChatDelta] = []
+        self._informed: set[tuple[object, ...]] = set()
+        self._redact: dict[str, None] = {}  # what decisions take out of the reply
+        self._redacting = parts.redacting()
+        self._said: list[ChatDelta] = []  # cleared, as the model said it
+        self._cleared: list[ChatDelta] = []  # the same as it leaves
         self._told_calls = False
         self._out = False  # something has reached the caller
         self._regenerated = False
@@ -100,12 +106,14 @@ class _Run:
             while True:
                 async with aclosing(self._attempt()) as deltas:
                     async for delta in deltas:
-                        self._cleared.append(delta)
+                        if not delta.waits:
+                            self._cleared.append(delta)
                         if self._stream:
                             if not self._out:
                                 self._out = True
                                 yield ChatStarted(metadata=self._record.metadata())
-                            self._record.first_text()
+                            if not delta.waits:
+                                self._record.first_text()
                             yield delta
                 if self._verdict is None or self._verdict.action is not Action.REGENERATE:
                     break
@@ -143,15 +151,19 @@ class _Run:
             async with aclosing(generated):
                 while self._verdict is None and (event := await self._next(generated)) is not None:
                     for delta in self._take(event):
-                        if (piece := self._tell(delta)) is not None and self._may_call(piece):
-                            yield piece
+                        if (piece := self._tell(delta)) is not None:
+                            async with aclosing(self._judged(piece)) as pieces:
+                                async for told in pieces:
+                                    yield told
                         if self._verdict is not None:
                             break
                     self._beside.catch_up()  # while the model makes what comes next
             if self._verdict is None and self._finished is None:
                 raise GeneratorError("the reply broke off: the generator ended without saying so")
-            if self._verdict is None and self._scanner is not None and (rest := self._scanner.end()):
-                yield ChatDelta(text=rest)
+            if self._verdict is None:
+                rest = "" if self._scanner is None else self._scanner.end()
+                for piece in [*(self._leave(ChatDelta(text=rest)) if rest else ()), *self._redacting.end()]:
+                    yield piece
         except (ReaderError, GeneratorError) as error:
             _log.warning("%s: %s", self._request.request_id, error.message)
             decision = self._fail(error)
@@ -169,8 +181,15 @@ class _Run:
             piece = ChatDelta(text=text, logprobs=delta.told if text else (), tool_calls=calls)
         return piece if piece.text or piece.logprobs or piece.tool_calls or piece.raw is not None else None
 
-    def _may_call(self, piece: ChatDelta) -> bool:
-        """Whether the calls in a piece may reach the caller; asks the checkpoint tool_call about each."""
+    def _leave(self, piece: ChatDelta) -> list[ChatDelta]:
+        """What may leave of a cleared piece and of those before it, without what decisions redact."""
+        self._said.append(piece)
+        if not self._redact:
+            return [piece]
+        return self._redacting.push(piece, tuple(self._redact))
+
+    async def _judged(self, piece: ChatDelta) -> AsyncGenerator[ChatDelta, None]:
+        """A cleared piece once its calls may reach the caller; asks the checkpoint tool_call about each."""
         plan = self._record.plan
         self._told_calls = self._told_calls or bool(piece.tool_calls)
         for call in piece.tool_calls:
@@ -179,13 +198,53 @@ class _Run:
                 continue
             self._record.called(call.name)
             situation = with_calls(self._situation, len(self._calls))
-            decision = None
-            if asks(self._policy, "tool_call"):
-                decision = self._decide(judge_call(call, plan=plan, policy=self._policy, situation=situation))
-            self._beside.called(call, situation, decision)
+            if not asks(self._policy, "tool_call"):
+                self._beside.called(call, situation, None)
+                continue
+            judged = decision = judge_call(call, plan=plan, policy=self._policy, situation=situation)
+            self._inform(judged, call.name)
+            if decision.action is Action.HOLD and self._enforce and self._parts.hold is not None:
+                waiting = asyncio.ensure_future(self._parts.hold(call, decision, self._concerned(call.name)))
+                async with aclosing(self._waiting(waiting)) as beats:
+                    async for beat in beats:
+                        yield beat
+                decision = settled_decision(decision, waiting.result())
+            self._decide(replace(decision, webhook=None))  # it was told
+            self._beside.called(call, situation, judged)
             if self._verdict is not None:
-                return False
-        return True
+                return
+        for told in self._leave(piece):
+            yield told
+
+    async def _waiting(self, held: asyncio.Future[Settled]) -> AsyncGenerator[ChatDelta, None]:
+        """Beats until a held call is settled; what people take is no time of the request's."""
+        loop = asyncio.get_running_loop()
+        begun = loop.time()
+        try:
+            while not held.done():
+                yield ChatDelta(text="", waits=True)
+                await asyncio.wait({held}, timeout=BEAT_S)
+        finally:
+            self._deadline += loop.time() - begun
+            if not held.done():
+                held.cancel()
+                await asyncio.gather(held, return_exceptions=True)
+
+    def _inform(self, decision: Decision, tool: str | None = None) -> None:
+        """Tell the decision's webhook, once for each rule and call."""
+        told = decision.checkpoint, decision.rule, decision.action, tool and len(self._calls)
+        if self._parts.tell is not None and decision.webhook is not None and told not in self._informed:
+            self._informed.add(told)
+            self._parts.tell(decision, self._concerned(tool))
+
+    def _concerned(self, tool: str | None) -> Concerned:
+        return Concerned(
+            request_id=self._request.request_id,
+            policy=f"{self._policy.name}@{self._policy.version}",
+            enforced=self._enforce,
+            conversation=self._followed.name,
+            tool=tool,
+        )
 
     def _new_scanner(self) -> CallScanner | None:
         """For the calls in a reply; None where nothing may be called."""
@@ -222,6 +281,9 @@ class _Run:
         if isinstance(event, Steered):
             self._record.steered(event)
             return []
+        if isinstance(event, Redacted):
+            self._record.redacted("input", event.counts)
+            return []
         self._release.hold(event)
         if event.logprob is not None:
             self._logprobs.append(event.logprob)
@@ -236,6 +298,7 @@ class _Run:
             self._taint()
         for other in event.plan.others:
             self._record.decided(other)
+            self._inform(other)
         self._decide(event.plan.decision)
         self._beside.planned(event.plan, self._situation, (*event.plan.others, event.plan.decision))
 
@@ -267,6 +330,8 @@ class _Run:
                 decision = failed_decision(self._policy, "output", error)
         decision = self._decide(decision)
         self._beside.answered(event.scores, situation, decision, logprobs=self._logprobs, is_final=event.is_final)
+        if self._enforce:
+            self._redact |= dict.fromkeys(decision.redact)
         return [] if self._verdict else self._release.clear(covered_tokens=event.completion_tokens)
 
     def _taint(self) -> None:
@@ -275,7 +340,7 @@ class _Run:
 
     def _reply(self, covered_tokens: int) -> str:
         """The reply's text as far as a window has seen it. An upstream's chunks tell calls in their text already."""
-        told = "".join(d.text + (calls_as_text(d.tool_calls) if d.raw is None else "") for d in self._cleared)
+        told = "".join(d.text + (calls_as_text(d.tool_calls) if d.raw is None else "") for d in self._said)
         return told + self._release.text(covered_tokens=covered_tokens)
 
     def _take_unread(self, event: Unread) -> list[Delta]:
@@ -299,6 +364,7 @@ class _Run:
             why = "text was already released" if self._out else "the second reply is no better"
             decision = replace(decision, action=Action.REFUSE, reason=f"{decision.reason}; not regenerated: {why}")
         self._record.decided(decision)
+        self._inform(decision)
         if self._enforce and (decision.action.stops or decision.action is Action.REGENERATE):
             self._verdict = decision
         return decision
@@ -377,6 +443,9 @@ class _Run:
         self._release = Release()
         self._scanner = self._new_scanner()
         self._calls.clear()
+        self._redact.clear()
+        self._redacting = self._parts.redacting()
+        self._said.clear()
         self._cleared.clear()
         self._logprobs.clear()
         self._record.begin_again()
@@ -403,12 +472,15 @@ class _Run:
             self._cleared.append(ChatDelta(text=f"\n\n{refusal}" if parted else refusal, is_refusal=True))
         pending = self._cleared if not self._out else self._cleared[-1:] if refusal else []
         text = "".join(delta.text for delta in self._cleared)
+        if self._redact and any(delta.raw is not None for delta in self._cleared):  # its chunks were, its text was not
+            text = redacted(text, tuple(self._redact))
         calls = tuple(call for delta in self._cleared for call in delta.tool_calls)
         finish_reason = "content_filter" if refusal is not None else self._finished.reason if self._finished else "stop"
         if calls and finish_reason == "stop":
             finish_reason = "tool_calls"
         usage = Usage(prompt_tokens=self._prompt_tokens, completion_tokens=self._completion_tokens)
         self._record.first_text()
+        self._record.redacted("output", self._redacting.counts)
         metadata = self._record.finish(text + calls_as_text(calls))
         if not self._out:
             yield ChatStarted(metadata=metadata)

@@ -42,6 +42,7 @@ from hhh_router.protocols import (
 from hhh_router.settings import Settings
 from hhh_router.trace import NullSink, Sink
 from hhh_router.trace.block import BundleRef
+from hhh_router.trace.redact import Redactor, read_patterns
 from hhh_router.types import NEEDS, OUTCOMES, ChatRequest, Message, Mode, ReadRequest, Scores, Tool, Weights
 
 QUIET = -4.0
@@ -307,6 +308,7 @@ def fake_pipeline(
         backbone_sha256=None,
         sinks=sinks or (NullSink(),),
         settings=chosen,
+        redactor=Redactor(patterns=() if chosen.redact_file is None else read_patterns(chosen.redact_file)),
         answers_elsewhere=answers_elsewhere,
         closers=closers,
     )

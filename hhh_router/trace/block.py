@@ -191,6 +191,9 @@ class Metadata(_Block):
     )
     basis: Basis | None = Field(default=None, description="what the decisions came from; in records only")
     not_inspected: list[str] = Field(default_factory=list)
+    redacted: dict[str, dict[str, int]] = Field(
+        default_factory=dict, description="what was taken out at input and output, and how often; never the text"
+    )
     layers_run: int = Field(default=0, description="decoder layers the prompt's pass ran")
     timing_ms: dict[str, float] = Field(default_factory=dict)
     receipt: Receipt

@@ -20,7 +20,7 @@ from typing import Any, Final, Literal, TypeVar
 from hhh_router.errors import SettingsError, Unavailable, UnknownRequest
 from hhh_router.trace.build import canonical_request
 from hhh_router.trace.feedback import LEAST_PROBABILITY, Label, Labelled, Remembered, check_fits
-from hhh_router.trace.redact import redact
+from hhh_router.trace.redact import Redactor
 from hhh_router.trace.sinks import Request
 
 T = TypeVar("T")
@@ -95,6 +95,8 @@ class FeedbackStore:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.path = None if path is None else Path(path)
+        self.redactor = Redactor()
+        """Replaces secrets; a deployment that has more than the usual ones puts its own here."""
         self.failures = 0
         """Requests that could not be remembered since the start."""
         self.changes = 0
@@ -198,7 +200,7 @@ class FeedbackStore:
 
     def _record(self, seen: Remembered, request: Request, reply: str | None) -> str:
         if self._content == "full":
-            texts = {"request": redact(canonical_request(request)), "reply": redact(reply)}
+            texts = self.redactor.value({"request": canonical_request(request), "reply": reply})
             if len(json.dumps(texts)) <= MAX_TEXT_BYTES:
                 seen = replace(seen, texts=texts)
         return json.dumps(seen.as_json(), separators=(",", ":"), allow_nan=False)

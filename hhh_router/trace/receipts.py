@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from hhh_router.errors import MissingExtra, SettingsError
 from hhh_router.trace.block import Metadata
-from hhh_router.trace.redact import redact
+from hhh_router.trace.redact import Redactor
 from hhh_router.trace.sinks import Request
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ class ReceiptSink:
             MissingExtra: `cryptography` is not installed.
         """
         self.path = Path(path)
+        self.redactor = Redactor()
+        """Replaces secrets; a deployment that has more than the usual ones puts its own here."""
         self.failures = 0
         """Receipts that could not be stored since the start."""
         self._key = _private_key(Path(key))
@@ -82,7 +84,7 @@ class ReceiptSink:
         """Append the receipt; what cannot be stored is logged and counted in ``failures``."""
         try:
             with self._lock:
-                self._append(redact(metadata.as_json()))
+                self._append(self.redactor.value(metadata.as_json()))
         except (OSError, TypeError, ValueError, RecursionError) as error:
             self.failures += 1
             _log.error("%s: receipt not stored (%s); %d lost since start", self.path, error, self.failures)

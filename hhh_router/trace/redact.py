@@ -6,10 +6,16 @@ It catches the obvious, not everything: text that must not be stored should not 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+from hhh_router.errors import SettingsError
+
+MAX_PATTERN_BYTES = 100_000
+"""Of a file of patterns."""
+_PATTERNS_HINT = "write one regular expression a line; lines that begin with # are comments"
 _SECRET_NAMES = (
     "authorization",
     "cookie",
@@ -29,7 +35,7 @@ _SECRET_NAMES = (
 """Endings of a key's name, without case, dashes and underscores. ``max_tokens`` ends in none of them."""
 
 # name → pattern. Each is linear: no part can match the same characters in two ways. The first match wins.
-_PATTERNS: tuple[tuple[str, re.Pattern[str]], ...] = (
+SECRETS: tuple[tuple[str, re.Pattern[str]], ...] = (
     (
         "private-key",
         re.compile(r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----[^-]{0,20000}(?:-----END [A-Z ]{0,30}PRIVATE KEY-----)?"),
@@ -50,7 +56,7 @@ _PATTERNS: tuple[tuple[str, re.Pattern[str]], ...] = (
         ),
     ),
 )
-_EMAIL = re.compile(r"\b[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){1,8}\b")
+EMAIL = re.compile(r"\b[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){1,8}\b")
 
 
 Patterns = Sequence[re.Pattern[str]]
@@ -65,6 +71,8 @@ class Redactor:
     """Replaced too, as ``[redacted:own]``."""
     emails: bool = False
     """Replace e-mail addresses too."""
+    also: Callable[[str], str] | None = None
+    """Replaces what no pattern finds, such as what says who somebody is."""
 
     def text(self, text: str) -> str:
         """A copy of the text with whatever looks like a secret replaced.
@@ -72,12 +80,14 @@ class Redactor:
         >>> Redactor(patterns=[re.compile("CASE-[0-9]+")]).text("CASE-12: use sk-aaaabbbbccccdddd")
         '[redacted:own]: use [redacted:api-key]'
         """
-        for kind, pattern in _PATTERNS:
+        for kind, pattern in SECRETS:
             keep = r"\g<1>" if pattern.groups else ""
             text = pattern.sub(f"{keep}[redacted:{kind}]", text)
         for pattern in self.patterns:
             text = pattern.sub("[redacted:own]", text)
-        return _EMAIL.sub("[redacted:email]", text) if self.emails else text
+        if self.also is not None:
+            text = self.also(text)
+        return EMAIL.sub("[redacted:email]", text) if self.emails else text
 
     def value(self, value: Any) -> Any:
         """A copy of a JSON-like value: strings under a secret's name are replaced whole, all others as in `text`."""
@@ -91,6 +101,37 @@ class Redactor:
         if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
             return [self.value(v) for v in value]
         return value
+
+
+def read_patterns(path: Path) -> tuple[re.Pattern[str], ...]:
+    """Further secrets from a file: one regular expression a line; empty ones and those after a ``#`` are skipped.
+
+    Raises:
+        SettingsError: It cannot be read, or a line is no regular expression; the message names each.
+    """
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(MAX_PATTERN_BYTES + 1)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else "it is no UTF-8"
+        raise SettingsError(f"{path}: patterns cannot be read ({why})", hint=_PATTERNS_HINT) from error
+    if len(text) > MAX_PATTERN_BYTES:
+        raise SettingsError(f"{path}: more than {MAX_PATTERN_BYTES:,} characters of patterns", hint=_PATTERNS_HINT)
+    patterns, wrong = [], []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        try:
+            pattern = re.compile(line)
+        except re.error as error:
+            wrong.append(f"{path}:{number}  no regular expression: {error}")
+            continue
+        if pattern.match(""):
+            wrong.append(f"{path}:{number}  it matches nothing at all, so it would be found everywhere")
+        patterns.append(pattern)
+    if wrong:
+        raise SettingsError("\n".join(wrong), hint=_PATTERNS_HINT)
+    return tuple(patterns)
 
 
 def redact(value: Any, *, emails: bool = False, patterns: Patterns = ()) -> Any:

@@ -10,12 +10,12 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from hhh_router.errors import SettingsError
 from hhh_router.trace.block import Metadata
 from hhh_router.trace.build import canonical_request
-from hhh_router.trace.redact import redact, redact_text
+from hhh_router.trace.redact import Redactor
 from hhh_router.types import ChatRequest, GuardRequest, ReadRequest
 
 _log = logging.getLogger(__name__)
@@ -24,6 +24,14 @@ Request = ChatRequest | GuardRequest | ReadRequest
 
 MAX_LINE_BYTES = 1 << 20  # one request may not fill a disk; the block alone takes about 2 kB
 _PRIVATE = 0o600  # a trace may hold what people wrote
+
+
+@runtime_checkable
+class Redacting(Protocol):
+    """A place that secrets may reach, and that the deployment tells what to replace."""
+
+    redactor: Redactor
+    """Replaces secrets before anything is stored."""
 
 
 class Sink(Protocol):
@@ -51,6 +59,8 @@ class LogSink:
     """One INFO line a request: id, policy, action, rule, latency. Never a word of prompt or reply."""
 
     def __init__(self, logger: logging.Logger = _log) -> None:
+        self.redactor = Redactor()
+        """Replaces secrets; a deployment that has more than the usual ones puts its own here."""
         self._logger = logger
 
     def write(self, metadata: Metadata, request: Request, reply: str | None) -> None:
@@ -59,7 +69,7 @@ class LogSink:
         latency = metadata.timing_ms.get("total")
         self._logger.info(
             "request id=%s policy=%s@%d action=%s rule=%s latency_ms=%s",
-            _one_line(metadata.request_id),
+            _one_line(metadata.request_id, self.redactor),
             metadata.policy.name,
             metadata.policy.version,
             metadata.action,
@@ -98,6 +108,8 @@ class JsonlSink:
         if content not in ("hash", "full"):
             raise SettingsError(f"trace content {content!r} is not known", hint="use 'hash' or 'full'")
         self.path = Path(path)
+        self.redactor = Redactor()
+        """Replaces secrets; a deployment that has more than the usual ones puts its own here."""
         self.failures = 0
         """Records that could not be stored, or only in part, since the start."""
         self._content = content
@@ -126,7 +138,7 @@ class JsonlSink:
         _log.error(
             "%s: record of request %s not stored (%s); %d lost since start",
             self.path,
-            _one_line(metadata.request_id),
+            _one_line(metadata.request_id, self.redactor),
             reason,
             self.failures,
         )
@@ -134,11 +146,11 @@ class JsonlSink:
     def _line(self, metadata: Metadata, request: Request, reply: str | None) -> bytes:
         record: dict[str, Any] = {
             "time": datetime.fromtimestamp(self._clock(), UTC).isoformat(timespec="milliseconds"),
-            "hhh": redact(metadata.as_json()),
+            "hhh": self.redactor.value(metadata.as_json()),
         }
         if self._content == "hash":
             return _encoded(record)
-        texts = {"request": redact(canonical_request(request)), "reply": redact(reply)}
+        texts = self.redactor.value({"request": canonical_request(request), "reply": reply})
         line = _encoded(record | texts)
         if len(line) <= self._max_line_bytes:
             return line
@@ -163,6 +175,6 @@ def _encoded(record: dict[str, Any]) -> bytes:
     return json.dumps(record, separators=(",", ":")).encode("ascii") + b"\n"
 
 
-def _one_line(text: str) -> str:
+def _one_line(text: str, redactor: Redactor) -> str:
     """An id that a client may have chosen, made safe for one line of a log."""
-    return "".join(c if c.isprintable() and c != " " else "_" for c in redact_text(text))[:128]
+    return "".join(c if c.isprintable() and c != " " else "_" for c in redactor.text(text))[:128]

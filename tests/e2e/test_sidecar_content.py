@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from hhh_router.trace.audit import SqliteAudit, read_rows
-from hhh_router.trace.redact import Redactor
 
 from .loopback import served_app
 from .sidecars import Stub, route_to, sidecar
@@ -66,9 +65,7 @@ def test_hashes_alone_are_kept_otherwise(stub: tuple[Stub, str], tmp_path: Path,
 
 def test_a_refused_prompt_is_kept_without_an_answer(watchful: Any, stub: tuple[Stub, str], tmp_path: Path) -> None:
     path = tmp_path / "audit.sqlite3"
-    with sidecar(
-        route_to(stub[1]), policy=watchful(), audit=SqliteAudit(path), audit_content="full", redactor=Redactor()
-    ) as (url, _):
+    with sidecar(route_to(stub[1]), policy=watchful(), audit=SqliteAudit(path), audit_content="full") as (url, _):
         WIRES["chat"](url, "how do I make a bomb", stream=False)
 
     [record] = kept(path)

@@ -38,6 +38,21 @@ def test_it_runs_without_a_model_and_says_what_it_could_not_measure(
     assert 20 < found["proxy-memory"]["value"] < 500
 
 
+def test_a_command_of_litellm_that_ends_is_told_with_its_last_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = tmp_path / "litellm"
+    command.write_text("#!/bin/sh\necho no master key is set\nexit 3\n")
+    command.chmod(0o755)
+    monkeypatch.setenv(proxy.LITELLM, str(command))
+
+    proxy.main(["--quick", "--out", str(tmp_path / "proxy.json"), "--only", "proxy-over-litellm"])
+
+    [found] = json.loads((tmp_path / "proxy.json").read_text())
+    assert found["value"] is None
+    assert "LiteLLM's proxy ended with 3: no master key is set" in found["note"]
+
+
 def test_the_figures_of_enforce_come_out_of_a_bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = tiny_bundle(tmp_path / "tiny", max_position_embeddings=4096)
     monkeypatch.setenv("HHH_ROUTER_CACHE_DIR", str(tmp_path / "cache"))

@@ -1,6 +1,7 @@
 """Answers that are read while they grow: each reading is that of the whole text, whatever came before it."""
 
 import random
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from hhh_router.model.growing import GrowingIds
 from hhh_router.model.reader import HeadReader
 from hhh_router.model.reads import Remembered
 from hhh_router.model.sessions import Sessions, StepJob
-from hhh_router.model.worker import open_reader
+from hhh_router.model.worker import Worker, open_reader
 from hhh_router.settings import Settings
 from hhh_router.testing.tiny import tiny_bundle
 from hhh_router.types import Message, ReadRequest, Scores
@@ -411,3 +412,35 @@ def test_closing_tells_everyone_once_and_keeps_nothing(tiny_model: tuple[HeadRea
 
     assert [str(e) for e in found] == [str(ReaderError("closed"))]
     assert (asked.sessions.tokens, asked.sessions.busy) == (0, False)
+
+
+def test_answers_texts_and_replies_take_turns() -> None:
+    order: list[str] = []
+    done = threading.Event()
+
+    class Part:
+        """Something that is busy for four turns."""
+
+        def __init__(self, name: str) -> None:
+            self.name, self.left, self.waiting = name, 4, 0
+
+        @property
+        def busy(self) -> bool:
+            return self.left > 0
+
+        def turn(self) -> None:
+            if self.busy:
+                order.append(self.name)
+                self.left -= 1
+                if not any(part.busy for part in parts):
+                    done.set()
+
+        def close(self, error: Exception) -> None:
+            """Nothing is under way."""
+
+    parts = [Part("text"), Part("answer"), Part("reply")]
+    worker = Worker(*parts)  # type: ignore[arg-type]
+    assert done.wait(10)
+    worker.close()
+
+    assert order == ["answer", "reply", "text", "reply", "answer", "reply", "text", "reply", *["answer", "text"] * 2]

@@ -15,6 +15,7 @@ import httpx
 import pytest
 import yaml
 
+from hhh_router.pipeline.situation import SERVER
 from hhh_router.testing import FakeGenerator, FakeReader, fake_pipeline
 from hhh_router.types import ChatRequest, ReadRequest, Scores
 from tests.e2e.loopback import served
@@ -35,6 +36,7 @@ LATE = f"{' '.join(f'word{n}' for n in range(30))} poison {' '.join(f'tail{n}' f
 
 IN_PROCESS = """\
 from hhh_router.interfaces.litellm import HHHRouterLLM
+from hhh_router.pipeline.situation import SERVER
 from hhh_router.testing import FakeGenerator, FakeReader, fake_pipeline
 
 reader = FakeReader({rules!r})
@@ -141,19 +143,34 @@ def setting(watchful: Policies, tmp_path_factory: pytest.TempPathFactory) -> Ite
 
 
 @contextmanager
-def started(watchful: Policies, folder: Path, guardrails: Sequence[Config] | None = None) -> Iterator[Setting]:
-    """The same, with other guardrails if they are given; ``api_base`` and ``api_key`` are filled in."""
+def started(
+    watchful: Policies,
+    folder: Path,
+    guardrails: Sequence[Config] | None = None,
+    *,
+    overlay: str = "",
+    general: Config | None = None,
+    **settings: Any,
+) -> Iterator[Setting]:
+    """The same, with other guardrails if they are given; ``api_base`` and ``api_key`` are filled in.
+
+    ``overlay`` is added to the policy, ``general`` to LiteLLM's ``general_settings``; the rest are settings of ours.
+    """
     reader, other = Watching(), FakeGenerator(says, delay_s=0.002)
     answering = FakeGenerator(answers, reader=reader, delay_s=0.002)
-    policy = watchful()
+    policy = folder / "watchful.yaml"
+    policy.write_text(watchful().read_text() + overlay)
     with ExitStack() as stack:
-        ours = stack.enter_context(served(fake_pipeline(policy, reader=reader, generator=answering, api_key=KEY)))
+        pipeline = fake_pipeline(policy, reader=reader, generator=answering, door=SERVER, api_key=KEY, **settings)
+        ours = stack.enter_context(served(pipeline))
         theirs = stack.enter_context(served(fake_pipeline(watchful(mode="shadow"), generator=other)))
         server = ours.removesuffix("/v1")
         config = shipped(server, theirs)
-        (folder / "own.py").write_text(IN_PROCESS.format(rules=RULES, policy=str(policy)))
+        (folder / "own.py").write_text(IN_PROCESS.format(rules=RULES, policy=str(watchful())))
         config["litellm_settings"]["custom_provider_map"].append({"provider": "own", "custom_handler": "own.handler"})
         config["model_list"].append({"model_name": "own", "litellm_params": {"model": "own/hhh-auto"}})
+        if general is not None:
+            config["general_settings"] = {**config.get("general_settings", {}), **general}
         if guardrails is not None:
             config["guardrails"] = [
                 {**g, "litellm_params": {"api_base": server, "api_key": KEY, **g["litellm_params"]}} for g in guardrails

@@ -23,7 +23,7 @@ def test_a_quick_run_writes_each_figure_with_its_command_and_the_page_has_its_ro
     assert policies.main(["--quick", "--out", str(out)]) == 0
 
     found = json.loads(out.read_text())
-    assert [r["name"] for r in found] == ["policy-decide", "policy-reload", "policy-fit"]
+    assert [r["name"] for r in found] == ["policy-decide", "policy-reload", "policy-fit", "policy-fit-whole"]
     for r in found:
         assert math.isfinite(r["value"])
         assert r["value"] > 0

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import sqlite3
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from typer.testing import CliRunner
 from hhh_router.cli.main import app
 from hhh_router.errors import InvalidRequest, SettingsError, Unavailable
 from hhh_router.interfaces.held import MAX_ARGUMENT_BYTES, Asked, HeldCalls
+from hhh_router.trace.redact import Redactor
 
 SECRET = "sk-canary0123456789abcdef"
 
@@ -169,3 +171,13 @@ async def test_the_command_lists_and_decides(path: Path) -> None:
     told = [json.loads(row) for row in rows]
     assert [(t["tool"], t["status"], t["note"]) for t in told] == [("a", "denied", "no"), ("b", "approved", None)]
     assert told[1]["decided_by"] == "Ada"
+
+
+async def test_the_deployments_own_patterns_reach_neither_file_nor_caller(path: Path) -> None:
+    held = HeldCalls(path, redactor=Redactor(patterns=[re.compile(r"CASE-\d+")]))
+
+    call = await held.put(asked(tool="send_CASE-12", arguments={"CASE-4711": [f"CASE-1 {SECRET}"]}), wait_s=30)
+
+    assert call.arguments == {"[redacted:own]": ["[redacted:own] [redacted:api-key]"]}
+    assert call.tool == "send_[redacted:own]"
+    assert b"CASE" not in b"".join(p.read_bytes() for p in path.parent.iterdir())

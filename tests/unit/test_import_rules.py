@@ -94,6 +94,7 @@ OUTSIDE: dict[str, set[str]] = {
     "rich": {"cli"},
     "cryptography": {"trace/receipts"},
     "psycopg": {"trace/audit/postgres"},
+    "presidio_analyzer": {"trace/pii"},
 }
 """Library → where it may be imported, as a folder or a file without its suffix."""
 

@@ -9,6 +9,7 @@ from starlette.testclient import TestClient
 
 from hhh_router.interfaces.server.app import create_app
 from hhh_router.interfaces.server.guardrail import LONGEST_S, MOST_CALLS, PATH, Prompts
+from hhh_router.pipeline.situation import SERVER
 from hhh_router.testing import FakeReader, fake_pipeline
 from hhh_router.types import Message
 
@@ -197,3 +198,49 @@ def test_prompts_are_forgotten_by_age_and_by_number() -> None:
     assert prompts.find("0") == ()
     assert prompts.find(str(MOST_CALLS)) == HELLO
     assert len(prompts._kept) == MOST_CALLS
+
+
+SCHOOLS = """
+overlays:
+  - tenants: [school-*]
+    checkpoints:
+      input:
+        - {when: {text: ['answer key']}, then: refuse, message: "Please ask your teacher."}
+"""
+
+
+@pytest.mark.parametrize(
+    ("setting", "told", "stopped"),
+    [
+        ("team_alias", {"user_api_key_team_alias": "school-north"}, True),
+        ("team_alias", {"user_api_key_team_alias": "office"}, False),
+        ("team_alias", {"user_api_key_team_alias": None}, False),
+        ("team_alias", {}, False),
+        ("team_id", {"user_api_key_team_id": "school-7", "user_api_key_team_alias": "office"}, True),
+        ("key_alias", {"user_api_key_alias": "school-key"}, True),
+        ("org_id", {"user_api_key_org_id": "school-org"}, True),
+        ("user_id", {"user_api_key_user_id": "school-user"}, True),
+        ("key", {"user_api_key_team_alias": "school-north"}, False),
+    ],
+)
+def test_overlays_go_by_whom_litellm_calls_for(
+    watchful: Policies, tmp_path: Path, setting: str, told: dict[str, Any], stopped: bool
+) -> None:
+    policy = tmp_path / "schools.yaml"
+    policy.write_text(watchful().read_text() + SCHOOLS)
+    pipeline = fake_pipeline(policy, reader=FakeReader(RULES), door=SERVER, guardrail_tenant=setting)
+
+    with TestClient(create_app(pipeline)) as served:
+        found = post(served, "request", "Where is the answer key?", request_data=told)
+
+    assert found.get("blocked_reason") == ("Please ask your teacher." if stopped else None)
+
+
+def test_a_tenant_that_is_no_name_is_a_mistake(watchful: Policies) -> None:
+    pipeline = fake_pipeline(watchful(), reader=FakeReader(RULES), guardrail_tenant="team_id")
+
+    with TestClient(create_app(pipeline)) as served:
+        for wrong in (7, "x" * 300):
+            found = post(served, "request", "Hello", request_data={"user_api_key_team_id": wrong})
+
+            assert found["error"]["message"].startswith("request_data.user_api_key_team_id: no name")

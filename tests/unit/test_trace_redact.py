@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import logging
+import re
 import time
+from pathlib import Path
 
 import pytest
 
+from hhh_router.errors import SettingsError
 from hhh_router.trace import redact, redact_text
+from hhh_router.trace.logs import RedactingFormatter
+from hhh_router.trace.redact import Redactor, read_patterns
 
 CANARIES = {
     "openai": "sk-proj-Zx81canaryZx81canaryZx81",
@@ -104,3 +111,54 @@ def test_a_hostile_text_takes_no_unreasonable_time(unit):
     redact_text(text, emails=True)
 
     assert time.perf_counter() - begun < 5.0  # quadratic behaviour would take minutes
+
+
+def test_patterns_of_a_file_are_replaced(tmp_path: Path) -> None:
+    (tmp_path / "p").write_text("# our cases\n\nCASE-\\d+\n\\bEMP[0-9]{4}\\b\n")
+
+    redactor = Redactor(patterns=read_patterns(tmp_path / "p"))
+
+    assert redactor.value({"a": ["CASE-12 of EMP0007"], "EMP0007": 1}) == {
+        "a": ["[redacted:own] of [redacted:own]"],
+        "[redacted:own]": 1,
+    }
+
+
+def test_every_mistake_of_a_file_of_patterns_is_told_with_its_line(tmp_path: Path) -> None:
+    (tmp_path / "p").write_text("CASE-\\d+\n(\nx*\n")
+
+    with pytest.raises(SettingsError) as raised:
+        read_patterns(tmp_path / "p")
+
+    first, second = raised.value.message.splitlines()
+    assert first.startswith(f"{tmp_path / 'p'}:2  no regular expression:")
+    assert second.startswith(f"{tmp_path / 'p'}:3  it matches nothing at all")
+
+
+@pytest.mark.parametrize(
+    ("content", "told"), [(None, "cannot be read"), (b"\xff\xfe", "no UTF-8"), (b"x\n" * 60_000, "more")]
+)
+def test_a_file_of_patterns_that_cannot_be_read_is_told(tmp_path: Path, content: bytes | None, told: str) -> None:
+    if content is not None:
+        (tmp_path / "p").write_bytes(content)
+
+    with pytest.raises(SettingsError, match=told):
+        read_patterns(tmp_path / "p")
+
+
+def test_logs_of_a_command_hold_no_secret_of_message_arguments_or_traceback() -> None:
+    written = io.StringIO()
+    handler = logging.StreamHandler(written)
+    handler.setFormatter(
+        RedactingFormatter(Redactor(patterns=[re.compile(r"CASE-\d+")]), logging.Formatter("%(message)s"))
+    )
+    logger = logging.Logger("x")
+    logger.addHandler(handler)
+    try:
+        raise ValueError("of CASE-4711 with sk-canarycanarycanary1")
+    except ValueError:
+        logger.exception("about %s: password=%s", "CASE-12", "canarycanary")
+
+    assert written.getvalue().startswith("about [redacted:own]: password=[redacted:secret]\nTraceback")
+    assert "ValueError: of [redacted:own] with [redacted:api-key]" in written.getvalue()
+    assert "canary" not in written.getvalue()

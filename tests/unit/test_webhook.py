@@ -4,11 +4,13 @@ import asyncio
 import hashlib
 import hmac
 import json
+import re
 
 import httpx
 from pydantic import SecretStr
 
 from hhh_router.interfaces.webhook import SIGNATURE, TRIES, Webhook
+from hhh_router.trace.redact import Redactor
 
 
 def hook(answers: list[object], secret: str | None = "hush") -> tuple[Webhook, list[httpx.Request]]:
@@ -75,3 +77,21 @@ async def test_nobody_waits_for_a_url_that_does_not_answer() -> None:
 
     async with asyncio.timeout(5):
         await webhook.aclose(0.05)
+
+
+async def test_secrets_and_the_deployments_own_patterns_are_not_told() -> None:
+    seen: list[bytes] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        seen.append(request.content)
+        return httpx.Response(204)
+
+    redactor = Redactor(patterns=[re.compile(r"CASE-\d+")])
+    webhook = Webhook(None, transport=httpx.MockTransport(answer), redactor=redactor)
+
+    webhook.tell("https://h.example/x", {"reason": "CASE-4711", "arguments": {"api_key": "hunter2hunter2"}})
+    await webhook.aclose()
+
+    assert [json.loads(body) for body in seen] == [
+        {"reason": "[redacted:own]", "arguments": {"api_key": "[redacted:key]"}}
+    ]

@@ -22,7 +22,7 @@ from mcp.client.streamable_http import streamable_http_client
 from mcp.shared.message import SessionMessage
 from mcp_types import INTERNAL_ERROR, ErrorData, JSONRPCError, JSONRPCRequest
 
-from hhh_router.assemble import build_pipeline, check_upstream
+from hhh_router.assemble import build_pipeline, check_upstream, open_redactor
 from hhh_router.errors import HHHRouterError, MissingExtra, ReaderError, SettingsError
 from hhh_router.interfaces.held import HeldCalls, default_queue
 from hhh_router.interfaces.holding import Holding
@@ -36,6 +36,7 @@ from hhh_router.pipeline import GuardResult, Pipeline
 from hhh_router.policy import Policy, load_policy
 from hhh_router.settings import DEFAULT_POLICY, Settings
 from hhh_router.trace.audit import Audit, SqliteAudit, check_place, default_audit, open_audit
+from hhh_router.trace.redact import Redactor
 from hhh_router.types import GuardRequest
 
 _log = logging.getLogger(__name__)
@@ -63,6 +64,8 @@ class McpPlan:
     audit: str | None
     """A file, a URL, ``none``, or None for a file of the user's own."""
     queue: Path
+    redactor: Redactor
+    """Replaces secrets in whatever is kept or told."""
 
     @property
     def reads_here(self) -> bool:
@@ -115,6 +118,7 @@ def plan_mcp(
         guard_url=guard_url,
         audit=audit,
         queue=queue or default_queue(),
+        redactor=open_redactor(settings),
     )
 
 
@@ -129,11 +133,16 @@ async def deployed(plan: McpPlan, guards: Guards | None = None, *, over_http: bo
     """
     if guards is None and needs_reading(plan.policy):
         guards = _guards(plan)
-    audit = _open_audit(plan.audit)
+    audit = _open_audit(plan.audit, plan.redactor)
     checks = Checks(plan.policy, guards)
-    webhook = Webhook(plan.settings.webhook_secret)
+    webhook = Webhook(plan.settings.webhook_secret, redactor=plan.redactor)
     try:
-        holding = Holding(HeldCalls(plan.queue), webhook, hold_s=plan.settings.hold_s, url=plan.settings.hold_webhook)
+        holding = Holding(
+            HeldCalls(plan.queue, redactor=plan.redactor),
+            webhook,
+            hold_s=plan.settings.hold_s,
+            url=plan.settings.hold_webhook,
+        )
         yield Deployment(
             checks=checks,
             audit=audit,
@@ -189,7 +198,7 @@ async def run_http(
             max_body_bytes=plan.settings.max_body_bytes,
             on_loopback=is_loopback(host),
         )
-        config = uvicorn.Config(app, lifespan="off", ws="none", log_level="warning", access_log=False)
+        config = uvicorn.Config(app, lifespan="off", ws="none", log_level="warning", log_config=None, access_log=False)
         config.timeout_graceful_shutdown = 3  # streams that stand open would never end by themselves
         on_ready(f"http://{f'[{host}]' if ':' in host else host}:{port}{PATH}")
         await uvicorn.Server(config).serve(sockets=[listening])
@@ -265,13 +274,14 @@ def _ended_by(number: signal.Signals) -> Iterator[None]:
             loop.remove_signal_handler(number)
 
 
-def _open_audit(named: str | None) -> Audit:
+def _open_audit(named: str | None, redactor: Redactor) -> Audit:
     """The audit that is named; else the first of the user's own that no other proxy writes."""
     if named is not None:
-        return open_audit(named)
+        return open_audit(named, redactor=redactor)
     for n in range(1, MOST_AUDITS + 1):
         try:
-            return SqliteAudit(default_audit().with_name("mcp.sqlite3" if n == 1 else f"mcp-{n}.sqlite3"))
+            name = "mcp.sqlite3" if n == 1 else f"mcp-{n}.sqlite3"
+            return SqliteAudit(default_audit().with_name(name), redactor=redactor)
         except SettingsError as error:
             if "another process" not in error.message or n == MOST_AUDITS:
                 raise

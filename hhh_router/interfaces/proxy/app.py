@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from hhh_router.interfaces.proxy.approvals import Approvals
 from hhh_router.interfaces.proxy.entry import Keep
 from hhh_router.interfaces.proxy.handling import Handling
 from hhh_router.interfaces.proxy.headers import encoded
@@ -20,6 +22,7 @@ from hhh_router.interfaces.server.app import create_app
 from hhh_router.interfaces.server.keys import KeyRing
 from hhh_router.interfaces.server.metrics import Counts
 from hhh_router.pipeline import Pipeline
+from hhh_router.pipeline.parts import Parts
 from hhh_router.trace.audit import Audit
 from hhh_router.trace.content import kept_content
 
@@ -53,14 +56,22 @@ class Sidecar:
         self.audit = audit
         self.draw = draw
         self.keep: Keep | None = (
-            partial(kept_content, redactor=config.redactor) if config.audit_content == "full" else None
+            partial(kept_content, redactor=pipeline.parts.redactor) if config.audit_content == "full" else None
+        )
+        settings = pipeline.settings
+        self.approvals = Approvals(
+            path=config.hold_path,
+            wait_s=config.hold_s or settings.hold_s,
+            url=config.hold_webhook or settings.hold_webhook,
+            secret=settings.webhook_secret,
+            patterns=config.redactor.patterns,
         )
         self.keys = KeyRing.open(pipeline.settings)
         self.refused = 0
         """Requests that were told to come back, for too many were under way."""
         self.own: ASGIApp = create_app(pipeline, counts=self._counts())
         self.observer = Observer(
-            pipeline,
+            lambda: self.parts,
             lambda request_id, record: audit.write("verdict", request_id, record),
             most_waiting=config.observe_queue,
             max_bytes=pipeline.settings.max_body_bytes,
@@ -122,6 +133,11 @@ class Sidecar:
         return len(self._under_way) > self.config.max_requests
 
     @property
+    def parts(self) -> Parts:
+        """The deployment, with people to ask and to tell."""
+        return replace(self.pipeline.parts, hold=self.approvals.hold, tell=self.approvals.tell)
+
+    @property
     def cut(self) -> asyncio.Future[None]:
         """Done when answers under way have to end; one for all of them."""
         if self._cut is None:
@@ -145,6 +161,7 @@ class Sidecar:
         for upstream in self.config.upstreams():
             if upstream.translator is not None:
                 await upstream.translator.aclose()
+        await self.approvals.aclose()
         await self.pipeline.aclose()
         await self.audit.aclose()
         await send({"type": "lifespan.shutdown.complete"})

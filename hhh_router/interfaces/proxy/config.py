@@ -29,7 +29,7 @@ from hhh_router.policy.tree import MAX_BYTES, Mistake, Node, read_tree, show
 from hhh_router.policy.values import did_you_mean
 from hhh_router.settings import Settings, read_secret
 from hhh_router.trace.audit import Retention
-from hhh_router.trace.redact import Redactor
+from hhh_router.trace.pii import RECOGNISERS
 
 OWN = "hhh"
 """Names the deployment's own mixture among fallbacks."""
@@ -37,6 +37,7 @@ _NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 _MODEL = r"^[^\s/]+/\S+$"
 _URL = r"^https?://[^/\s@?#]+(/[^\s?#]*)?$"
 _OF_THE_OTHER_KIND = {"url": {"api_base", "drop_params"}, "litellm": {"api_key_header", "model"}}
+_WEBHOOK = r"^https?://[^/\s@?#]+(/[^\s#]*)?$"
 _HINT = "correct the file; docs/proxy.md explains each key"
 
 Name = Annotated[str, Field(pattern=_NAME)]
@@ -147,7 +148,20 @@ class AuditFile(_Part):
     keep_mb: float | None = Field(default=None, ge=1, le=1e7)
     """The oldest rows are removed when all take more than so many megabytes."""
     redact: list[str] = []
-    """Regular expressions of further secrets, which reach no record."""
+    """Regular expressions of further secrets, which reach no record of any kind."""
+    pii: list[str] = []
+    """What says who somebody is and reaches no record either, such as ``EMAIL_ADDRESS``; needs the extra ``pii``."""
+
+
+class HoldFile(_Part):
+    """Where calls wait that a policy holds, and who is told."""
+
+    path: str | None = Field(default=None, min_length=1)
+    """The queue's SQLite file; without one the user's own, beside the audit."""
+    wait_s: Seconds | None = None
+    """Then the call is denied; without it ``HHH_ROUTER_HOLD_S``."""
+    webhook: str | None = Field(default=None, pattern=_WEBHOOK)
+    """Is told of every held call; without one ``HHH_ROUTER_HOLD_WEBHOOK``."""
 
 
 class ProxyFile(_Part):
@@ -165,6 +179,7 @@ class ProxyFile(_Part):
     max_requests: int = Field(default=MAX_REQUESTS, ge=1, le=100_000)
     observe_queue: int = Field(default=256, ge=1, le=100_000)
     audit: AuditFile = AuditFile()
+    hold: HoldFile = HoldFile()
     upstreams: dict[Name, UpstreamFile] = Field(min_length=1)
     routes: list[RouteFile] = Field(min_length=1)
     _places: dict[str, str] = PrivateAttr(default_factory=dict)
@@ -270,7 +285,9 @@ def make_config(
         observe_queue=file.observe_queue,
         audit_failure=file.audit.on_failure,
         audit_content=file.audit.content,
-        redactor=Redactor(patterns=patterns(file)),
+        hold_path=Path(file.hold.path) if file.hold.path else None,
+        hold_s=file.hold.wait_s,
+        hold_webhook=file.hold.webhook,
     )
 
 
@@ -356,6 +373,11 @@ def _check_names(file: ProxyFile, root: Node, mistakes: list[Mistake]) -> None:
             check(route.escalate_to, ("routes", i, "escalate_to"), names)
         if route.hedge is not None:
             check(route.hedge.to, ("routes", i, "hedge", "to"), names)
+    for i, entity in enumerate(file.audit.pii):
+        if entity not in RECOGNISERS:
+            loc = ("audit", "pii", i)
+            said = f"{entity!r} is not known{did_you_mean(entity, RECOGNISERS)}; use {', '.join(RECOGNISERS)}"
+            mistakes.append(Mistake(place_of(root, loc), path_of(loc), said))
     for i, pattern in enumerate(file.audit.redact):
         try:
             re.compile(pattern)
@@ -397,6 +419,7 @@ def _told(error: ValidationError, root: Node) -> list[Mistake]:
             meant = {
                 _NAME: "lower-case letters, digits, dots and dashes",
                 _URL: "an http(s) URL without credentials",
+                _WEBHOOK: "an http(s) URL without credentials",
                 _MODEL: "provider/model",
             }
             pattern = str((e.get("ctx") or {}).get("pattern"))
@@ -411,6 +434,7 @@ def _told(error: ValidationError, root: Node) -> list[Mistake]:
 def _keys(loc: tuple[str | int, ...]) -> list[str]:
     """The keys that are known at a place of the file."""
     kinds: dict[str, type[BaseModel]] = {"upstreams": UpstreamFile, "routes": RouteFile, "audit": AuditFile}
+    kinds["hold"] = HoldFile
     kinds |= {"timeouts": TimeoutsFile, "breaker": BreakerFile, "to": TargetFile, "hedge": HedgeFile}
     kind: type[BaseModel] = ProxyFile
     for step in loc:

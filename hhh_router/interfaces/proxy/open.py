@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast, get_args
 
-from hhh_router.assemble import build_pipeline, check_upstream, open_raw_client
+from hhh_router.assemble import build_pipeline, check_upstream, open_raw_client, open_redactor
 from hhh_router.errors import SettingsError
 from hhh_router.interfaces.proxy.app import Sidecar
-from hhh_router.interfaces.proxy.config import make_config, read_proxy_file, retention, simple_config
-from hhh_router.interfaces.proxy.policies import check_upstreams
+from hhh_router.interfaces.proxy.config import make_config, patterns, read_proxy_file, retention, simple_config
+from hhh_router.interfaces.proxy.policies import check_upstreams, rules_of
 from hhh_router.interfaces.proxy.routes import Mode, ProxyConfig
 from hhh_router.interfaces.proxy.translation import PREFIX
 from hhh_router.interfaces.proxy.upstreams import Upstreams
@@ -19,6 +19,8 @@ from hhh_router.pipeline.situation import SIDECAR
 from hhh_router.policy import check_door, load_policy
 from hhh_router.settings import Settings
 from hhh_router.trace.audit import Retention, check_place, default_audit, open_audit, shown_place
+from hhh_router.trace.redact import Patterns, Redactor
+from hhh_router.types import Action
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +33,8 @@ class SidecarPlan:
     """A file, a URL, or ``none``. It may hold a password."""
     retention: Retention
     """Of the audit."""
+    redactor: Redactor
+    """Replaces secrets in whatever is kept."""
 
     def told(self, pipeline: Pipeline) -> list[str]:
         """What an operator wants to see at the start."""
@@ -76,6 +80,8 @@ def plan_sidecar(
         raise SettingsError(f"--mode {mode!r} is not known", hint=f"use {', '.join(get_args(Mode))}")
     chosen = cast("Mode | None", mode)
     kept = Retention()
+    own: Patterns = ()
+    entities: list[str] = []
     if upstream is not None:
         if not upstream.startswith(PREFIX):
             check_upstream(upstream)
@@ -86,7 +92,7 @@ def plan_sidecar(
         file = read_proxy_file(config)
         settings = Settings.load(policy=policy or file.policy, candidate=candidate or file.candidate, bundle=bundle)
         made, where = make_config(file, mode=chosen, max_bytes=settings.max_body_bytes), audit or file.audit.path
-        kept = retention(file)
+        kept, own, entities = retention(file), patterns(file), file.audit.pii
     names = {u.name for u in made.upstreams()}
     store = PolicyStore.from_settings(settings, door=SIDECAR)
     named = [name for route in made.routes for name in (route.policy, route.candidate) if name is not None]
@@ -98,7 +104,13 @@ def plan_sidecar(
         check_place(where)
     elif settings.audit_url is not None:
         where = settings.audit_url.get_secret_value()
-    return SidecarPlan(settings=settings, config=made, audit=where or str(default_audit()), retention=kept)
+    return SidecarPlan(
+        settings=settings,
+        config=made,
+        audit=where or str(default_audit()),
+        retention=kept,
+        redactor=open_redactor(settings, own, entities),
+    )
 
 
 def open_sidecar(plan: SidecarPlan) -> Sidecar:
@@ -109,11 +121,15 @@ def open_sidecar(plan: SidecarPlan) -> Sidecar:
         MissingExtra: torch, aiohttp or the audit's database driver is not installed.
     """
     client = open_raw_client(2 * plan.config.max_requests)  # a request may ask two upstreams at once
-    audit = open_audit(plan.audit, redactor=plan.config.redactor, retention=plan.retention)
-    pipeline = build_pipeline(plan.settings, serving=True, door=SIDECAR)
+    audit = open_audit(plan.audit, redactor=plan.redactor, retention=plan.retention)
+    pipeline = build_pipeline(plan.settings, serving=True, door=SIDECAR, redactor=plan.redactor)
     for route in plan.config.routes:
         if route.policy is not None:
             pipeline.policies.add_file(route.policy)
         if route.candidate is not None:
             pipeline.policies.add_candidate(route.candidate)
-    return Sidecar(pipeline, plan.config, Upstreams(client), audit)
+    sidecar = Sidecar(pipeline, plan.config, Upstreams(client), audit)
+    policies = [pipeline.policies.get(route.policy) for route in plan.config.routes]
+    if any(rule.then is Action.HOLD for policy in policies for rule in rules_of(policy)):
+        sidecar.approvals.open()
+    return sidecar

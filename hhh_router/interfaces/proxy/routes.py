@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Literal
 
 from hhh_router.interfaces.proxy.hedging import Hedge
 from hhh_router.interfaces.proxy.upstreams import Upstream
-from hhh_router.trace.redact import Redactor
 
 Mode = Literal["observe", "annotate", "enforce"]
 """``observe`` reads beside the request and records; ``annotate`` tells the caller too; ``enforce`` acts."""
@@ -98,8 +98,12 @@ class ProxyConfig:
     """What holds when the audit cannot be written: nothing leaves, or it goes on and the loss is counted."""
     audit_content: Literal["hashes", "full"] = "hashes"
     """``full`` keeps texts of prompts and answers in the audit, secrets replaced."""
-    redactor: Redactor = field(default_factory=Redactor)
-    """Replaces secrets in whatever is kept."""
+    hold_path: Path | None = None
+    """Queue of calls that a policy holds; None takes the one beside the audit."""
+    hold_s: float | None = None
+    """How long such a call waits; None takes the deployment's ``hold_s``."""
+    hold_webhook: str | None = None
+    """URL that is told of every held call; None takes the deployment's ``hold_webhook``."""
 
     def upstreams(self) -> list[Upstream]:
         """All of them, each once."""

@@ -71,7 +71,7 @@ def create_app(pipeline: Pipeline, *, counts: Sequence[Counts] = ()) -> Starlett
 
     keys = KeyRing.open(settings)
     replies = Replies()
-    tracing = Tracing.from_settings(settings)
+    tracing = Tracing.from_settings(settings, pipeline.parts.redactor)
 
     def answered(call: C, request: Request, body: Mapping[str, Any]) -> Response:
         key: Key | None = request.state.key

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from starlette.requests import Request
@@ -35,6 +35,7 @@ LONGEST_S = 600.0
 _UNREAD = ("images", "tools")
 REDACTABLE = ("secrets", "emails")
 MOST_HELD = 100_000
+LONGEST_TENANT = 256
 _LAST_LINE = 512  # what tells a secret from other text stands in one line, and within so many characters
 
 
@@ -97,9 +98,29 @@ async def guardrail(request: Request, pipeline: Pipeline, prompts: Prompts) -> R
         return JsonReply({"action": "NONE"})
     asked = GuardRequest(read=read, policy=wishes.policy, not_inspected=unread)
     check_policies(request, pipeline, [asked])
-    [result] = await until_client_leaves(request.receive, pipeline.guard(called(request, [asked])))
+    [asked] = called(request, [asked])
+    if (tenant := _tenant(body, pipeline.settings.guardrail_tenant)) is not None:
+        asked = replace(asked, caller=replace(asked.caller, tenant=tenant))
+    [result] = await until_client_leaves(request.receive, pipeline.guard([asked]))
     told = _told(result) or _let_through(texts, wishes, streams=phase == "response")
     return JsonReply({**told, "hhh": result.metadata.as_json()}, headers=result.metadata.headers())
+
+
+def _tenant(body: Mapping[str, Any], field: str) -> str | None:
+    """Whose traffic it is, in LiteLLM's words about its caller; None where that is not asked for, or not known.
+
+    Raises:
+        InvalidRequest: It is no name.
+    """
+    if field == "key":
+        return None
+    name = "user_api_key_alias" if field == "key_alias" else f"user_api_key_{field}"
+    given = inner(body, "request_data", f'{{"{name}": "…"}}').get(name)
+    if given is None or given == "":
+        return None
+    if not isinstance(given, str) or len(given) > LONGEST_TENANT:
+        raise InvalidRequest(f"request_data.{name}: no name", hint=f"send text of at most {LONGEST_TENANT} characters")
+    return given
 
 
 def _told(result: GuardResult) -> dict[str, Any]:

@@ -91,9 +91,11 @@ class DrainingServer(uvicorn.Server):
         """
         settings: dict[str, Any] = {
             "http": Connection,
+            "loop": "asyncio",  # also where uvloop is installed: one loop to know, and beside httptools nothing to gain
             "ws": "none",
             "log_level": "warning",  # one line a request comes from the pipeline's own log
             "access_log": False,
+            "log_config": None,  # whoever runs this decides where logs go, and what they leave out
             "server_header": False,
             "timeout_graceful_shutdown": grace_s,
         }

@@ -23,8 +23,8 @@ from hhh_router.interfaces.server.chat import ChatResponse
 from hhh_router.interfaces.server.choices import strictest
 from hhh_router.pipeline import ChatFinished
 from hhh_router.settings import Settings
-from hhh_router.trace import redact_text
 from hhh_router.trace.block import Metadata
+from hhh_router.trace.redact import Redactor
 from hhh_router.types import ChatRequest, Message
 
 if TYPE_CHECKING:
@@ -39,11 +39,12 @@ _HEADERS: Final = ("action", "policy", "confidence", "mixture", "request-id")
 class Tracing:
     """Makes spans."""
 
-    def __init__(self, *, content: bool) -> None:
+    def __init__(self, *, content: bool, redactor: Redactor | None = None) -> None:
         """Find OpenTelemetry.
 
         Args:
-            content: Put prompts and replies into spans, with obvious secrets scrubbed.
+            content: Put prompts and replies into spans, with secrets replaced.
+            redactor: Replaces them.
 
         Raises:
             MissingExtra: It is not installed.
@@ -55,15 +56,16 @@ class Tracing:
         self._trace, self._extract = trace, propagate.extract
         self._tracer = trace.get_tracer("hhh_router")
         self._content = content
+        self._redactor = redactor or Redactor()
 
     @classmethod
-    def from_settings(cls, settings: Settings) -> Tracing | None:
+    def from_settings(cls, settings: Settings, redactor: Redactor | None = None) -> Tracing | None:
         """None where it is switched off.
 
         Raises:
             MissingExtra: It is switched on, and OpenTelemetry is not installed.
         """
-        return None if settings.otel == "off" else cls(content=settings.otel == "content")
+        return None if settings.otel == "off" else cls(content=settings.otel == "content", redactor=redactor)
 
     def chat(self, request: Request, response: ChatResponse) -> Traced:
         """The same reply, with a span around its making."""
@@ -79,7 +81,7 @@ class Tracing:
                 span.set_attribute("http.response.status_code", response.status_code)
                 for name in _HEADERS:
                     if (value := response.headers.get(f"x-hhh-{name}")) is not None:
-                        span.set_attribute(f"hhh.{name.replace('-', '_')}", value)
+                        span.set_attribute(f"hhh.{name.replace('-', '_')}", self._redactor.text(value))
                 return response
 
         return traced
@@ -91,10 +93,10 @@ class Tracing:
         context = None if inside else self._extract(dict(request.headers))
         kind = self._trace.SpanKind.INTERNAL  # as for models that run in the same service
         with self._tracer.start_as_current_span(
-            name,
+            self._redactor.text(name),
             context=context,
             kind=kind,
-            attributes=about,
+            attributes=self._redacted(about),
             record_exception=False,  # a message may repeat what somebody wrote
             set_status_on_exception=False,
         ) as span:
@@ -113,14 +115,28 @@ class Tracing:
                 yield
             finally:
                 if response.done:
-                    span.set_attributes(_answered(asked, response.done, model))
+                    span.set_attributes(self._redacted(_answered(asked, response.done, model)))
                 if self._content:
-                    span.set_attribute("gen_ai.input.messages", _messages(asked[0].messages))
-                    span.set_attribute("gen_ai.output.messages", _replies(response.done))
+                    span.set_attribute("gen_ai.input.messages", self._messages(asked[0].messages))
+                    span.set_attribute("gen_ai.output.messages", self._replies(response.done))
                 if (error := response.error) is not None:
                     self._failed(span, error)
                 elif not response.is_finished:
                     self._failed(span, "cancelled")
+
+    def _redacted(self, attributes: Mapping[str, Any]) -> dict[str, Any]:
+        """What a caller may have chosen, a model's name or an id, without secrets."""
+        return {name: self._redactor.value(value) for name, value in attributes.items()}
+
+    def _messages(self, messages: Sequence[Message]) -> str:
+        return json.dumps([{"role": m.role, "parts": self._parts(m.content)} for m in messages])
+
+    def _replies(self, done: Sequence[ChatFinished]) -> str:
+        told = [{"role": "assistant", "parts": self._parts(d.text), "finish_reason": d.finish_reason} for d in done]
+        return json.dumps(told)
+
+    def _parts(self, text: str) -> list[dict[str, str]]:
+        return [{"type": "text", "content": self._redactor.text(text)}]
 
     def _failed(self, span: Span, error: Exception | str) -> None:
         kind = error if isinstance(error, str) else str(getattr(error, "code", type(error).__name__))
@@ -198,15 +214,3 @@ def _block(block: Metadata) -> dict[str, Any]:
         **{f"hhh.needs.{need}": p for need, p in block.needs.items()},
         **{f"hhh.outcomes.{outcome}": p for outcome, p in block.outcomes.items()},
     }
-
-
-def _messages(messages: Sequence[Message]) -> str:
-    return json.dumps([{"role": m.role, "parts": _parts(m.content)} for m in messages])
-
-
-def _replies(done: Sequence[ChatFinished]) -> str:
-    return json.dumps([{"role": "assistant", "parts": _parts(d.text), "finish_reason": d.finish_reason} for d in done])
-
-
-def _parts(text: str) -> list[dict[str, str]]:
-    return [{"type": "text", "content": redact_text(text)}]
