@@ -288,10 +288,24 @@ class _Run:
                 if self._lost:
                     return False
                 continue
+            if decision.action is Action.HOLD and (said := self._person(decision)) is not decision:
+                if said is None:
+                    return False
+                decision = said
             self._decided(decision)
             if self._acts(decision):
                 return False
         return True
+
+    def _person(self, held: Decision) -> Decision | None:
+        """What became of a held call: as recorded under the record's own policy, and not known under another one."""
+        if not self._own:
+            self._unknown.append("tool_call: what a person would have said of the call it holds")
+            return None
+        approved = any(
+            (d.checkpoint, d.action, d.rule) == ("tool_call", Action.FLAG, held.rule) for d in self._block.decisions
+        )
+        return replace(held, action=Action.FLAG) if approved else held
 
     def _calls(self) -> list[Situation]:
         """What surrounds each call; its arguments only where all calls were found in the text that was kept."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,11 @@ import pytest
 from hhh_router.calibration import Calibrators
 from hhh_router.pipeline.again import Again, Texts, decide_again
 from hhh_router.pipeline.basis import MOST_READINGS, Notes
+from hhh_router.pipeline.situation import PIPELINE
 from hhh_router.policy import load_policy, parse_policy
 from hhh_router.testing import FakeGenerator, FakeReader, fake_pipeline, make_scores
 from hhh_router.trace.block import Metadata
-from hhh_router.types import ChatRequest, GuardRequest, Message, ReadRequest, ToolCall
+from hhh_router.types import ChatRequest, GuardRequest, Message, ReadRequest, Tool, ToolCall, Toolset
 
 RULES = {"bomb": {"needs.harmless": 6.0}, "ignore your": {"needs.injection": 6.0}, "poison": {"outcomes.unsafe": 6.0}}
 TOOLS = """\
@@ -159,6 +161,32 @@ def test_a_long_reply_keeps_a_bounded_number_of_readings_and_its_end() -> None:
     assert (len(readings), basis.left_out) == (MOST_READINGS + 1, 51)
     assert readings[-1].is_final
     assert readings[1].logprobs == (-10.25, -20.0)
+
+
+def test_what_a_person_said_of_a_held_call_stays_and_is_not_known_of_another_policy(tmp_path: Path) -> None:
+    tools = "  tool_call: [{when: {tool.name: [send]}, then: hold}, {then: allow}]\n"
+    policy = write(tmp_path, "holds", PLAIN.replace("name: plain", "name: holds") + tools)
+    reader, sink = FakeReader(RULES), Kept()
+    call = '<tool_call>[{"name": "send", "arguments": {}}]</tool_call>'
+    door = replace(PIPELINE, carries=frozenset({"hold"}))
+    generator = FakeGenerator(call, reader=reader)
+    pipeline = fake_pipeline(policy, reader=reader, generator=generator, sinks=[sink], door=door)
+
+    async def run() -> None:
+        request = ChatRequest(messages=(user("go"),), tools=Toolset(tools=(Tool(name="send"),)))
+        _ = [event async for event in pipeline.chat(request, stream=False)]
+
+    asyncio.run(run())
+    [block] = sink.blocks
+    assert block.decisions[-1].action == "hold"
+    approved = block.model_copy(
+        update={"decisions": [*block.decisions[:-1], block.decisions[-1].model_copy(update={"action": "flag"})]}
+    )
+
+    assert said(decide_again(block, load_policy(policy), Calibrators.none()))[-1][1] == "hold"
+    assert said(decide_again(approved, load_policy(policy), Calibrators.none()))[-1][1] == "flag"
+    other = decide_again(approved, load_policy(policy), Calibrators.none(), own=False)
+    assert (other.decision, other.unknown) == (None, ("tool_call: what a person would have said of the call it holds",))
 
 
 def test_a_record_without_readings_says_so(tmp_path: Path) -> None:

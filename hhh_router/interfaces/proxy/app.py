@@ -64,7 +64,7 @@ class Sidecar:
             wait_s=config.hold_s or settings.hold_s,
             url=config.hold_webhook or settings.hold_webhook,
             secret=settings.webhook_secret,
-            patterns=config.redactor.patterns,
+            patterns=pipeline.parts.redactor.patterns,
         )
         self.keys = KeyRing.open(pipeline.settings)
         self.refused = 0
