@@ -213,9 +213,7 @@ class Candidate(Beside):
             self._decided(decision, theirs, is_final=False)
 
     def _decided(self, decision: Decision, theirs: Decision, *, is_final: bool) -> None:
-        action = decision.action
-        if action is Action.REGENERATE and self._let_out:
-            action = Action.REFUSE
+        action, enforced = self._in_time(decision.action), self._in_time(theirs.action)
         before = self._decisions[-1] if self._decisions else None
         if before is None or (before.checkpoint, before.action, before.rule) != (
             decision.checkpoint,
@@ -223,8 +221,8 @@ class Candidate(Beside):
             decision.rule,
         ):
             self._decisions.append(decision)
-        self._put(decision.checkpoint, theirs.action, action)
-        self._relate(theirs.action, action)
+        self._put(decision.checkpoint, enforced, action)
+        self._relate(enforced, action)
         if not self._makes_reply:
             return
         self._let_out = self._let_out or (self._stream and not action.stops)
@@ -233,6 +231,10 @@ class Candidate(Beside):
             self._unknown.append(f"output: what would follow its {action}")
         self._follows = not (goes_elsewhere or action.stops)
         self._seen_whole = is_final
+
+    def _in_time(self, action: Action) -> Action:
+        """A reply of which text has left cannot be made again."""
+        return Action.REFUSE if action is Action.REGENERATE and self._let_out else action
 
     def _called(self, call: ToolCall, situation: Situation, theirs: Decision | None) -> None:
         if not self._follows or self._plan is None or not asks(self._policy, "tool_call"):

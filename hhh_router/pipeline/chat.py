@@ -328,7 +328,9 @@ class _Run:
                 _log.warning("%s: output not judged: %s", self._request.request_id, error)
                 self._record.unread(event.completion_tokens)
                 decision = failed_decision(self._policy, "output", error)
-        decision = self._decide(decision)
+        said, decision = decision, self._decide(decision)
+        if not self._enforce:  # in shadow all text leaves at once, which it would not where the decision acts
+            decision = said
         self._beside.answered(event.scores, situation, decision, logprobs=self._logprobs, is_final=event.is_final)
         if self._enforce:
             self._redact |= dict.fromkeys(decision.redact)
