@@ -81,7 +81,6 @@ class _Run:
         self._calls: list[ToolCall] = []  # of the reply so far
         self._beside = open_beside(parts, request, stream=stream)
         self._record = Record(parts, request, policy, self._beside)
-        self._record.asked(self._situation, stream=stream)
         self._release = Release()
         self._scanner = self._new_scanner()
         self._logprobs: list[float] = []
@@ -113,6 +112,7 @@ class _Run:
     async def events(self) -> AsyncGenerator[ChatEvent, None]:
         try:
             self._situate(await with_readings(self._parts.reader, self._policy, self._situation))
+            self._record.asked(self._situation, stream=self._stream)
             while True:
                 async with aclosing(self._attempt()) as deltas:
                     async for delta in deltas:
@@ -310,7 +310,9 @@ class _Run:
                 _log.warning("%s: output not judged: %s", self._request.request_id, error)
                 self._record.unread(event.completion_tokens)
                 decision = failed_decision(self._policy, "output", error)
-        decision = self._decide(decision)
+        said, decision = decision, self._decide(decision)
+        if not self._enforce:  # in shadow all text leaves at once, which it would not where the decision acts
+            decision = said
         self._beside.answered(event.scores, situation, decision, logprobs=self._logprobs, is_final=event.is_final)
         if self._enforce:
             self._redact |= dict.fromkeys(decision.redact)

@@ -179,6 +179,7 @@ def _judge(
     for n, call in enumerate(request.calls, 1):
         situation = with_calls(asked, n)
         judged = judge_call(call, plan=plan, policy=policy, situation=situation) if asks(policy, "tool_call") else None
+        record.called(call.name)
         beside.called(call, situation, judged)
         decisions += [] if judged is None else [judged]
     about = Concerned(
