@@ -165,8 +165,8 @@ class Sidecar:
         await receive()
         await send({"type": "lifespan.startup.complete"})
         await receive()
-        if self.draining:
-            await self._drained.wait()  # what was let through is still read, and its verdict kept
+        if self.draining:  # the server does not wait for it: what is read meanwhile would find the audit closed
+            await self._drained.wait()
         await self.upstreams.aclose()
         for upstream in self.config.upstreams():
             if upstream.translator is not None:
