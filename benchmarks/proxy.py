@@ -324,9 +324,13 @@ def _window_over_whole(bench: Bench) -> Measured:
 
 
 def _memory(bench: Bench) -> Measured:
-    port, pid = bench.observing
-    _per_second(port, 1)
-    return Measured(values=[resident_bytes(pid) / 1e6], note="after a second at 32 connections")
+    with process("sidecar", bench.url, "observe") as (port, pid):  # one of its own: others have had other figures' load
+        sides = {"at the start (MB)": resident_bytes(pid) / 1e6}
+        _per_second(port, 1)
+        value = resident_bytes(pid) / 1e6
+        _streams_per_second(port, bench.sized(STREAMS, 5), bench.sized(CHUNKS, 4))
+        sides["after 200 streams at once too (MB)"] = resident_bytes(pid) / 1e6
+    return Measured(values=[value], sides=sides, note="after a second at 32 connections")
 
 
 def _quantile(values: Sequence[float], at: float) -> float:
