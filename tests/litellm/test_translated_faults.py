@@ -4,6 +4,7 @@ import http.client
 import json
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -139,7 +140,9 @@ def test_no_words_of_a_prompt_reach_a_log_when_a_provider_quotes_it(
     assert "xyzzy" not in caplog.text
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9/x.png", "http://169.254.169.254/latest", "file:///etc/passwd"])
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:9/x.png", "http://169.254.169.254/latest", Path("/etc/passwd").as_uri()]
+)
 def test_images_are_not_fetched_from_within(watchful: Policies, url: str) -> None:
     picture = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
 
