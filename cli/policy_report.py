@@ -21,6 +21,7 @@ def report(
     import json
 
     from hhh_router.bundle import Bundle
+    from hhh_router.calibration.kept import KEPT, read_kept
     from hhh_router.errors import MissingExtra
     from hhh_router.policy import list_library, list_policies, load_policy
     from hhh_router.settings import Settings
@@ -37,10 +38,14 @@ def report(
     settings = Settings.load(bundle=bundle)
     used = Bundle.load(settings.bundle)
     tasks, replies = eval_prompts(data), eval_replies(data)
+    kept = None
+    if used.manifest.heads is not None and (used.root / KEPT).exists():
+        kept = read_kept(used.root, heads_sha256=used.manifest.heads.sha256)
     with stage_bars() as told:
         command = " ".join(["hhh-router policy report", *(f"--policy {p.name}" for p in policies if policy)])
         result = policy_figures(
             policies, tasks, BundleReadings(used, settings, told), seed=seed, command=command, replies=replies,
+            kept=kept,
             on_progress=lambda done, n, name: told("policies", done, n, name),
         )  # fmt: skip
     out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""``hhh-router verify``: signature and chain of receipts, and a decision made again."""
+"""``hhh-router verify``: signature and chain of receipts, and decisions made again."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ def verify(
     receipts: Annotated[Path, typer.Argument(metavar="RECEIPTS", help="File of receipts, one a line.")],
     key: Annotated[Path, typer.Option("--key", "-k", help="PEM file of the public key.")],
     request_id: Annotated[str | None, typer.Option("--id", help="Of the receipt to make again.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="Make the decision about this prompt again.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Make the decisions about this prompt again.")] = None,
     request: Annotated[
-        Path | None, typer.Option(help="Likewise; JSON file of the request, as traces with full content have it.")
+        Path | None,
+        typer.Option(help="Likewise; JSON file of the request, or of the whole line, of a trace with full content."),
     ] = None,
+    response: Annotated[str | None, typer.Option(help="The whole reply, or the text that was guarded.")] = None,
     policy: Annotated[str | None, typer.Option("--policy", "-p", metavar="NAME|FILE", help="Default: by name.")] = None,
     bundle: Annotated[str | None, typer.Option("--bundle", "-b", help="Default: the deployment's.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Check that receipts are unchanged and whole; with a text, make its decision again. Exit 1 where it is not so."""
+    """Check that receipts are whole and unchanged; with texts, make their decisions again. Exit 1 where not."""
     import json
 
     from hhh_router.errors import EXIT_FAILURE, SettingsError
@@ -31,12 +33,10 @@ def verify(
     lines = list(check_receipts(receipts, key))
     wrong = [f"line {c.line}: {w}" for c in lines for w in c.wrong]
     again: dict[str, Any] | None = None
-    if prompt is not None or request is not None:
-        from hhh_router.evaluation.rerun import canonical_prompt
-
-        canonical = canonical_prompt(prompt) if prompt is not None else _request(request)
+    if prompt is not None or request is not None or response is not None:
+        canonical, reply = _texts(prompt, request, response)
         blocks = [c.content["hhh"] for c in lines if not c.wrong]
-        again = _again(blocks, canonical, request_id, policy, bundle)
+        again = _again(blocks, canonical, reply, request_id, policy, bundle)
         wrong += [f"{again['request_id']}: {d}" for d in again["differences"]]
     if as_json:
         typer.echo(json.dumps({"receipts": len(lines), "wrong": wrong, "again": again}, indent=2))
@@ -45,17 +45,30 @@ def verify(
             typer.echo(f"{receipts}: {line}", err=True)
         typer.echo(f"{len(lines)} receipts, {'signatures and chain hold' if not wrong else 'NOT as they were'}")
         if again is not None and not again["differences"]:
-            typer.echo(f"{again['request_id']}: made again, {again['action']} by {again['rule']}")
+            typer.echo(f"{again['request_id']}: made again, {', '.join(again['decisions'])}")
+        for line in again["not_remade"] if again is not None else ():
+            typer.echo(f"  not made again: {line}")
     if wrong:
         raise typer.Exit(EXIT_FAILURE)
 
 
-def _request(path: Path | None) -> dict[str, Any]:
+def _texts(prompt: str | None, request: Path | None, response: str | None) -> tuple[dict[str, Any], str | None]:
+    """The canonical request, and the reply where there is one beside it."""
+    if request is None:
+        turns = [] if prompt is None else [{"role": "user", "content": prompt}]
+        return {"messages": turns, "response": response}, None
+    found = _request(request)
+    if isinstance(found.get("request"), dict):  # a trace's line
+        reply = found.get("reply")
+        return found["request"], response if response is not None else reply if isinstance(reply, str) else None
+    return found, response
+
+
+def _request(path: Path) -> dict[str, Any]:
     import json
 
     from hhh_router.errors import DataError
 
-    assert path is not None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -68,6 +81,7 @@ def _request(path: Path | None) -> dict[str, Any]:
 def _again(
     blocks: list[dict[str, Any]],
     canonical: dict[str, Any],
+    response: str | None,
     request_id: str | None,
     policy: str | None,
     bundle: str | None,
@@ -78,7 +92,7 @@ def _again(
     from hhh_router.settings import Settings
 
     try:
-        from hhh_router.evaluation.rerun import differences, request_hash
+        from hhh_router.evaluation.rerun import remake, request_hash
         from hhh_router.evaluation.systems import BundleReadings
     except ImportError as error:
         raise MissingExtra("train", needed_for="making a decision again") from error
@@ -94,10 +108,13 @@ def _again(
         raise DataError("no receipt is about this request", hint="give the request as it was sent, or another --id")
     settings = Settings.load(bundle=bundle)
     used = Bundle.load(settings.bundle)
-    found = differences(
+    found = remake(
         block, canonical, load_policy(policy or block["policy"]["name"]), BundleReadings(used, settings),
-        bundle_sha256=used.sha256,
+        bundle_sha256=used.sha256, response=response,
     )  # fmt: skip
-    first = block["decisions"][0] if block["decisions"] else {"action": None, "rule": None}
-    about = {"request_id": block["request_id"], "action": first["action"], "rule": first["rule"]}
-    return about | {"differences": found}
+    return {
+        "request_id": block["request_id"],
+        "decisions": list(found.decisions),
+        "differences": list(found.differences),
+        "not_remade": list(found.not_remade),
+    }

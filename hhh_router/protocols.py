@@ -156,7 +156,15 @@ class Unread:
     prompt_tokens: int = 0
 
 
-Event = Planned | Delta | Window | Steered | Unread | Finished
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Redacted:
+    """The request went on without what the plan's decisions redact."""
+
+    counts: Mapping[str, int]
+    """What was taken out → how often."""
+
+
+Event = Planned | Delta | Window | Steered | Unread | Redacted | Finished
 
 
 class Generator(Protocol):

@@ -11,7 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from hhh_router.calibration import Calibrators, conformal
-from hhh_router.calibration.conformal import FittedLimit, RiskBudget, Words, bounds_fitted, fit_limit, frontier
+from hhh_router.calibration.conformal import (
+    FittedLimit,
+    RiskBudget,
+    Words,
+    bounds_fitted,
+    fit_limit,
+    frontier,
+    risk_bound,
+)
 from hhh_router.errors import DataError, PolicyError
 from hhh_router.evaluation.budget_rows import OWN_KNOWN, FitRow
 from hhh_router.evaluation.rank import Ranked, rank, rank_replies, rank_weights, refuse_hanging
@@ -173,6 +181,62 @@ def attainable(ranked: Ranked, level: float | None, points: int = 12, *, per_gro
         ranked.scores, ranked.harmful, level, points, groups=ranked.groups if per_group else None, settled=True
     )
     return [Attainable(limit=limit, falling=refused, rising=passed) for limit, refused, passed in found]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorstGroup:
+    """What can be said of one error in every group of rows at once."""
+
+    bound: float
+    """Of the group where it is highest."""
+    group: str
+
+
+def worst_groups(
+    policy: Policy,
+    rows: Sequence[FitRow],
+    calibrators: Calibrators,
+    *,
+    known: frozenset[str] = OWN_KNOWN,
+    replies: Sequence[FitRow] = (),
+) -> dict[str, dict[str, WorstGroup]]:
+    """What the limits of a fitted policy would promise in every group, had they been set without a look at the rows.
+
+    Where the budget asked for it (``per_group``), its own bounds are promises; of other limits, which were chosen on
+    these rows for all of them together, this is a figure to compare with.
+
+    Args:
+        policy: With a budget and a lock.
+        rows: As for `fit_policy`, like the next.
+        calibrators: The bundle's.
+        known: See `rank`.
+        replies: For a budget of output.
+
+    Returns:
+        Part → error → the highest bound. With a ``level`` all of a part's bounds, of both errors in every group, hold
+        together at it.
+    """
+    assert policy.budget is not None
+    assert policy.lock is not None
+    budget, found = policy.budget, {}
+    for part, fitted in policy.lock.parts.items():
+        used = replies if part == "output" else rows
+        ranked = _rank(policy, part, used, calibrators, known, budget.weight)
+        count = bounds_fitted(ranked.harmful, ranked.groups)
+        level = None if budget.level is None else 1 - (1 - budget.level) / count
+        groups = _by_group(ranked, fitted.limit)
+        found[part] = {
+            name: max(
+                (
+                    WorstGroup(bound=risk_bound(round(share * g.n[side]), g.n[side], level), group=g.group)
+                    for g in groups
+                    if (share := g.share[side]) is not None
+                ),
+                key=lambda worst: worst.bound,
+            )
+            for side, name in enumerate(ERRORS[part])
+        }
+    return found
 
 
 def _check_rows(policy: Policy, part: str, rows: Sequence[FitRow]) -> None:

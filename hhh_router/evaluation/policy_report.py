@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from hhh_router.calibration import Calibrators
+from hhh_router.calibration.kept import Kept
 from hhh_router.data.examples import Example, data_hash
+from hhh_router.evaluation.budget import worst_groups
 from hhh_router.evaluation.budget_page import error_names
+from hhh_router.evaluation.budget_rows import KEPT_KNOWN, kept_replies, kept_rows
 from hhh_router.evaluation.intervals import with_interval
 from hhh_router.evaluation.systems import Readings
 from hhh_router.evaluation.tasks import TASKS, task_rows
@@ -77,13 +81,14 @@ def policy_figures(
     seed: int,
     command: str,
     replies: Tasks | None = None,
+    kept: Kept | None = None,
     on_progress: Callable[[int, int, str], object] = lambda *_: None,
 ) -> dict[str, Any]:
     """Every error of every policy on every task, and on all rows together, with bootstrap intervals.
 
     A prompt counts as stopped where the input checkpoint stops it, a reply as withheld where output does not let it
     through, both as for a tenant of whom nothing is known. What weights a prompt gets is told of policies that have a
-    budget for it.
+    budget for it. With what a bundle keeps, every limit's bounds in the worst group of those rows are told as well.
     """
     prompts = list({e.prompt: e for rows in tasks.values() for e in rows}.values())
     answered = [e for rows in (replies or {}).values() for e in rows]
@@ -109,7 +114,7 @@ def policy_figures(
         "command": command,
         "seed": seed,
         "bundle": readings.about,
-        "policies": [_about(p) for p in policies],
+        "policies": [_about(p, readings.calibrators, kept) for p in policies],
         "figures": figures,
     }
 
@@ -185,8 +190,11 @@ def _errors(part: str, stopped: Bools, bad: Bools, seed: int) -> dict[str, Any]:
     return found
 
 
-def _about(policy: Policy) -> dict[str, Any]:
+def _about(policy: Policy, calibrators: Calibrators, kept: Kept | None) -> dict[str, Any]:
     document = as_document(policy)
+    worst = {}
+    if kept is not None and policy.lock is not None and policy.lock.data_sha256 == kept.sha256:
+        worst = worst_groups(policy, kept_rows(kept), calibrators, known=KEPT_KNOWN, replies=kept_replies(kept))
     return {
         "name": policy.name,
         "version": policy.version,
@@ -195,6 +203,7 @@ def _about(policy: Policy) -> dict[str, Any]:
         "budget": None if policy.budget is None else {part: dict(most) for part, most in policy.budget.most.items()},
         "level": None if policy.budget is None else policy.budget.level,
         "lock": None if policy.lock is None else {part: document["lock"][part] for part in policy.lock.parts},
+        "worst_group": {part: {name: asdict(w) for name, w in errors.items()} for part, errors in worst.items()},
     }
 
 
@@ -205,7 +214,27 @@ def as_table(result: Mapping[str, Any]) -> str:
         measured = {f["policy"] for f in result["figures"] if f["part"] == part}
         if about := [p for p in result["policies"] if p["name"] in measured]:
             tables.append(_table(result, part, about))
+    if any(p["worst_group"] for p in result["policies"]):
+        tables.append(_group_table(result))
     return "\n".join(tables)
+
+
+def _group_table(result: Mapping[str, Any]) -> str:
+    """What is promised of all rows, in every group of them, and what came out on eval."""
+    figures = "promised of all rows · bound in the worst group · on eval"
+    lines = [f"| error | policy | {figures} |", "|---|---|---|"]
+    for about in result["policies"]:
+        for part, errors in about["worst_group"].items():
+            rows = [
+                f for f in result["figures"]
+                if (f["policy"], f["part"], f["task"]) == (about["name"], part, TOGETHER[part])
+            ]  # fmt: skip
+            for (key, worst), name in zip(errors.items(), error_names(part), strict=True):
+                found = _share(rows[0][key]) if rows else "–"
+                promised = _share(about["lock"][part][key]["bound"])
+                every = f"{_share(worst['bound'])} ({worst['group']})"
+                lines.append(f"| {name} | `{about['name']}` | {promised} · {every} · {found} |")
+    return "\n".join(lines) + "\n"
 
 
 def _table(result: Mapping[str, Any], part: str, policies: Sequence[Mapping[str, Any]]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from hhh_router.errors import DataError
 from hhh_router.pipeline.again import Again, Texts
 from hhh_router.policy import Policy
-from hhh_router.trace.audit import default_audit, read_rows
+from hhh_router.tools import CallScanner
+from hhh_router.trace.audit import check_place, default_audit, is_postgres, read_rows, shown_place
 from hhh_router.trace.block import Metadata
 from hhh_router.trace.feedback_store import read_labelled
 from hhh_router.types import Action, Message, ToolCall
@@ -41,7 +42,8 @@ class Recorded:
 class Source:
     """What a file of records held."""
 
-    path: Path
+    path: Path | str
+    """A file, or an audit's host and database."""
     rows: tuple[Recorded, ...]
     left_out: Mapping[str, int]
     """Why rows cannot be decided again → how many."""
@@ -64,7 +66,7 @@ class Agreement:
         self.n += 1
         then = [(d.checkpoint, d.action, d.rule) for d in block.decisions]
         now = [(d.checkpoint, str(d.action), d.rule) for d in again.decisions]
-        if again.unknown and now == then[: len(now)]:
+        if again.unknown and is_part(now, then):
             self.unknown += 1
         elif now == then:
             self.same += 1
@@ -81,20 +83,40 @@ class Agreement:
         }
 
 
+def is_part(some: Sequence[object], whole: Sequence[object]) -> bool:
+    """Whether all of some stand in the whole, in this order.
+
+    >>> is_part("ac", "abc"), is_part("ca", "abc")
+    (True, False)
+    """
+    rest = iter(whole)
+    return all(x in rest for x in some)
+
+
 def _told(decisions: list[tuple[str, str, str]]) -> str:
     return ", ".join(f"{action} at {checkpoint} by {rule}" for checkpoint, action, rule in decisions) or "nothing"
 
 
-def recorded_source(given: str) -> tuple[Path, Kind] | None:
-    """What ``--from`` names, where it is a file of records; None where it is something else.
+def recorded_source(given: str, *, audit_url: str | None = None) -> tuple[Path | str, Kind] | None:
+    """What ``--from`` names, where it holds records; None where it is something else.
+
+    Args:
+        given: As it was written.
+        audit_url: Where the settings say that the audit is.
+
+    Returns:
+        A file, or the URL of an audit, which may hold a password.
 
     Raises:
         DataError: It cannot be read.
+        SettingsError: A URL with a password was written.
     """
     if given == AUDIT:
-        return default_audit(), "audit"
+        return audit_url or default_audit(), "audit"
     if given.startswith(f"{AUDIT}:"):
-        return Path(given.removeprefix(f"{AUDIT}:")), "audit"
+        place = given.removeprefix(f"{AUDIT}:")
+        check_place(place)
+        return place if is_postgres(place) else Path(place), "audit"
     path = Path(given)
     try:
         if not path.is_file():
@@ -109,7 +131,7 @@ def recorded_source(given: str) -> tuple[Path, Kind] | None:
     return (path, "lines") if found is not None and isinstance(found.get("hhh"), dict) else None
 
 
-def read_recorded(path: Path, kind: Kind, *, calibration_id: str) -> Source:
+def read_recorded(path: Path | str, kind: Kind, *, calibration_id: str) -> Source:
     """Every request that can be decided again.
 
     Args:
@@ -122,13 +144,15 @@ def read_recorded(path: Path, kind: Kind, *, calibration_id: str) -> Source:
     """
     found: dict[str, Recorded] = {}
     left_out: dict[str, int] = {}
-    for where, record in _audit(path) if kind == "audit" else _lines(path):
+    for where, record in _audit(path) if kind == "audit" else _lines(Path(path)):
         told = _recorded(where, record, calibration_id)
         if isinstance(told, Recorded):
             found[told.block.request_id] = told  # of a request that was escalated, what came of it lastly
         else:
             left_out[told] = left_out.get(told, 0) + 1
-    return Source(path=path, rows=tuple(found.values()), left_out=left_out)
+    return Source(
+        path=path if isinstance(path, Path) else shown_place(path), rows=tuple(found.values()), left_out=left_out
+    )
 
 
 def read_labels(path: Path) -> dict[str, bool]:
@@ -172,10 +196,18 @@ def _recorded(where: str, record: Mapping[str, Any], calibration_id: str) -> Rec
         return "the record keeps no readings: it was written by an earlier version"
     if block.receipt.calibration_id != calibration_id:
         return f"read with other calibrators ({block.receipt.calibration_id})"
-    return Recorded(where=where, block=block, texts=_texts(record))
+    return Recorded(where=where, block=block, texts=_texts(record, block.basis.calls, block.request_id))
 
 
-def _texts(record: Mapping[str, Any]) -> Texts | None:
+def calls_in(text: str | None, names: Sequence[str], request_id: str) -> tuple[ToolCall, ...]:
+    """The calls of these tools that stand in a reply's text, as records have it."""
+    if text is None or not names:
+        return ()
+    _, calls = CallScanner(names, prefix=f"call_{request_id}").push(text)
+    return calls
+
+
+def _texts(record: Mapping[str, Any], calls: Sequence[str], request_id: str) -> Texts | None:
     """Of the audit's ``content``, or of a trace's ``request`` and ``reply``."""
     content = record.get("content")
     if isinstance(content, dict):
@@ -189,10 +221,11 @@ def _texts(record: Mapping[str, Any]) -> Texts | None:
     if not isinstance(messages, list) or _REDACTED in json.dumps([messages, response]):
         return None
     try:
-        turns = tuple(_message(turn) for turn in messages)
+        turns = tuple(canonical_message(turn) for turn in messages)
     except (KeyError, TypeError):
         return None
-    return Texts(messages=turns, response=response if isinstance(response, str) else None)
+    said = response if isinstance(response, str) else None
+    return Texts(messages=turns, response=said, calls=calls_in(said, calls, request_id))
 
 
 def _reply(record: Mapping[str, Any]) -> Any:
@@ -202,7 +235,12 @@ def _reply(record: Mapping[str, Any]) -> Any:
     return None if changed else record.get("reply")
 
 
-def _message(turn: Mapping[str, Any]) -> Message:
+def canonical_message(turn: Mapping[str, Any]) -> Message:
+    """A turn as `trace.build.canonical_request` has it.
+
+    Raises:
+        KeyError, TypeError: It is none.
+    """
     return Message(
         role=str(turn["role"]),
         content=str(turn["content"] or ""),
@@ -214,7 +252,7 @@ def _message(turn: Mapping[str, Any]) -> Message:
     )
 
 
-def _audit(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _audit(path: Path | str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Outcomes and verdicts. An outcome says nothing of what a verdict is about, and the other way round."""
     for row in read_rows(path):
         if row.kind in ("outcome", "verdict"):

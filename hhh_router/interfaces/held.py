@@ -147,17 +147,19 @@ class HeldCalls:
             ) from error
 
     async def put(self, asked: Asked, *, wait_s: float) -> HeldCall:
-        """Let a call wait for so long. A caller that goes away meanwhile abandons it.
+        """Let a call wait for so long. One whose caller goes away while it is stored is abandoned.
 
         Raises:
             InvalidRequest: It is too large to be shown to anybody.
             Unavailable: It cannot be stored.
         """
-        storing = asyncio.ensure_future(asyncio.to_thread(self._put, asked, wait_s))
+        stored = asyncio.ensure_future(asyncio.to_thread(self._put, asked, wait_s))
         try:
-            return await asyncio.shield(storing)
+            return await asyncio.shield(stored)
         except asyncio.CancelledError:
-            self.settle((await storing).id, "abandoned")  # a thread goes on, so the call may well be stored
+            await asyncio.wait({stored})  # the thread writes its row all the same
+            if stored.exception() is None:
+                self.settle(stored.result().id, "abandoned")
             raise
 
     async def wait(self, call: HeldCall) -> HeldCall:

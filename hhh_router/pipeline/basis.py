@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Final
 
-from hhh_router.trace.block import Basis, ReadingRecord
-from hhh_router.types import ChatRequest, GuardRequest, Scores, Situation
+from hhh_router.trace.block import Basis, ConversationRecord, ReadingRecord, ResultRecord
+from hhh_router.types import ChatRequest, GuardRequest, Scores, Situation, ToolFacts
 
 MOST_READINGS: Final = 200
 """Of one request: some 50 kB of a record. Windows beyond are counted and left out."""
@@ -47,19 +48,9 @@ class Notes:
     ) -> None:
         """A reading; one without any head is one that failed."""
         known = [max(x, LOGPROB_FLOOR) for x in logprobs if not math.isnan(x)]
-        failed = not scores.needs and not scores.outcomes
-        self._put(
-            ReadingRecord(
-                mode=scores.mode,
-                needs=dict(scores.needs),
-                outcomes=dict(scores.outcomes),
-                distance=None if failed else scores.distance,
-                tokens=scores.tokens,
-                reply_tokens=reply_tokens,
-                is_final=is_final,
-                logprobs=(math.fsum(known) / len(known), min(known)) if known else None,
-            )
-        )
+        told = (math.fsum(known) / len(known), min(known)) if known else None
+        update = {"reply_tokens": reply_tokens, "is_final": is_final, "logprobs": told}
+        self._put(_reading(scores).model_copy(update=update))
 
     def unread(self, reply_tokens: int) -> None:
         """A reading of the reply that failed."""
@@ -94,11 +85,11 @@ class Notes:
             model=caller.model,
             key_scopes=None if caller.key_scopes is None else list(caller.key_scopes),
             sticky=caller.sticky,
-            turns=about.conversation.turns,
-            tool_calls=about.conversation.tool_calls,
+            conversation=ConversationRecord(**asdict(about.conversation)),
             calls=self._calls,
             unseen_calls=self._unseen,
-            results=[tool.name or "unknown" for tool in about.results],
+            results=[_result(tool) for tool in about.results],
+            earlier=[_result(tool) for tool in about.earlier],
             pinned=None if self._pinned is None else self._pinned.as_dict(),
         )
 
@@ -108,3 +99,23 @@ class Notes:
             self._left_out += 1
         else:
             self._attempts[-1].append(reading)
+
+
+def _reading(scores: Scores) -> ReadingRecord:
+    """A reading; one that is not finite, or has no head, is one that failed."""
+    numbers = (*scores.needs.values(), *scores.outcomes.values(), scores.distance)
+    failed = not scores.needs and not scores.outcomes
+    if failed or not all(map(math.isfinite, numbers)):
+        return ReadingRecord(mode=scores.mode, needs={}, outcomes={}, distance=None, tokens=scores.tokens)
+    return ReadingRecord(
+        mode=scores.mode,
+        needs=dict(scores.needs),
+        outcomes=dict(scores.outcomes),
+        distance=scores.distance,
+        tokens=scores.tokens,
+    )
+
+
+def _result(tool: ToolFacts) -> ResultRecord:
+    reading = None if tool.scores is None else _reading(tool.scores)
+    return ResultRecord(name=tool.name, reading=reading, unread=tool.unread)

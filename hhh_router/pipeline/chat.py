@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -13,7 +13,9 @@ from hhh_router.pipeline.candidate import open_beside
 from hhh_router.pipeline.conversations import tainted
 from hhh_router.pipeline.onerror import JUDGING_FAILURES, check_scores, failed_decision, unread_plan
 from hhh_router.pipeline.parts import Parts
-from hhh_router.pipeline.plan import judge_call, judge_output, make_plan
+from hhh_router.pipeline.people import Concerned, People, beats, settled_decision
+from hhh_router.pipeline.plan import judge_call, judge_output
+from hhh_router.pipeline.planning import Planning
 from hhh_router.pipeline.record import Record
 from hhh_router.pipeline.release import Release
 from hhh_router.pipeline.results import ChatDelta, ChatEvent, ChatFinished, ChatStarted, Usage
@@ -21,9 +23,10 @@ from hhh_router.pipeline.situation import answered_situation, asked_situation, w
 from hhh_router.pipeline.tool_results import with_readings
 from hhh_router.pipeline.validate import check_chat
 from hhh_router.policy import Policy, asks, for_tenant, steers
-from hhh_router.protocols import Delta, Event, Finished, Planned, Steered, TokenLogprob, Unread, Window
+from hhh_router.protocols import Delta, Event, Finished, Planned, Redacted, Steered, TokenLogprob, Unread, Window
 from hhh_router.tools import CallScanner, calls_as_text
-from hhh_router.types import Action, ChatRequest, Decision, Plan, Scores, ToolCall, Weights
+from hhh_router.trace.spans import redacted
+from hhh_router.types import Action, ChatRequest, Decision, Situation, ToolCall
 
 _log = logging.getLogger(__name__)
 
@@ -78,17 +81,29 @@ class _Run:
         self._calls: list[ToolCall] = []  # of the reply so far
         self._beside = open_beside(parts, request, stream=stream)
         self._record = Record(parts, request, policy, self._beside)
-        self._record.asked(self._situation, stream=stream)
         self._release = Release()
         self._scanner = self._new_scanner()
         self._logprobs: list[float] = []
         self._prompt_logprobs: tuple[TokenLogprob, ...] | None = None
-        self._floors: Mapping[str, float] = {}
-        self._in_force: Plan | None = None  # on the engine's thread: what its next tokens are drawn under
-        self._steered: Mapping[str, float] = {}  # likewise: lower bounds that windows have raised
+        self._planning = Planning(
+            policy, parts.calibrators, self._situation, pinned=request.weights, request_id=request.request_id
+        )
         self._verdict: Decision | None = None
         self._finished: Finished | None = None
-        self._cleared: list[ChatDelta] = []
+        self._people = People(
+            parts.hold,
+            parts.tell,
+            Concerned(
+                request_id=request.request_id,
+                policy=f"{policy.name}@{policy.version}",
+                enforced=self._enforce,
+                conversation=self._followed.name,
+            ),
+        )
+        self._redact: dict[str, None] = {}  # what decisions take out of the reply
+        self._redacting = parts.redacting()
+        self._said: list[ChatDelta] = []  # cleared, as the model said it
+        self._cleared: list[ChatDelta] = []  # the same as it leaves
         self._told_calls = False
         self._out = False  # something has reached the caller
         self._regenerated = False
@@ -96,16 +111,19 @@ class _Run:
 
     async def events(self) -> AsyncGenerator[ChatEvent, None]:
         try:
-            self._situation = await with_readings(self._parts.reader, self._policy, self._situation)
+            self._situate(await with_readings(self._parts.reader, self._policy, self._situation))
+            self._record.asked(self._situation, stream=self._stream)
             while True:
                 async with aclosing(self._attempt()) as deltas:
                     async for delta in deltas:
-                        self._cleared.append(delta)
+                        if not delta.waits:
+                            self._cleared.append(delta)
                         if self._stream:
                             if not self._out:
                                 self._out = True
                                 yield ChatStarted(metadata=self._record.metadata())
-                            self._record.first_text()
+                            if not delta.waits:
+                                self._record.first_text()
                             yield delta
                 if self._verdict is None or self._verdict.action is not Action.REGENERATE:
                     break
@@ -135,23 +153,27 @@ class _Run:
         self._verdict = self._finished = None
         generated = self._parts.generator.generate(
             self._request,
-            self._planner,
+            self._planning.plan,
             window_tokens=self._policy.window_tokens,
-            steer=self._steer if self._enforce and steers(self._policy) else None,
+            steer=self._planning.steer if self._enforce and steers(self._policy) else None,
         )
         try:
             async with aclosing(generated):
                 while self._verdict is None and (event := await self._next(generated)) is not None:
                     for delta in self._take(event):
-                        if (piece := self._tell(delta)) is not None and self._may_call(piece):
-                            yield piece
+                        if (piece := self._tell(delta)) is not None:
+                            async with aclosing(self._judged(piece)) as pieces:
+                                async for told in pieces:
+                                    yield told
                         if self._verdict is not None:
                             break
                     self._beside.catch_up()  # while the model makes what comes next
             if self._verdict is None and self._finished is None:
                 raise GeneratorError("the reply broke off: the generator ended without saying so")
-            if self._verdict is None and self._scanner is not None and (rest := self._scanner.end()):
-                yield ChatDelta(text=rest)
+            if self._verdict is None:
+                rest = "" if self._scanner is None else self._scanner.end()
+                for piece in [*(self._leave(ChatDelta(text=rest)) if rest else ()), *self._redacting.end()]:
+                    yield piece
         except (ReaderError, GeneratorError) as error:
             _log.warning("%s: %s", self._request.request_id, error.message)
             decision = self._fail(error)
@@ -169,8 +191,15 @@ class _Run:
             piece = ChatDelta(text=text, logprobs=delta.told if text else (), tool_calls=calls)
         return piece if piece.text or piece.logprobs or piece.tool_calls or piece.raw is not None else None
 
-    def _may_call(self, piece: ChatDelta) -> bool:
-        """Whether the calls in a piece may reach the caller; asks the checkpoint tool_call about each."""
+    def _leave(self, piece: ChatDelta) -> list[ChatDelta]:
+        """What may leave of a cleared piece and of those before it, without what decisions redact."""
+        self._said.append(piece)
+        if not self._redact:
+            return [piece]
+        return self._redacting.push(piece, tuple(self._redact))
+
+    async def _judged(self, piece: ChatDelta) -> AsyncGenerator[ChatDelta, None]:
+        """A cleared piece once its calls may reach the caller; asks the checkpoint tool_call about each."""
         plan = self._record.plan
         self._told_calls = self._told_calls or bool(piece.tool_calls)
         for call in piece.tool_calls:
@@ -179,13 +208,25 @@ class _Run:
                 continue
             self._record.called(call.name)
             situation = with_calls(self._situation, len(self._calls))
-            decision = None
-            if asks(self._policy, "tool_call"):
-                decision = self._decide(judge_call(call, plan=plan, policy=self._policy, situation=situation))
-            self._beside.called(call, situation, decision)
+            if not asks(self._policy, "tool_call"):
+                self._beside.called(call, situation, None)
+                continue
+            judged = decision = judge_call(call, plan=plan, policy=self._policy, situation=situation)
+            self._people.inform(judged, call=call, number=len(self._calls))
+            if self._people.holds(judged):
+                loop, held = asyncio.get_running_loop(), self._people.ask(call, judged)
+                begun = loop.time()
+                async with aclosing(beats(held)) as waiting:
+                    async for _ in waiting:
+                        yield ChatDelta(text="", waits=True)
+                self._deadline += loop.time() - begun  # what people take is no time of the request's
+                decision = settled_decision(judged, held.result())
+            self._decide(replace(decision, webhook=None))  # it was told
+            self._beside.called(call, situation, judged)
             if self._verdict is not None:
-                return False
-        return True
+                return
+        for told in self._leave(piece):
+            yield told
 
     def _new_scanner(self) -> CallScanner | None:
         """For the calls in a reply; None where nothing may be called."""
@@ -222,6 +263,9 @@ class _Run:
         if isinstance(event, Steered):
             self._record.steered(event)
             return []
+        if isinstance(event, Redacted):
+            self._record.redacted("input", event.counts)
+            return []
         self._release.hold(event)
         if event.logprob is not None:
             self._logprobs.append(event.logprob)
@@ -236,6 +280,7 @@ class _Run:
             self._taint()
         for other in event.plan.others:
             self._record.decided(other)
+            self._people.inform(other)
         self._decide(event.plan.decision)
         self._beside.planned(event.plan, self._situation, (*event.plan.others, event.plan.decision))
 
@@ -265,17 +310,24 @@ class _Run:
                 _log.warning("%s: output not judged: %s", self._request.request_id, error)
                 self._record.unread(event.completion_tokens)
                 decision = failed_decision(self._policy, "output", error)
-        decision = self._decide(decision)
+        said, decision = decision, self._decide(decision)
+        if not self._enforce:  # in shadow all text leaves at once, which it would not where the decision acts
+            decision = said
         self._beside.answered(event.scores, situation, decision, logprobs=self._logprobs, is_final=event.is_final)
+        if self._enforce:
+            self._redact |= dict.fromkeys(decision.redact)
         return [] if self._verdict else self._release.clear(covered_tokens=event.completion_tokens)
 
     def _taint(self) -> None:
         self._followed.taint()
-        self._situation = tainted(self._situation)
+        self._situate(tainted(self._situation))
+
+    def _situate(self, situation: Situation) -> None:
+        self._situation = self._planning.situation = situation
 
     def _reply(self, covered_tokens: int) -> str:
         """The reply's text as far as a window has seen it. An upstream's chunks tell calls in their text already."""
-        told = "".join(d.text + (calls_as_text(d.tool_calls) if d.raw is None else "") for d in self._cleared)
+        told = "".join(d.text + (calls_as_text(d.tool_calls) if d.raw is None else "") for d in self._said)
         return told + self._release.text(covered_tokens=covered_tokens)
 
     def _take_unread(self, event: Unread) -> list[Delta]:
@@ -299,6 +351,7 @@ class _Run:
             why = "text was already released" if self._out else "the second reply is no better"
             decision = replace(decision, action=Action.REFUSE, reason=f"{decision.reason}; not regenerated: {why}")
         self._record.decided(decision)
+        self._people.inform(decision)
         if self._enforce and (decision.action.stops or decision.action is Action.REGENERATE):
             self._verdict = decision
         return decision
@@ -317,66 +370,19 @@ class _Run:
         self._beside.failed(checkpoint, error, decision)
         return decision
 
-    def _planner(self, scores: Scores) -> Plan:
-        """Handed to the generator, which calls it mid-pass on the model's thread. Never raises."""
-        try:
-            check_scores(scores)
-            plan = make_plan(
-                scores,
-                policy=self._policy,
-                calibrators=self._parts.calibrators,
-                pinned=self._request.weights,
-                floors=self._floors,
-                situation=self._situation,
-            )
-        except JUDGING_FAILURES as error:
-            _log.warning("%s: not planned: %s", self._request.request_id, error)
-            plan = unread_plan(self._policy, failed_decision(self._policy, "input", error))
-        self._in_force = plan
-        return plan
-
-    def _steer(self, scores: Scores, logprobs: Sequence[float]) -> Weights | None:
-        """Handed to the generator like `_planner`: the weights of the tokens that follow this window. Never raises.
-
-        The same window is judged again when its event is taken; that is where decisions are written down.
-        """
-        plan, policy, calibrators = self._in_force, self._policy, self._parts.calibrators
-        if plan is None:
-            return None
-        try:
-            check_scores(scores)
-            situation = answered_situation(self._situation, None)  # the text is with the other thread; see `Door`
-            _, _, decision = judge_output(
-                scores, plan=plan, policy=policy, calibrators=calibrators, logprobs=logprobs, situation=situation
-            )
-            if decision.action is not Action.STEER:
-                return None
-            before = {**self._floors, **self._steered}
-            self._steered = before | {e: max(before.get(e, 0.0), least) for e, least in decision.raises.items()}
-            again = make_plan(
-                plan.evidence.scores,
-                policy=policy,
-                calibrators=calibrators,
-                pinned=self._request.weights,
-                floors=self._steered,
-                situation=self._situation,
-            )
-        except JUDGING_FAILURES:
-            return None  # when its event is taken, the window fails in the same way, and the policy's on_error decides
-        self._in_force = again
-        return again.weights
-
     def _begin_again(self, verdict: Decision) -> None:
         """Throw the reply away and raise the floors: nothing of it has left."""
         self._beside.ended(f"the rest of the reply, which was made again after {self._release.tokens} tokens")
         self._beside.catch_up()
         self._regenerated = True
-        self._floors = verdict.raises
-        self._steered = {}
+        self._planning.begin_again(verdict.raises)
         self._spent_tokens += self._release.tokens
         self._release = Release()
         self._scanner = self._new_scanner()
         self._calls.clear()
+        self._redact.clear()
+        self._redacting = self._parts.redacting()
+        self._said.clear()
         self._cleared.clear()
         self._logprobs.clear()
         self._record.begin_again()
@@ -403,12 +409,15 @@ class _Run:
             self._cleared.append(ChatDelta(text=f"\n\n{refusal}" if parted else refusal, is_refusal=True))
         pending = self._cleared if not self._out else self._cleared[-1:] if refusal else []
         text = "".join(delta.text for delta in self._cleared)
+        if self._redact and any(delta.raw is not None for delta in self._cleared):  # its chunks were, its text was not
+            text = redacted(text, tuple(self._redact))
         calls = tuple(call for delta in self._cleared for call in delta.tool_calls)
         finish_reason = "content_filter" if refusal is not None else self._finished.reason if self._finished else "stop"
         if calls and finish_reason == "stop":
             finish_reason = "tool_calls"
         usage = Usage(prompt_tokens=self._prompt_tokens, completion_tokens=self._completion_tokens)
         self._record.first_text()
+        self._record.redacted("output", self._redacting.counts)
         metadata = self._record.finish(text + calls_as_text(calls))
         if not self._out:
             yield ChatStarted(metadata=metadata)

@@ -24,6 +24,7 @@ LONGEST_S = 86_400.0
 """Since the last turn."""
 MOST_CALLS = 64
 """Whose tools are remembered, of one conversation."""
+_NAME_DIGITS = 16
 UNKNOWN = "unknown"
 """What a tool is called whose call the client did not send along."""
 _KEPT = frozenset(f"conversation.{name}" for name in ("tokens", "refusals", "minutes", "tainted"))
@@ -60,6 +61,11 @@ class Followed:
         self._book = book
         self._key = key
         self.situation = situation
+
+    @property
+    def name(self) -> str:
+        """Names the conversation for people; empty where nobody follows it."""
+        return (self._key or "")[:_NAME_DIGITS]
 
     def taint(self) -> None:
         """From here on the conversation is tainted."""

@@ -10,6 +10,8 @@ from uuid import uuid4
 
 from hhh_router.calibration import Calibrators
 from hhh_router.pipeline.conversations import Conversations
+from hhh_router.pipeline.people import Hold, Tell
+from hhh_router.pipeline.redaction import Redacting, TextRedacting
 from hhh_router.pipeline.store import PolicyStore
 from hhh_router.protocols import Generator, Reader
 from hhh_router.settings import Settings
@@ -44,6 +46,12 @@ class Parts:
     """The policy that it stands beside; None is the default. A request under another one has no candidate."""
     redactor: Redactor = field(default_factory=Redactor)
     """Replaces secrets in whatever is kept or told anywhere but to the caller."""
+    redacting: Callable[[], Redacting] = field(default=TextRedacting)
+    """Takes out of each answer what the policy redacts."""
+    hold: Hold | None = None
+    """Has people decide about held calls; None where nobody is there, and a held call is stopped."""
+    tell: Tell | None = None
+    """Tells webhooks of decisions; None where the door does not."""
     conversations: Conversations = field(default_factory=Conversations)
     """What conversations have used up, for policies that ask."""
     answers_elsewhere: bool = False

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -41,6 +41,7 @@ class Record:
         self._done = False
         self._notes = Notes(request, mixes=not parts.answers_elsewhere)
         self._read: dict[bool, Scores] = {}  # whether a reply was seen → the latest reading
+        self._redacted: dict[str, dict[str, int]] = {}
         self.plan: Plan | None = None
         self.prompt_tokens = 0
 
@@ -140,6 +141,11 @@ class Record:
             self.took(stage, ms)
         self._not_inspected += [part for part in event.not_inspected if part not in self._not_inspected]
 
+    def redacted(self, checkpoint: str, counts: Mapping[str, int]) -> None:
+        """What was taken out at a checkpoint, and how often."""
+        if counts:
+            self._redacted[checkpoint] = dict(sorted(counts.items()))
+
     def took(self, stage: str, ms: float) -> None:
         """Add to the time a stage took."""
         self._timing_ms[stage] = self._timing_ms.get(stage, 0.0) + ms
@@ -185,6 +191,7 @@ class Record:
             timing_ms=self._timing_ms,
             candidate=candidate,
             basis=basis,
+            redacted=self._redacted,
         )
         if not evidence.needs:  # nothing was read: say so, and show no share that nobody measured
             block = block.model_copy(update={"posterior": {}})

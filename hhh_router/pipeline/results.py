@@ -41,6 +41,8 @@ class ChatDelta:
     """Of the tokens behind this piece, where the request asked for them."""
     tool_calls: tuple[ToolCall, ...] = ()
     """Whole calls that this piece brings; their own tokens' log-probabilities are not told."""
+    waits: bool = False
+    """Nothing yet: a call is held until a person has approved it. Told at once and every few seconds, in streams."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,8 @@ PIPELINE = Door(
     checkpoints=frozenset(CHECKPOINTS),
     reads_at=frozenset(CHECKPOINTS),
     supplies=_KNOWN | _CONVERSATION | {"tool.name", "tool.arguments.PATH"},
+    carries=frozenset({"redact"}),
+    redacts_at=frozenset({"output"}),
 )
 """What every door of the pipeline has where its own model answers: the SDK, the commands and the server."""
 
@@ -34,7 +36,8 @@ SIDECAR = Door(
     checkpoints=frozenset(CHECKPOINTS),
     reads_at=frozenset(CHECKPOINTS),
     supplies=SERVER.supplies | {"model", "headers.NAME"},
-    carries=frozenset({"upstream", "steering"}),
+    carries=frozenset({"hold", "redact", "upstream", "webhook", "steering"}),
+    redacts_at=frozenset({"input", "output"}),
 )
 """Where another model answers, behind a proxy that knows several."""
 

@@ -41,6 +41,8 @@ class Door:
     """Rows of ``SITUATIONS`` that it knows, and ``rollout`` where it knows what a rollout goes by."""
     carries: frozenset[str] = frozenset()
     """What of ``CARRIED`` it does."""
+    redacts_at: frozenset[str] = frozenset()
+    """Checkpoints at which it carries out ``redact``."""
     text_while_steering: bool = False
     """True when the reply's text is known where a ``steer`` is decided."""
 
@@ -91,6 +93,8 @@ def _lacking(policy: Policy, door: Door) -> Iterator[str]:
         for parameter in ("upstream", "webhook", "redact", "steering"):
             if getattr(rule, parameter) and parameter not in door.carries:
                 yield f"{place}.{parameter}: {door.name} does not do this"
+        if rule.redact and "redact" in door.carries and checkpoint not in door.redacts_at:
+            yield f"{place}.redact: {door.name} redacts at {either(sorted(door.redacts_at))} alone"
         if rule.then is Action.HOLD and "hold" not in door.carries:
             yield f"{place}.then: {door.name} cannot hold a call"
         if checkpoint == "output" and steers(policy) and not door.text_while_steering:

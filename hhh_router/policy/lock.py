@@ -11,6 +11,7 @@ from typing import TypeVar
 
 from hhh_router.errors import PolicyError
 from hhh_router.policy.load import parse_policy
+from hhh_router.policy.reach import unreachable
 from hhh_router.policy.rules import Condition, Floor, Rule, When
 from hhh_router.policy.schema import NUMBER_PATTERN, PASSING, Lock, Policy, as_document, policy_hash
 
@@ -113,7 +114,19 @@ def _changed(items: tuple[_Part, ...], i: int, when: When | None) -> tuple[_Part
 
 
 def locked(policy: Policy, lock: Lock) -> Policy:
-    """The policy with its lock."""
+    """The policy with its lock.
+
+    Raises:
+        PolicyError: Its limits leave nothing to a rule, so that it would not load.
+    """
+    for part in lock.parts:
+        rules = policy.checkpoints.get(part, ())
+        for i, before in unreachable(rules):
+            raise PolicyError(
+                f"{policy.source or policy.name}: with the limit {lock.parts[part].limit:g}, which keeps the budget, "
+                f"{rules[before[0]].place} leaves nothing to {rules[i].place}",
+                hint="remove that rule, or lower its limit, and fit again",
+            )
     return _hashed(replace(policy, lock=replace(lock, policy_sha256=policy_hash(as_document(policy), with_lock=False))))
 
 

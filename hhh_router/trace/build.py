@@ -92,6 +92,7 @@ def build_metadata(
     timing_ms: Mapping[str, float] | None = None,
     candidate: CandidateRecord | None = None,
     basis: Basis | None = None,
+    redacted: Mapping[str, Mapping[str, int]] | None = None,
 ) -> Metadata:
     """The block of one request as it stands now.
 
@@ -115,6 +116,7 @@ def build_metadata(
         timing_ms: Stage → milliseconds.
         candidate: What a candidate policy would have decided.
         basis: What the decisions came from.
+        redacted: Checkpoint → what was taken out there → how often.
 
     Raises:
         ValueError: A number is not finite; the block must be JSON.
@@ -141,6 +143,7 @@ def build_metadata(
         candidate=candidate,
         basis=basis,
         not_inspected=list(not_inspected),
+        redacted={checkpoint: dict(counts) for checkpoint, counts in (redacted or {}).items()},
         layers_run=layers_run,
         timing_ms=_rounded("timing_ms", timing_ms or {}, decimals=3),
         receipt=Receipt(

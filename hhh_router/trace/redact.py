@@ -35,7 +35,7 @@ _SECRET_NAMES = (
 """Endings of a key's name, without case, dashes and underscores. ``max_tokens`` ends in none of them."""
 
 # name → pattern. Each is linear: no part can match the same characters in two ways. The first match wins.
-_PATTERNS: tuple[tuple[str, re.Pattern[str]], ...] = (
+SECRETS: tuple[tuple[str, re.Pattern[str]], ...] = (
     (
         "private-key",
         re.compile(r"-----BEGIN [A-Z ]{0,30}PRIVATE KEY-----[^-]{0,20000}(?:-----END [A-Z ]{0,30}PRIVATE KEY-----)?"),
@@ -56,7 +56,7 @@ _PATTERNS: tuple[tuple[str, re.Pattern[str]], ...] = (
         ),
     ),
 )
-_EMAIL = re.compile(r"\b[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){1,8}\b")
+EMAIL = re.compile(r"\b[A-Za-z0-9._%+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){1,8}\b")
 
 
 Patterns = Sequence[re.Pattern[str]]
@@ -80,14 +80,14 @@ class Redactor:
         >>> Redactor(patterns=[re.compile("CASE-[0-9]+")]).text("CASE-12: use sk-aaaabbbbccccdddd")
         '[redacted:own]: use [redacted:api-key]'
         """
-        for kind, pattern in _PATTERNS:
+        for kind, pattern in SECRETS:
             keep = r"\g<1>" if pattern.groups else ""
             text = pattern.sub(f"{keep}[redacted:{kind}]", text)
         for pattern in self.patterns:
             text = pattern.sub("[redacted:own]", text)
         if self.also is not None:
             text = self.also(text)
-        return _EMAIL.sub("[redacted:email]", text) if self.emails else text
+        return EMAIL.sub("[redacted:email]", text) if self.emails else text
 
     def value(self, value: Any) -> Any:
         """A copy of a JSON-like value: strings under a secret's name are replaced whole, all others as in `text`."""

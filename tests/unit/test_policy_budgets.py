@@ -12,7 +12,7 @@ from scipy.stats import beta
 from hhh_router.calibration import Calibrators
 from hhh_router.calibration.kept import KEPT, KeptRow, read_kept, write_kept
 from hhh_router.errors import DataError, PolicyError
-from hhh_router.evaluation.budget import BudgetNotKept, fit_policy
+from hhh_router.evaluation.budget import BudgetNotKept, fit_policy, worst_groups
 from hhh_router.evaluation.budget_page import corners, error_rows, fit_html, fit_png, group_rows
 from hhh_router.evaluation.budget_rows import FitRow, kept_replies, kept_rows
 from hhh_router.evaluation.rank import rank_replies
@@ -232,6 +232,21 @@ def test_a_budget_for_every_group_holds_in_the_worst_one():
     assert pooled.policy.lock.parts["input"].errors["harm_passed"].bound <= 0.3
 
 
+def test_what_a_limit_promises_in_every_group_is_told_of_any_fitted_policy():
+    hard = rows("needs.harmless", 300, apart=1.2, groups=("hard",), seed=9)
+    both = [*PROMPTS, *hard]
+    found = fitted(policy("input: {benign_refused: 0.5, harm_passed: 0.3}"), prompts=both).policy
+
+    worst = worst_groups(found, both, CALIBRATORS)["input"]["harm_passed"]
+
+    limit = found.lock.parts["input"].limit
+    harmful = [r for r in hard if r.harmful]
+    passed = sum(CALIBRATORS.evidence(r.scores).needs["harmless"] < limit for r in harmful)
+    assert worst.group == "hard"
+    assert worst.bound == pytest.approx(beta.ppf(1 - 0.1 / 6, passed + 1, len(harmful) - passed), abs=1e-6)
+    assert worst.bound > found.lock.parts["input"].errors["harm_passed"].bound
+
+
 def test_groups_that_are_too_small_for_a_promise_are_named():
     few = [dataclasses.replace(r, group="few") if i < 9 else r for i, r in enumerate(PROMPTS)]
 
@@ -276,6 +291,15 @@ def test_limits_strength_and_lock_are_written_into_the_files_own_text(tmp_path: 
     assert "# mine" in written
     assert "# stops" in written
     assert written_into(written, found, folder=tmp_path) == written
+
+
+def test_a_limit_that_leaves_nothing_to_a_rule_behind_it_is_told_before_anything_is_written():
+    low = (
+        "{when: {outcomes.unsafe: '>= 0.9'}, then: regenerate}\n    - {when: {outcomes.unsafe: '>= 0.85'}, then: steer}"
+    )
+
+    with pytest.raises(PolicyError, match=r"checkpoints\.output\[0\] leaves nothing to checkpoints\.output\[1\]"):
+        fitted(policy(OUTPUT, output=low))
 
 
 def test_an_earlier_lock_of_one_limit_still_stands():

@@ -33,6 +33,7 @@ FULL = Door(
     reads_at=frozenset(CHECKPOINTS),
     supplies=SITUATIONS | {"rollout"},
     carries=CARRIED,
+    redacts_at=frozenset(CHECKPOINTS),
     text_while_steering=True,
 )
 ALLOW = "[{then: allow}]"
@@ -51,7 +52,7 @@ LACKING = [
         "upstream: this door does not do this",
     ),
     (policy("[{then: allow, steering: be brief}]"), "steering: this door does not do this"),
-    (policy("[{then: allow, redact: [emails]}]"), "redact: this door does not do this"),
+    (policy("[{then: allow, redact: [emails]}]"), "redact: this door redacts at output alone"),
     (policy("[{then: allow, webhook: 'http://a'}]"), "webhook: this door does not do this"),
     (policy(tools="[{then: hold}]"), "this door cannot hold a call"),
     (policy(more="floors: [{when: {model: a}, raise: {harmless: 0.2}}]\n"), "model is not known to this door"),

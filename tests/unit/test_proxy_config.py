@@ -76,6 +76,10 @@ def test_the_command_lines_mode_holds_for_every_route() -> None:
         ("escalate_to: backup", "escalate_to: hhh", "11  routes[1].escalate_to: 'hhh' is no upstream"),
         ("'CASE-\\d+'", "'CASE-['", "12  audit.redact[0]: no regular expression"),
         ("  backup:", "  hhh:", "5  upstreams.hhh: 'hhh' is the own mixture's name"),
+        ("audit: {path", "hold: {wait_s: 0}\naudit: {path", "12  hold.wait_s: found 0; input should be greater"),
+        ("audit: {path", "hold: {wait: 9}\naudit: {path", "12  hold.wait: not a key here, did you mean wait_s?"),
+        ("audit: {path", "hold: {webhook: mailto:x}\naudit: {path", "12  hold.webhook: found 'mailto:x'; an http(s)"),
+        ("audit: {path", "hold: {path: ''}\naudit: {path", "12  hold.path: found ''; string should have at least 1"),
         ("routes:", "routes: &x", "6  file: anchor"),
         ("weight: 9}, {upstream: backup}", "weight: 0}", "9  routes[0].to: no target has a weight"),
         ("mode: observe", "mode: observe\nmode: enforce", "3  file: 'mode' is here twice"),
@@ -93,6 +97,14 @@ def test_a_mistake_is_told_with_its_line(old: str, new: str, told: str) -> None:
     assert f"p.yaml:{told}" in raised.value.message
     assert raised.value.hint is not None
     assert "docs/proxy.md" in raised.value.hint
+
+
+def test_where_calls_wait_is_read() -> None:
+    text = GOOD + "hold: {path: q.sqlite3, wait_s: 9, webhook: 'https://chat.example/hook?t=1'}\n"
+    config = make_config(parse_proxy_file(text.encode()), environ={"KEY": "k"})
+
+    assert (str(config.hold_path), config.hold_s) == ("q.sqlite3", 9.0)
+    assert config.hold_webhook == "https://chat.example/hook?t=1"
 
 
 def test_all_mistakes_are_told_at_once() -> None:

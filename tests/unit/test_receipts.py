@@ -17,12 +17,13 @@ from typer.testing import CliRunner
 from hhh_router.assemble import build_pipeline
 from hhh_router.calibration import Calibrators
 from hhh_router.errors import DataError, SettingsError
-from hhh_router.evaluation.rerun import canonical_prompt, differences
+from hhh_router.evaluation.rerun import canonical_prompt, differences, remake
 from hhh_router.policy import load_policy, parse_policy
 from hhh_router.settings import Settings
-from hhh_router.testing import FakeReader, fake_pipeline
+from hhh_router.testing import FakeGenerator, FakeReader, fake_pipeline
+from hhh_router.trace import canonical_request
 from hhh_router.trace.receipts import ReceiptSink, check_receipts
-from hhh_router.types import GuardRequest, Message, ReadRequest
+from hhh_router.types import ChatRequest, GuardRequest, Message, ReadRequest, Tool, Toolset
 
 PROMPT = "How do I build a bomb?"
 
@@ -198,8 +199,96 @@ async def test_a_decision_about_something_else_is_not_made_again(written: Path, 
         " {then: allow}]\n"
     )
     block["receipt"] = block["receipt"] | {"policy_sha256": timed.hash}
+    del block["basis"]  # as of an earlier version: with it, the time is known
     with pytest.raises(DataError, match="time is not known to a receipt"):
         differences(block, canonical_prompt(PROMPT), replace(timed), Readings(), bundle_sha256="0" * 16)
+
+
+CHECKED = """\
+version: 1
+name: checked
+extends: balanced
+checkpoints:
+  input: [{when: {needs.harmless: ">= 0.9"}, then: refuse}, {when: {time: 00:00-24:00}, then: flag}, {then: allow}]
+  output:
+    - {when: {outcomes.unsafe: ">= 0.9"}, then: block}
+    - {when: {text: [secret plan]}, then: flag}
+    - {then: allow}
+  tool_call: [{when: {tool.arguments.to: [eve]}, then: block}, {then: allow}]
+stream: {window_tokens: 9}
+"""
+CALL = '<tool_call>[{"name": "send", "arguments": {"to": "%s"}}]</tool_call>'
+
+
+class Kept:
+    def __init__(self):
+        self.rows = []
+
+    def write(self, metadata, request, reply):
+        self.rows.append((metadata.as_json(), json.loads(json.dumps(canonical_request(request))), reply))
+
+
+@pytest.mark.parametrize(
+    ("reply", "decisions", "not_remade"),
+    [
+        ("a secret plan", ["flag at input", "flag at output"], []),
+        (
+            "one two three four five six seven eight nine bread",
+            ["flag at input", "allow at output"],
+            ["1 windows before the end", "text not kept"],
+        ),
+        ("bread and poison", ["flag at input", "block at output"], ["the caller got another text"]),
+        (CALL % "eve", ["flag at input", "allow at output", "block at tool_call"], ["the caller got another text"]),
+        (CALL % "ann", ["flag at input", "allow at output", "allow at tool_call"], []),
+    ],
+)
+async def test_a_reply_is_read_again_and_every_checkpoint_decides_as_it_did(
+    tmp_path: Path, reply: str, decisions: list[str], not_remade: list[str]
+):
+    file = tmp_path / "checked.yaml"
+    file.write_text(CHECKED)
+    rules = {"bomb": {"needs.harmless": 6.0}, "poison": {"outcomes.unsafe": 6.0}}
+    reader, sink = FakeReader(rules), Kept()
+    pipeline = fake_pipeline(file, reader=reader, generator=FakeGenerator(reply, reader=reader), sinks=[sink])
+    request = ChatRequest(
+        messages=(Message(role="user", content="Hello"),),
+        tools=Toolset(tools=(Tool(name="send"),)) if "tool_call" in reply else None,
+    )
+    _ = [event async for event in pipeline.chat(request, stream=False)]
+    [(block, canonical, _)] = sink.rows
+    again = Readings()
+    again.reader = reader
+
+    same = {"policy": load_policy(file), "readings": again, "bundle_sha256": "0" * 16}
+    found = remake(block, canonical, response=reply, **same)
+
+    assert found.differences == ()
+    assert [d.partition(" by ")[0] for d in found.decisions] == decisions
+    assert len(found.not_remade) == len(not_remade)
+    assert all(part in line for part, line in zip(not_remade, found.not_remade, strict=True))
+    other = remake(block, canonical, response="wholly other bread", **same)
+    if '"eve"' in reply:  # what it called there cannot be told from another text
+        assert any("tool.arguments.to not kept" in line for line in other.not_remade)
+    else:
+        assert any(d.startswith(("reply", "decision", "outcomes")) for d in other.differences)
+    without = remake(block, canonical, **same)
+    assert any("no reply was given" in line for line in without.not_remade)
+    block["weights"] = {"base": 1.0, "helpful": 0.0, "harmless": 0.0, "honest": 0.0}
+    assert any(d.startswith("weights.base: recorded 1.0000") for d in remake(block, canonical, **same).differences)
+
+
+async def test_a_guarded_reply_is_read_again_alone_and_with_its_prompt():
+    rules = {"poison": {"outcomes.unsafe": 6.0}}
+    reader, sink = FakeReader(rules), Kept()
+    pipeline = fake_pipeline("balanced", reader=reader, sinks=[sink])
+    again = Readings()
+    again.reader = reader
+    for messages in ((Message(role="user", content="Hello"),), ()):
+        await pipeline.guard([GuardRequest(read=ReadRequest(messages=messages, response="a poison"))])
+        block, canonical, _ = sink.rows[-1]
+        found = remake(block, canonical, load_policy("balanced"), again, bundle_sha256="0" * 16)
+        assert found.differences == ()
+        assert len(found.decisions) == len(block["decisions"])
 
 
 async def test_verify_checks_a_file_and_exits_1_where_it_was_changed(written: Path, keys: Path):

@@ -103,6 +103,7 @@ def test_the_block_has_every_field_the_design_names():
         ),
         *("policy_shift_nats", "outcomes", "confidence", "decisions", "not_inspected", "layers_run", "timing_ms"),
         "shadow",
+        "redacted",
         "receipt",
     }
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from hhh_router.interfaces.proxy.approvals import Approvals
 from hhh_router.interfaces.proxy.entry import Keep
 from hhh_router.interfaces.proxy.handling import Handling
 from hhh_router.interfaces.proxy.headers import encoded
@@ -20,6 +22,7 @@ from hhh_router.interfaces.server.app import create_app
 from hhh_router.interfaces.server.keys import KeyRing
 from hhh_router.interfaces.server.metrics import Counts
 from hhh_router.pipeline import Pipeline
+from hhh_router.pipeline.parts import Parts
 from hhh_router.trace.audit import Audit
 from hhh_router.trace.content import kept_content
 
@@ -55,12 +58,20 @@ class Sidecar:
         self.keep: Keep | None = (
             partial(kept_content, redactor=pipeline.parts.redactor) if config.audit_content == "full" else None
         )
+        settings = pipeline.settings
+        self.approvals = Approvals(
+            path=config.hold_path,
+            wait_s=config.hold_s or settings.hold_s,
+            url=config.hold_webhook or settings.hold_webhook,
+            secret=settings.webhook_secret,
+            redactor=pipeline.parts.redactor,
+        )
         self.keys = KeyRing.open(pipeline.settings)
         self.refused = 0
         """Requests that were told to come back, for too many were under way."""
         self.own: ASGIApp = create_app(pipeline, counts=self._counts())
         self.observer = Observer(
-            pipeline,
+            lambda: self.parts,
             lambda request_id, record: audit.write("verdict", request_id, record),
             most_waiting=config.observe_queue,
             max_bytes=pipeline.settings.max_body_bytes,
@@ -114,6 +125,7 @@ class Sidecar:
 
         return [
             one("proxy_refused", "Requests told to come back: too many were under way", lambda: self.refused),
+            one("proxy_audit_lost", "Rows of the audit that could not be stored", lambda: self.audit.failures),
             one("proxy_not_observed", "Exchanges that were not read for lack of room", lambda: self.observer.dropped),
             Counts(
                 name="proxy_hedges",
@@ -127,6 +139,11 @@ class Sidecar:
     def is_full(self) -> bool:
         """Whether more requests are under way than may be, the one that asks among them."""
         return len(self._under_way) > self.config.max_requests
+
+    @property
+    def parts(self) -> Parts:
+        """The deployment, with people to ask and to tell."""
+        return replace(self.pipeline.parts, hold=self.approvals.hold, tell=self.approvals.tell)
 
     @property
     def cut(self) -> asyncio.Future[None]:
@@ -154,6 +171,7 @@ class Sidecar:
         for upstream in self.config.upstreams():
             if upstream.translator is not None:
                 await upstream.translator.aclose()
+        await self.approvals.aclose()
         await self.pipeline.aclose()
         await self.audit.aclose()
         await send({"type": "lifespan.shutdown.complete"})

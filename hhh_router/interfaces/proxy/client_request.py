@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -20,8 +21,10 @@ from hhh_router.interfaces.proxy.routes import Mode, Route
 from hhh_router.interfaces.proxy.upstreams import Asking
 from hhh_router.interfaces.proxy.wires import Asked, Wire
 from hhh_router.interfaces.proxy.wires.reading import conversing
+from hhh_router.interfaces.proxy.wires.texts import rewritten
 from hhh_router.interfaces.server.keys import Key, as_caller, check_policy
 from hhh_router.policy import Policy, headers_read
+from hhh_router.trace.spans import redacted
 from hhh_router.types import Caller
 
 if TYPE_CHECKING:
@@ -45,6 +48,8 @@ class ClientRequest:
         self.key: Key | None = None
         self.body: bytes | None = None
         """All of it; None where it is not read, or too large to be."""
+        self.rewritten: Mapping[str, Any] | None = None
+        """The body without what a decision redacts; None where nothing was taken out."""
         self._route: Route | None = None
         self._parsed: Mapping[str, Any] | None = None
 
@@ -101,6 +106,14 @@ class ClientRequest:
         except InvalidRequest:
             return None
         return self.route.hedge if allowed else None
+
+    def redact(self, kinds: Sequence[str]) -> Mapping[str, int]:
+        """Take texts of these kinds out of what goes on; returns what was taken out, and how often."""
+        assert self.wire is not None
+        counts: Counter[str] = Counter()
+        body = rewritten(self.wire.name, self.object(), lambda text: redacted(text, kinds, counts))
+        self.rewritten = body if counts else None
+        return counts
 
     def own_policy(self) -> str | None:
         """Which policy the caller picks in ``hhh``, or else the route's.

@@ -37,6 +37,7 @@ _NAME = r"^[a-z0-9][a-z0-9._-]{0,63}$"
 _MODEL = r"^[^\s/]+/\S+$"
 _URL = r"^https?://[^/\s@?#]+(/[^\s?#]*)?$"
 _OF_THE_OTHER_KIND = {"url": {"api_base", "drop_params"}, "litellm": {"api_key_header", "model"}}
+_WEBHOOK = r"^https?://[^/\s@?#]+(/[^\s#]*)?$"
 _HINT = "correct the file; docs/proxy.md explains each key"
 
 Name = Annotated[str, Field(pattern=_NAME)]
@@ -152,6 +153,17 @@ class AuditFile(_Part):
     """What says who somebody is and reaches no record either, such as ``EMAIL_ADDRESS``; needs the extra ``pii``."""
 
 
+class HoldFile(_Part):
+    """Where calls wait that a policy holds, and who is told."""
+
+    path: str | None = Field(default=None, min_length=1)
+    """The queue's SQLite file; without one the user's own, beside the audit."""
+    wait_s: Seconds | None = None
+    """Then the call is denied; without it ``HHH_ROUTER_HOLD_S``."""
+    webhook: str | None = Field(default=None, pattern=_WEBHOOK)
+    """Is told of every held call; without one ``HHH_ROUTER_HOLD_WEBHOOK``."""
+
+
 class ProxyFile(_Part):
     """The file."""
 
@@ -167,6 +179,7 @@ class ProxyFile(_Part):
     max_requests: int = Field(default=MAX_REQUESTS, ge=1, le=100_000)
     observe_queue: int = Field(default=256, ge=1, le=100_000)
     audit: AuditFile = AuditFile()
+    hold: HoldFile = HoldFile()
     upstreams: dict[Name, UpstreamFile] = Field(min_length=1)
     routes: list[RouteFile] = Field(min_length=1)
     _places: dict[str, str] = PrivateAttr(default_factory=dict)
@@ -272,6 +285,9 @@ def make_config(
         observe_queue=file.observe_queue,
         audit_failure=file.audit.on_failure,
         audit_content=file.audit.content,
+        hold_path=Path(file.hold.path) if file.hold.path else None,
+        hold_s=file.hold.wait_s,
+        hold_webhook=file.hold.webhook,
     )
 
 
@@ -403,6 +419,7 @@ def _told(error: ValidationError, root: Node) -> list[Mistake]:
             meant = {
                 _NAME: "lower-case letters, digits, dots and dashes",
                 _URL: "an http(s) URL without credentials",
+                _WEBHOOK: "an http(s) URL without credentials",
                 _MODEL: "provider/model",
             }
             pattern = str((e.get("ctx") or {}).get("pattern"))
@@ -417,6 +434,7 @@ def _told(error: ValidationError, root: Node) -> list[Mistake]:
 def _keys(loc: tuple[str | int, ...]) -> list[str]:
     """The keys that are known at a place of the file."""
     kinds: dict[str, type[BaseModel]] = {"upstreams": UpstreamFile, "routes": RouteFile, "audit": AuditFile}
+    kinds["hold"] = HoldFile
     kinds |= {"timeouts": TimeoutsFile, "breaker": BreakerFile, "to": TargetFile, "hedge": HedgeFile}
     kind: type[BaseModel] = ProxyFile
     for step in loc:

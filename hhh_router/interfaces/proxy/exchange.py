@@ -26,6 +26,7 @@ from hhh_router.protocols import (
     Planner,
     Reader,
     ReadingSession,
+    Redacted,
     Steerer,
     Unread,
     Window,
@@ -101,6 +102,10 @@ class Exchange:
         """What the weights say in words, once the prompt was read."""
         self.rule: str | None = None
         """Which rule decided about the prompt."""
+        self.redact: tuple[str, ...] = ()
+        """What is to be taken out of the request before it goes on."""
+        self.taken_out: Mapping[str, int] = {}
+        """What was, and how often; told by whoever sends it on."""
         self.error_body = b""
         """Of an answer that is an error, which passes as it came."""
 
@@ -123,6 +128,8 @@ class Exchange:
                 yield Finished(reason="content_filter", prompt_tokens=prompt_tokens, completion_tokens=0)
                 return
             self.answer = await (early or self._ask())
+            if self.taken_out:
+                yield Redacted(counts=self.taken_out)
             async with aclosing(self._answered(self.answer, window_tokens)) as events:
                 async for event in events:
                     yield event
@@ -157,6 +164,9 @@ class Exchange:
         plan = planner(scores)
         self.instruction = instruction(plan.weights)
         self.rule = plan.decision.rule
+        if plan.enforced:
+            kinds = [kind for decision in (plan.decision, *plan.others) for kind in decision.redact]
+            self.redact = tuple(dict.fromkeys(kinds))
         return Planned(
             plan=plan,
             prompt_tokens=scores.tokens,

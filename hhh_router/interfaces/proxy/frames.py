@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hhh_router.errors import UpstreamError
+from hhh_router.interfaces.server.dialect import event
+from hhh_router.interfaces.server.http import dump
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,18 @@ class Frames:
             self._line_from = i = after
         self._scanned = len(held)
         return None
+
+
+def with_body(raw: bytes, body: Mapping[str, Any]) -> bytes:
+    r"""A whole answer, or an event with its name, with another body.
+
+    >>> with_body(b"event: x\ndata: 1\n\n", {}), with_body(b"{ }", {"a": 1})
+    (b'event: x\ndata: {}\n\n', b'{"a":1}')
+    """
+    if raw.lstrip()[:1] == b"{":
+        return dump(body)
+    name = next((line for line in raw.splitlines() if line.startswith(b"event:")), None)
+    return event(None if name is None else name[6:].strip().decode(), dump(body))
 
 
 def _frame(raw: bytes) -> Frame:

@@ -7,10 +7,11 @@ from contextlib import aclosing
 from typing import Literal
 
 from hhh_router.interfaces.proxy.exchange import Exchange, Piece
+from hhh_router.interfaces.proxy.frames import with_body
 from hhh_router.interfaces.proxy.headers import encoded, passing, replaced
 from hhh_router.interfaces.proxy.incoming import Out
 from hhh_router.interfaces.server.chat import STREAM_HEADERS
-from hhh_router.interfaces.server.dialect import Dialect, event
+from hhh_router.interfaces.server.dialect import Dialect
 from hhh_router.interfaces.server.http import dump
 from hhh_router.pipeline import ChatDelta, ChatFinished, ChatStarted
 from hhh_router.pipeline.chat import run_chat
@@ -62,6 +63,7 @@ class Guarded:
         self._whole: Piece | None = None
         self._has = exchange.new_reply()
         """What the client has got of the upstream's answer: less than what was read of it."""
+        self._has_begun = False
 
     async def run(self) -> Metadata | None:
         """Answer; returns the final record.
@@ -81,6 +83,8 @@ class Guarded:
         return None
 
     async def _take(self, delta: ChatDelta) -> None:
+        if delta.waits:
+            await self._keep_alive()
         if delta.raw is None:
             return  # the policy's message: it is put in its shape when the final record is there
         for piece in delta.raw["pieces"]:
@@ -92,6 +96,12 @@ class Guarded:
                     await self._out.part(piece.raw)
                 case _:
                     self._whole = piece
+
+    async def _keep_alive(self) -> None:
+        """While a call is held: in a stream the wire's own sign of life; whole answers just wait."""
+        if self._call.stream and self._exchange.kind == "stream":
+            await self._begin_passing(changed=True)
+            await self._out.part(self._call.ping)
 
     async def _pass(self, piece: Piece) -> None:
         """A piece of a stream. What belongs to its end waits for the final record."""
@@ -105,6 +115,7 @@ class Guarded:
 
     def _with_first(self, piece: Piece) -> bytes:
         if piece.body is not None:
+            self._has_begun = True
             self._has.event(piece.body)
         if self._first is None or piece.body is None or self._block != "body":
             return piece.raw
@@ -120,9 +131,7 @@ class Guarded:
 
     def _blocked(self, piece: Piece, block: Metadata) -> bytes:
         assert piece.body is not None
-        body = self._exchange.reply.with_block(piece.body, block.as_json())
-        name = next((line for line in piece.raw.splitlines() if line.startswith(b"event:")), None)
-        return event(None if name is None else name[6:].strip().decode(), dump(body))
+        return with_body(piece.raw, self._exchange.reply.with_block(piece.body, block.as_json()))
 
     async def _end(self, done: ChatFinished) -> Metadata | None:
         stopped = done.refusal is not None
@@ -130,7 +139,7 @@ class Guarded:
             again = self._escalate(done.metadata)
             if again is not None:
                 return await again
-        if stopped and self._out.begun and self._exchange.kind == "stream":
+        if stopped and (self._has_begun or self._held) and self._out.begun and self._exchange.kind == "stream":
             await self._let_go()
             assert done.refusal is not None
             await self._out.part(b"".join(self._has.ending(done.refusal, done)), more=False)
@@ -174,7 +183,8 @@ class Guarded:
             await self._out.whole(200, headers, data)
             return
         writer = self._call.begin(self._first or done.metadata)
-        await self._out.begin(200, self._headers(done.metadata, encoded(STREAM_HEADERS)))
+        if not self._out.begun:
+            await self._out.begin(200, self._headers(done.metadata, encoded(STREAM_HEADERS)))
         told = [*writer.delta(ChatDelta(text=done.refusal, is_refusal=True)), *writer.end(done)]
         await self._out.part(b"".join(told), more=False)
 

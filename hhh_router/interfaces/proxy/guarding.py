@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Coroutine
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from hhh_router.errors import BackendError, InvalidRequest
@@ -14,12 +15,14 @@ from hhh_router.interfaces.proxy.guarded import Guarded
 from hhh_router.interfaces.proxy.headers import passing
 from hhh_router.interfaces.proxy.passing import Passing
 from hhh_router.interfaces.proxy.policies import compared, escalated, rules_of, shadowed
+from hhh_router.interfaces.proxy.redacting import FrameRedacting
 from hhh_router.interfaces.proxy.upstreams import Answer, Upstream
 from hhh_router.interfaces.server.http import WireError
+from hhh_router.pipeline.people import Concerned, Settled
 from hhh_router.pipeline.situation import asked_situation
 from hhh_router.policy import asks
 from hhh_router.trace.block import Metadata
-from hhh_router.types import Action, ChatRequest, Message
+from hhh_router.types import Action, ChatRequest, Decision, Message, ToolCall
 
 
 class Guarding:
@@ -66,7 +69,7 @@ class Guarding:
     ) -> Metadata | None:
         client, route = self._client, self._client.route
         assert client.wire is not None
-        parts = compared(self._app.pipeline.parts, route.policy, route.candidate)
+        parts = compared(self._app.parts, route.policy, route.candidate)
         settings = parts.settings
         applied = parts.policies.get(policy)
         extra = {"x-hhh-upstream": "-"}
@@ -76,6 +79,8 @@ class Guarding:
             words = [exchange.instruction] if route.instruct else []
             words += [r.steering for r in rules_of(applied) if enforce and r.place == exchange.rule]
             told = "\n\n".join(w for w in words if w) or None
+            if exchange.redact:
+                exchange.taken_out = client.redact(exchange.redact)
             answer = await self._passing.ask_one_of(
                 order,
                 lambda u: self._passing.outgoing(u, self._passing.body_for(u, told)),
@@ -103,6 +108,8 @@ class Guarding:
             parts,
             generator=exchange,
             answers_elsewhere=True,
+            hold=self._hold,
+            redacting=partial(FrameRedacting, client.wire.name),
             settings=settings.model_copy(update={"request_timeout_s": max(longest, settings.request_timeout_s)}),
         )
         parts = escalated(parts) if escalating else parts if enforce else shadowed(parts)
@@ -146,6 +153,13 @@ class Guarding:
                 parts.conversations.also_called(told.caller, exchange.reply.answer_id)
             if client.key is not None:
                 self._app.keys.spend(client.key, exchange.spent_tokens)
+
+    async def _hold(self, call: ToolCall, decision: Decision, about: Concerned) -> Settled:
+        """Have people decide about a call; the outcome says what they did."""
+        settled = await self._app.approvals.hold(call, decision, about)
+        told = {"id": settled.id, "tool": call.name, "approved": settled.is_approved, "why": settled.why}
+        self._client.entry.outcome.setdefault("held", []).append({**told, "note": settled.note})
+        return settled
 
     async def _run(self, guarded: Guarded, exchange: Exchange) -> Metadata | None:
         client = self._client

@@ -16,8 +16,8 @@ from hhh_router.interfaces.proxy.headers import Headers, find
 from hhh_router.interfaces.proxy.policies import compared, shadowed
 from hhh_router.interfaces.proxy.wires import Asked, Wire
 from hhh_router.interfaces.proxy.wires.reading import Reply, conversing
-from hhh_router.pipeline import Pipeline
 from hhh_router.pipeline.guard import run_guard
+from hhh_router.pipeline.parts import Parts
 from hhh_router.pipeline.situation import asked_situation
 from hhh_router.types import Caller, GuardRequest, ReadRequest
 
@@ -75,7 +75,7 @@ class Observer:
     """Reads exchanges one after the other, as fast as the model can and never faster than there is room for.
 
     Args:
-        pipeline: Judges.
+        parts: The deployment, which judges.
         record: Gets each verdict with its request's id.
         most_waiting: Exchanges that may wait; one more is not read.
         max_bytes: Largest body that is read.
@@ -84,14 +84,14 @@ class Observer:
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        parts: Callable[[], Parts],
         record: Callable[[str, Mapping[str, Any]], Awaitable[None]],
         *,
         most_waiting: int,
         max_bytes: int,
         keep: Keep | None = None,
     ) -> None:
-        self._pipeline = pipeline
+        self._parts = parts
         self._record = record
         self._most = most_waiting
         self._max_bytes = max_bytes
@@ -166,13 +166,13 @@ class Observer:
             calls=reply.take_calls() if reply else (),
         )
         try:
-            parts = compared(shadowed(self._pipeline.parts), seen.policy, seen.candidate)
+            parts = compared(shadowed(self._parts()), seen.policy, seen.candidate)
             [result] = await run_guard(parts, [request])
         except HHHRouterError as error:
             return {"unread": [*unread, f"{error.code}: {error.message}"], **content}
         if reply is not None and reply.answer_id is not None:
             told = asked_situation(request.turns, request.caller, None)
-            self._pipeline.parts.conversations.also_called(told.caller, reply.answer_id)
+            self._parts().conversations.also_called(told.caller, reply.answer_id)
         return {"hhh": result.metadata.recorded.as_json(), **content}
 
     def _asked(self, seen: Seen) -> Asked:

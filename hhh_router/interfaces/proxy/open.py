@@ -10,7 +10,7 @@ from hhh_router.assemble import build_pipeline, check_upstream, open_raw_client,
 from hhh_router.errors import SettingsError
 from hhh_router.interfaces.proxy.app import Sidecar
 from hhh_router.interfaces.proxy.config import make_config, patterns, read_proxy_file, retention, simple_config
-from hhh_router.interfaces.proxy.policies import check_upstreams
+from hhh_router.interfaces.proxy.policies import check_upstreams, rules_of
 from hhh_router.interfaces.proxy.routes import Mode, ProxyConfig
 from hhh_router.interfaces.proxy.translation import PREFIX
 from hhh_router.interfaces.proxy.upstreams import Upstreams
@@ -20,6 +20,7 @@ from hhh_router.policy import check_door, load_policy
 from hhh_router.settings import Settings
 from hhh_router.trace.audit import Retention, check_place, default_audit, open_audit, shown_place
 from hhh_router.trace.redact import Patterns, Redactor
+from hhh_router.types import Action
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,4 +128,8 @@ def open_sidecar(plan: SidecarPlan) -> Sidecar:
             pipeline.policies.add_file(route.policy)
         if route.candidate is not None:
             pipeline.policies.add_candidate(route.candidate)
-    return Sidecar(pipeline, plan.config, Upstreams(client), audit)
+    sidecar = Sidecar(pipeline, plan.config, Upstreams(client), audit)
+    policies = [pipeline.policies.get(route.policy) for route in plan.config.routes]
+    if any(rule.then is Action.HOLD for policy in policies for rule in rules_of(policy)):
+        sidecar.approvals.open()
+    return sidecar

@@ -81,7 +81,7 @@ class Passing:
         client = self._client
         client.asking.answered_by = _OWN_MODEL
         client.asking.tried.append(f"{_OWN_MODEL}: asked")
-        data = dump({**client.object(), "model": _OWN_MODEL})
+        data = dump({**(client.rewritten or client.object()), "model": _OWN_MODEL})
         without = {b"content-length", b"content-encoding"}
         headers = [*passing(client.incoming.headers, without=without), (b"content-length", str(len(data)).encode())]
         pending: list[Any] = [{"type": "http.request", "body": data, "more_body": False}]
@@ -117,6 +117,8 @@ class Passing:
         without = set(_NEVER_SENT)
         if incoming.is_chunked or isinstance(body, bytes):
             without.add(b"content-length")
+        if isinstance(body, bytes) and body is not self._client.body:
+            without.add(b"content-encoding")  # what we write is plain
         if self._app.keys.required:
             without |= KEYS  # they are this door's
         headers = passing(incoming.headers, without=without)
@@ -137,9 +139,9 @@ class Passing:
         assert client.body is not None
         assert client.wire is not None
         has_ours = client.mode != "observe" and b'"hhh"' in client.body
-        if not has_ours and upstream.model is None and instruction is None:
+        if not has_ours and upstream.model is None and instruction is None and client.rewritten is None:
             return client.body
-        body = {k: v for k, v in client.object().items() if k != "hhh"}
+        body = {k: v for k, v in (client.rewritten or client.object()).items() if k != "hhh"}
         if upstream.model is not None:
             body["model"] = upstream.model
         if instruction is not None:

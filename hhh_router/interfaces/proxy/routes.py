@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Literal
 
 from hhh_router.interfaces.proxy.hedging import Hedge
@@ -97,6 +98,12 @@ class ProxyConfig:
     """What holds when the audit cannot be written: nothing leaves, or it goes on and the loss is counted."""
     audit_content: Literal["hashes", "full"] = "hashes"
     """``full`` keeps texts of prompts and answers in the audit, secrets replaced."""
+    hold_path: Path | None = None
+    """Queue of calls that a policy holds; None takes the one beside the audit."""
+    hold_s: float | None = None
+    """How long such a call waits; None takes the deployment's ``hold_s``."""
+    hold_webhook: str | None = None
+    """URL that is told of every held call; None takes the deployment's ``hold_webhook``."""
 
     def upstreams(self) -> list[Upstream]:
         """All of them, each once."""
