@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ class Approvals:
             reason=decision.reason,
         )
         try:
+            await asyncio.to_thread(self.open)  # another process may hold the file for a moment
             found = await self._holding.hold(asked)
         except HHHRouterError as error:
             return Settled(is_approved=False, id=None, why=f"it could not be held: {error.message}")
