@@ -11,7 +11,8 @@ from typing import Any, Final, Literal
 from pydantic import ValidationError
 
 from hhh_router.errors import DataError
-from hhh_router.pipeline.again import Again, Texts
+from hhh_router.pipeline.again import Again
+from hhh_router.pipeline.basis import Texts
 from hhh_router.policy import Policy
 from hhh_router.tools import CallScanner
 from hhh_router.trace.audit import check_place, default_audit, is_postgres, read_rows, shown_place

@@ -16,8 +16,8 @@ from typing import Any
 from hhh_router.errors import DataError
 from hhh_router.evaluation.recorded import calls_in, canonical_message, is_part
 from hhh_router.evaluation.systems import Readings
-from hhh_router.pipeline.again import Again, Texts, decide_again
-from hhh_router.pipeline.basis import Notes
+from hhh_router.pipeline.again import Again, decide_again
+from hhh_router.pipeline.basis import Notes, Texts
 from hhh_router.pipeline.situation import asked_situation
 from hhh_router.policy import Door, Policy, lacking
 from hhh_router.trace import text_sha256

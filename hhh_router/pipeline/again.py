@@ -8,43 +8,28 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 
 from hhh_router.calibration import Calibrators
 from hhh_router.errors import ReaderError
+from hhh_router.pipeline.basis import Texts, scores_of, situation_of
 from hhh_router.pipeline.conversations import tainted
 from hhh_router.pipeline.onerror import JUDGING_FAILURES, failed_decision, unread_plan
 from hhh_router.pipeline.plan import facts_of, judge_output, limits_of, make_plan, with_tokens
-from hhh_router.pipeline.situation import answered_situation, asked_situation, called_situation, with_calls
+from hhh_router.pipeline.situation import answered_situation, called_situation, with_calls
 from hhh_router.pipeline.tool_results import reads_results
 from hhh_router.policy import Facts, Policy, asks, for_tenant
 from hhh_router.policy.possible import Possible, forgotten, possible_decisions
 from hhh_router.policy.schema import SEVERITY
 from hhh_router.routing import kl_nats
-from hhh_router.trace.block import Basis, Metadata, ReadingRecord, ResultRecord
+from hhh_router.trace.block import Basis, Metadata, ReadingRecord
 from hhh_router.types import (
     Action,
-    Caller,
-    Conversation,
     Decision,
-    Message,
     Plan,
-    Scores,
     Situation,
-    ToolCall,
     ToolFacts,
     Weights,
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Texts:
-    """What was said, where it was kept."""
-
-    messages: tuple[Message, ...]
-    response: str | None = None
-    calls: tuple[ToolCall, ...] = ()
-    """The calls in the response, where they could be found in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +84,7 @@ class _Run:
         self._texts = texts
         self._enforced = block.policy.mode == "enforce"
         self._acting = self._enforced or not own  # another policy is asked what it would do
-        self._situation = _situation(basis, texts)
+        self._situation = situation_of(basis, texts)
         self._decisions: list[Decision] = []
         self._unknown: list[str] = []
         self._weights: Weights | None = None
@@ -145,7 +130,7 @@ class _Run:
         return bool(self._unknown) and not self._own
 
     def _plan(self, reading: ReadingRecord, raises: dict[str, float]) -> Plan | None:
-        scores = _scores(reading)
+        scores = scores_of(reading)
         if scores is None:
             recorded = next((d for d in self._block.decisions), None)
             why = ValueError(recorded.reason if recorded else "the prompt was not read")
@@ -227,7 +212,7 @@ class _Run:
             return failed_decision(self._policy, "tool_result", error)
 
     def _at_output(self, reading: ReadingRecord, plan: Plan) -> Decision | None:
-        scores = _scores(reading)
+        scores = scores_of(reading)
         response = self._texts.response if self._texts and reading.is_final else None
         situation = answered_situation(self._situation, response)
         if scores is None:
@@ -353,58 +338,3 @@ class _Run:
 
     def _stopped(self) -> Decision | None:
         return self._decisions[-1] if self._decisions else None
-
-
-def _scores(reading: ReadingRecord) -> Scores | None:
-    if reading.distance is None:
-        return None
-    return Scores(
-        mode=reading.mode,
-        needs=reading.needs,
-        outcomes=reading.outcomes,
-        distance=reading.distance,
-        tokens=reading.tokens,
-    )
-
-
-def _situation(basis: Basis, texts: Texts | None) -> Situation:
-    at = None if basis.at is None else datetime.fromisoformat(basis.at)
-    caller = Caller(
-        model=basis.model,
-        route=basis.route,
-        tenant=basis.tenant,
-        key_scopes=None if basis.key_scopes is None else tuple(basis.key_scopes),
-        sticky=basis.sticky,
-    )
-    conversation = Conversation(**basis.conversation.model_dump())
-    results, earlier = (tuple(map(_tool, its)) for its in (basis.results, basis.earlier))
-    if texts is not None:
-        told = asked_situation(texts.messages, caller, at)
-        return replace(
-            told,
-            results=_with_text(results, told.results),
-            earlier=_with_text(earlier, told.earlier),
-            conversation=conversation,
-        )
-    return Situation(
-        role=basis.role,
-        at=at,
-        caller=caller,
-        results=results,
-        earlier=earlier,
-        conversation=conversation,
-    )
-
-
-def _tool(result: ResultRecord) -> ToolFacts:
-    reading, unread = result.reading, result.unread
-    if reading is not None and reading.distance is None:
-        unread = unread or "the reading is not finite"
-    return ToolFacts(name=result.name, scores=None if reading is None else _scores(reading), unread=unread)
-
-
-def _with_text(kept: tuple[ToolFacts, ...], told: tuple[ToolFacts, ...]) -> tuple[ToolFacts, ...]:
-    """Results with their text and the call's arguments, where the texts have as many."""
-    if len(kept) != len(told):
-        return kept
-    return tuple(replace(k, arguments=t.arguments, result=t.result) for k, t in zip(kept, told, strict=True))

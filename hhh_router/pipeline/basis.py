@@ -1,19 +1,41 @@
-"""What a request's decisions came from, noted for its record: raw readings, and of its surroundings what is no text."""
+"""What a request's decisions came from, noted for its record and taken from it again: raw readings, and no text."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from typing import Final
 
+from hhh_router.pipeline.situation import asked_situation
 from hhh_router.trace.block import Basis, ConversationRecord, ReadingRecord, ResultRecord
-from hhh_router.types import ChatRequest, GuardRequest, Scores, Situation, ToolFacts
+from hhh_router.types import (
+    Caller,
+    ChatRequest,
+    Conversation,
+    GuardRequest,
+    Message,
+    Scores,
+    Situation,
+    ToolCall,
+    ToolFacts,
+)
 
 MOST_READINGS: Final = 200
 """Of one request: some 50 kB of a record. Windows beyond are counted and left out."""
 LOGPROB_FLOOR: Final = -20.0
 """As `calibration.confidence` cuts them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Texts:
+    """What was said, where it was kept."""
+
+    messages: tuple[Message, ...]
+    response: str | None = None
+    calls: tuple[ToolCall, ...] = ()
+    """The calls in the response, where they could be found in it."""
 
 
 class Notes:
@@ -119,3 +141,60 @@ def _reading(scores: Scores) -> ReadingRecord:
 def _result(tool: ToolFacts) -> ResultRecord:
     reading = None if tool.scores is None else _reading(tool.scores)
     return ResultRecord(name=tool.name, reading=reading, unread=tool.unread)
+
+
+def scores_of(reading: ReadingRecord) -> Scores | None:
+    """A reading as it was made; None where it failed."""
+    if reading.distance is None:
+        return None
+    return Scores(
+        mode=reading.mode,
+        needs=reading.needs,
+        outcomes=reading.outcomes,
+        distance=reading.distance,
+        tokens=reading.tokens,
+    )
+
+
+def situation_of(basis: Basis, texts: Texts | None) -> Situation:
+    """What surrounded the request, as far as it was kept; None stands for what was not."""
+    at = None if basis.at is None else datetime.fromisoformat(basis.at)
+    caller = Caller(
+        model=basis.model,
+        route=basis.route,
+        tenant=basis.tenant,
+        key_scopes=None if basis.key_scopes is None else tuple(basis.key_scopes),
+        sticky=basis.sticky,
+    )
+    conversation = Conversation(**basis.conversation.model_dump())
+    results, earlier = (tuple(map(_tool, its)) for its in (basis.results, basis.earlier))
+    if texts is not None:
+        told = asked_situation(texts.messages, caller, at)
+        return replace(
+            told,
+            results=_with_text(results, told.results),
+            earlier=_with_text(earlier, told.earlier),
+            conversation=conversation,
+        )
+    return Situation(
+        role=basis.role,
+        at=at,
+        caller=caller,
+        results=results,
+        earlier=earlier,
+        conversation=conversation,
+    )
+
+
+def _tool(result: ResultRecord) -> ToolFacts:
+    reading, unread = result.reading, result.unread
+    if reading is not None and reading.distance is None:
+        unread = unread or "the reading is not finite"
+    return ToolFacts(name=result.name, scores=None if reading is None else scores_of(reading), unread=unread)
+
+
+def _with_text(kept: tuple[ToolFacts, ...], told: tuple[ToolFacts, ...]) -> tuple[ToolFacts, ...]:
+    """Results with their text and the call's arguments, where the texts have as many."""
+    if len(kept) != len(told):
+        return kept
+    return tuple(replace(k, arguments=t.arguments, result=t.result) for k, t in zip(kept, told, strict=True))

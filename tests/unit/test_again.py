@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from hhh_router.calibration import Calibrators
-from hhh_router.pipeline.again import Again, Texts, decide_again
-from hhh_router.pipeline.basis import MOST_READINGS, Notes
+from hhh_router.pipeline.again import Again, decide_again
+from hhh_router.pipeline.basis import MOST_READINGS, Notes, Texts
 from hhh_router.pipeline.situation import PIPELINE
 from hhh_router.policy import load_policy, parse_policy
 from hhh_router.testing import FakeGenerator, FakeReader, fake_pipeline, make_scores
