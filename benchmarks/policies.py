@@ -1,4 +1,4 @@
-"""What policies cost: a decision over 50 rules, taking changed files over, and fitting limits to 10,000 rows.
+"""What policies cost: a decision over 50 rules, taking changed files over, fitting limits, asking a candidate, replay.
 
 ``python -m benchmarks.policies`` writes ``benchmarks/results/policies.json``; run it on an idle machine. No model is
 needed. ``--quick`` shows that all of it runs; its timings are void.
@@ -7,6 +7,7 @@ needed. ``--quick`` shows that all of it runs; its timings are void.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import platform
 import random
 import statistics
@@ -15,16 +16,19 @@ import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from time import perf_counter
+from typing import Any
 
 from benchmarks.figures import Record, meets, quartiles, write_json
 from hhh_router.calibration import Calibrators
 from hhh_router.evaluation.budget import fit_policy
 from hhh_router.evaluation.budget_rows import FitRow
 from hhh_router.pipeline import PolicyStore
+from hhh_router.pipeline.again import decide_again
 from hhh_router.policy import Door, Facts, Policy, decide, parse_policy
 from hhh_router.policy.doors import SITUATIONS
-from hhh_router.testing import make_scores
-from hhh_router.types import Caller, Conversation, Situation, Weights
+from hhh_router.testing import fake_pipeline, make_scores
+from hhh_router.trace.block import Metadata
+from hhh_router.types import Caller, Conversation, GuardRequest, Message, ReadRequest, Situation, Weights
 
 _DOOR = Door(name="the bench", supplies=SITUATIONS)
 RULES = 50
@@ -132,6 +136,53 @@ def fit_s(rows: Sequence[FitRow], replies: Sequence[FitRow] = (), budget: str = 
     return perf_counter() - begun
 
 
+class _Kept:
+    """Holds the latest record."""
+
+    block: Metadata
+
+    def write(self, metadata: Metadata, request: object, reply: str | None) -> None:
+        """See `hhh_router.trace.Sink`."""
+        self.block = metadata
+
+
+def guarded_us(folder: Path, text: str, times: int, *, candidate: bool) -> tuple[float, Metadata]:
+    """Median microseconds of one guarded prompt that a stand-in reads, and its record."""
+    ours, theirs = folder / "ours.yaml", folder / "theirs.yaml"
+    ours.write_text(text, encoding="utf-8")
+    theirs.write_text(text.replace("name: bench", "name: next"), encoding="utf-8")
+    kept = _Kept()
+    beside: dict[str, Any] = {"candidate": str(theirs)} if candidate else {}
+    pipeline = fake_pipeline(ours, sinks=[kept], door=_DOOR, allowed_policies=(), **beside)
+    read = ReadRequest(messages=(Message(role="user", content="How do I bake bread?"),))
+    asked = GuardRequest(read=read, caller=Caller(model="hhh", route="/v1/messages", tenant="team-0"))
+
+    async def run() -> list[float]:
+        taken = []
+        for _ in range(times):
+            begun = perf_counter()
+            await pipeline.guard([asked])
+            taken.append(perf_counter() - begun)
+        return taken
+
+    return statistics.median(asyncio.run(run())) * 1e6, kept.block
+
+
+def candidate_us(folder: Path, text: str, times: int) -> float:
+    """What a candidate adds to it."""
+    return guarded_us(folder, text, times, candidate=True)[0] - guarded_us(folder, text, times, candidate=False)[0]
+
+
+def again_us(block: Metadata, policy: Policy, times: int) -> float:
+    """Median microseconds to put one recorded request to one policy."""
+    taken = []
+    for _ in range(times):
+        begun = perf_counter()
+        decide_again(block, policy, Calibrators.none())
+        taken.append(perf_counter() - begun)
+    return statistics.median(taken) * 1e6
+
+
 def measure(name: str, unit: str, target: float, values: Sequence[float], command: str, note: str) -> Record:
     """One figure, as the other benchmarks write theirs."""
     low, value, high = quartiles(values)
@@ -160,7 +211,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         one()  # the first one fills caches
         return [one() for _ in range(repeats)]
 
+    times = 50 if given.quick else 2000
     with tempfile.TemporaryDirectory() as folder:
+        _, block = guarded_us(Path(folder), text, 1, candidate=False)
         records = [
             measure("policy-decide", "µs", 50.0, rounds(lambda: decide_us(policy, found, 50 if given.quick else 5000)),
                     command, f"median of one decision; {RULES} rules of 2 to 3 conditions, none but the last matches"),
@@ -170,6 +223,10 @@ def main(argv: Sequence[str] | None = None) -> int:
                     f"{len(rows):,} scored rows, every decision made twice"),
             measure("policy-fit-whole", "s", 30.0, rounds(lambda: fit_s(rows, replies, _WHOLE_BUDGET)), command,
                     f"{len(rows):,} prompts and as many replies: input, output and weights, in 10 groups"),
+            measure("policy-candidate", "µs", 1000.0, rounds(lambda: candidate_us(Path(folder), text, times)), command,
+                    f"what asking a candidate of {RULES} rules adds to one guarded prompt, its record included"),
+            measure("policy-again", "µs", 1000.0, rounds(lambda: again_us(block, policy, times)), command,
+                    f"one recorded prompt put to a policy of {RULES} rules, as `replay --from audit` does"),
         ]  # fmt: skip
     write_json(given.out, records)
     for r in records:

@@ -74,7 +74,8 @@ def replay(
     before, after = load_policy(policy), load_policy(against)
     settings = Settings.load(bundle=bundle)
     gate = Gate(benign_refused=max_benign, harm_passed=max_harm, flips=max_flips)
-    recorded = None if source == SAMPLE else recorded_source(source)
+    url = None if settings.audit_url is None else settings.audit_url.get_secret_value()
+    recorded = None if source == SAMPLE else recorded_source(source, audit_url=url)
     if recorded is not None:
         found = _recorded(recorded, (before, after), settings, (labels, feedback), gate, seed)
     elif labels is not None or feedback is not None:
@@ -112,7 +113,7 @@ def _command(source: str, policies: tuple[Policy, Policy], seed: int) -> str:
 
 
 def _recorded(
-    source: tuple[Path, Kind],
+    source: tuple[Path | str, Kind],
     policies: tuple[Policy, Policy],
     settings: Settings,
     labels: tuple[Path | None, Path | None],
@@ -124,6 +125,7 @@ def _recorded(
     from hhh_router.errors import DataError
     from hhh_router.evaluation.recorded import feedback_labels, read_labels, read_recorded
     from hhh_router.evaluation.replay import replay_recorded
+    from hhh_router.trace.audit import shown_place
 
     from .drift import bundle_calibrators
 
@@ -133,10 +135,13 @@ def _recorded(
     rows = read_recorded(path, kind, calibration_id=calibrators.id)
     if not rows.rows:
         why = "; ".join(f"{n}: {reason}" for reason, n in rows.left_out.items()) or "it holds no request"
-        raise DataError(f"{path}: nothing can be decided again ({why})", hint="name the bundle it was read with")
+        raise DataError(
+            f"{shown_place(path)}: nothing can be decided again ({why})", hint="name the bundle it was read with"
+        )
     said, fed = labels
     known = ({} if fed is None else feedback_labels(fed)) | ({} if said is None else read_labels(said))
-    name = f"audit:{path.name}" if kind == "audit" else path.name
+    shown = path.name if isinstance(path, Path) else shown_place(path)
+    name = f"audit:{shown}" if kind == "audit" else shown
     about = f"bundle {used.manifest.name} ({used.sha256[:16]}), by the readings that were recorded"
     return replay_recorded(
         *policies, rows, calibrators, about=about, labels=known, seed=seed, gate=gate,

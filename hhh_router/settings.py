@@ -142,7 +142,7 @@ class Settings(BaseSettings):
                 given[name] = kept
         given |= {k: v for k, v in overrides.items() if v is not None}
         for listed in ("allowed_policies", "redact_pii"):
-            names = given.get(listed) or os.environ.get(f"HHH_ROUTER_{listed.upper()}")
+            names = given.get(listed, os.environ.get(f"HHH_ROUTER_{listed.upper()}") or None)  # empty is none
             if isinstance(names, str):
                 given[listed] = _split(names)
         try:

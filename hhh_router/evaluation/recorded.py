@@ -11,10 +11,11 @@ from typing import Any, Final, Literal
 from pydantic import ValidationError
 
 from hhh_router.errors import DataError
-from hhh_router.pipeline.again import Again, Texts
+from hhh_router.pipeline.again import Again
+from hhh_router.pipeline.basis import Texts
 from hhh_router.policy import Policy
 from hhh_router.tools import CallScanner
-from hhh_router.trace.audit import default_audit, read_rows
+from hhh_router.trace.audit import check_place, default_audit, is_postgres, read_rows, shown_place
 from hhh_router.trace.block import Metadata
 from hhh_router.trace.feedback_store import read_labelled
 from hhh_router.types import Action, Message, ToolCall
@@ -42,7 +43,8 @@ class Recorded:
 class Source:
     """What a file of records held."""
 
-    path: Path
+    path: Path | str
+    """A file, or an audit's host and database."""
     rows: tuple[Recorded, ...]
     left_out: Mapping[str, int]
     """Why rows cannot be decided again → how many."""
@@ -96,16 +98,26 @@ def _told(decisions: list[tuple[str, str, str]]) -> str:
     return ", ".join(f"{action} at {checkpoint} by {rule}" for checkpoint, action, rule in decisions) or "nothing"
 
 
-def recorded_source(given: str) -> tuple[Path, Kind] | None:
-    """What ``--from`` names, where it is a file of records; None where it is something else.
+def recorded_source(given: str, *, audit_url: str | None = None) -> tuple[Path | str, Kind] | None:
+    """What ``--from`` names, where it holds records; None where it is something else.
+
+    Args:
+        given: As it was written.
+        audit_url: Where the settings say that the audit is.
+
+    Returns:
+        A file, or the URL of an audit, which may hold a password.
 
     Raises:
         DataError: It cannot be read.
+        SettingsError: A URL with a password was written.
     """
     if given == AUDIT:
-        return default_audit(), "audit"
+        return audit_url or default_audit(), "audit"
     if given.startswith(f"{AUDIT}:"):
-        return Path(given.removeprefix(f"{AUDIT}:")), "audit"
+        place = given.removeprefix(f"{AUDIT}:")
+        check_place(place)
+        return place if is_postgres(place) else Path(place), "audit"
     path = Path(given)
     try:
         if not path.is_file():
@@ -120,7 +132,7 @@ def recorded_source(given: str) -> tuple[Path, Kind] | None:
     return (path, "lines") if found is not None and isinstance(found.get("hhh"), dict) else None
 
 
-def read_recorded(path: Path, kind: Kind, *, calibration_id: str) -> Source:
+def read_recorded(path: Path | str, kind: Kind, *, calibration_id: str) -> Source:
     """Every request that can be decided again.
 
     Args:
@@ -133,13 +145,15 @@ def read_recorded(path: Path, kind: Kind, *, calibration_id: str) -> Source:
     """
     found: dict[str, Recorded] = {}
     left_out: dict[str, int] = {}
-    for where, record in _audit(path) if kind == "audit" else _lines(path):
+    for where, record in _audit(path) if kind == "audit" else _lines(Path(path)):
         told = _recorded(where, record, calibration_id)
         if isinstance(told, Recorded):
             found[told.block.request_id] = told  # of a request that was escalated, what came of it lastly
         else:
             left_out[told] = left_out.get(told, 0) + 1
-    return Source(path=path, rows=tuple(found.values()), left_out=left_out)
+    return Source(
+        path=path if isinstance(path, Path) else shown_place(path), rows=tuple(found.values()), left_out=left_out
+    )
 
 
 def read_labels(path: Path) -> dict[str, bool]:
@@ -239,7 +253,7 @@ def canonical_message(turn: Mapping[str, Any]) -> Message:
     )
 
 
-def _audit(path: Path) -> Iterator[tuple[str, Mapping[str, Any]]]:
+def _audit(path: Path | str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """Outcomes and verdicts. An outcome says nothing of what a verdict is about, and the other way round."""
     for row in read_rows(path):
         if row.kind in ("outcome", "verdict"):

@@ -16,8 +16,8 @@ from typing import Any
 from hhh_router.errors import DataError
 from hhh_router.evaluation.recorded import calls_in, canonical_message, is_part
 from hhh_router.evaluation.systems import Readings
-from hhh_router.pipeline.again import Again, Texts, decide_again
-from hhh_router.pipeline.basis import Notes
+from hhh_router.pipeline.again import Again, decide_again
+from hhh_router.pipeline.basis import Notes, Texts
 from hhh_router.pipeline.situation import asked_situation
 from hhh_router.policy import Door, Policy, lacking
 from hhh_router.trace import text_sha256
@@ -188,6 +188,8 @@ class _Remaking:
         for i, readings in enumerate(kept.attempts):
             own = [self._renewed(r, prompt, reply, is_last=i + 1 == len(kept.attempts)) for r in readings]
             attempts.append(own)
+        if any(result.reading is not None for result in (*kept.results, *kept.earlier)):
+            self._not_remade.append("tool_result: decided from the receipt's readings of the results")
         windows = sum(r.mode == "both" and not r.is_final for readings in kept.attempts for r in readings)
         if windows:
             self._not_remade.append(f"output: {windows} windows before the end, decided from the receipt's readings")

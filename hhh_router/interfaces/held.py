@@ -30,6 +30,7 @@ POLL_S = 0.25
 MAX_ARGUMENT_BYTES = 256_000
 """A larger call cannot be shown to whoever decides, so it cannot be held."""
 _BUSY_S = 5.0
+_PAUSE_S = 0.02
 _PRIVATE = 0o600
 _DIGITS = 12
 _SCHEMA = """
@@ -137,9 +138,7 @@ class HeldCalls:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT, _PRIVATE))
-            with self._opened() as db:
-                db.execute("PRAGMA journal_mode=WAL")
-                db.executescript(_SCHEMA)
+            self._prepare()
         except (sqlite3.Error, OSError) as error:
             raise SettingsError(
                 f"{self.path}: no queue of held calls can be kept in it ({error})",
@@ -267,6 +266,20 @@ class HeldCalls:
             self.settle(call.id, "expired")
             return self._look(call.id)
         return call
+
+    def _prepare(self) -> None:
+        """Make the table. Changing the journal's mode may not wait for others as statements do: it is tried again."""
+        until = time.monotonic() + _BUSY_S
+        while True:
+            try:
+                with self._opened() as db:
+                    db.execute("PRAGMA journal_mode=WAL")
+                    db.executescript(_SCHEMA)
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > until:
+                    raise
+                time.sleep(_PAUSE_S)
 
     @contextmanager
     def _opened(self) -> Iterator[sqlite3.Connection]:

@@ -9,7 +9,7 @@ from hhh_router.model.encode import Encoder
 
 _MARGIN = 16  # tokens at the end that further text may change
 _REACH = 512  # tokens in which a place to begin again is looked for
-_AGREE = 4  # tokens that have to come out as before
+_AGREE = 4  # tokens that have to come out as before, after as many that need not
 
 
 class GrowingIds:
@@ -27,12 +27,28 @@ class GrowingIds:
         self.text = self.text[:kept] + added
         first = self._place(kept)
         ids, ends = self._from(first)
-        if first and ids[:_AGREE] != self.ids[first : first + _AGREE]:  # it depends on what stands before, here
+        if first and (met := self._meet(first, ids, ends)) is None:
             first = 0
             ids, ends = self._from(first)
+        elif first:
+            first, skipped = met
+            ids, ends = ids[skipped:], ends[skipped:]
         same = first + _same(self.ids[first:], ids)
         self.ids[first:], self._ends[first:] = ids, ends
         return same
+
+    def _meet(self, first: int, ids: Sequence[int], ends: Sequence[int]) -> tuple[int, int] | None:
+        """Where tokens encoded from one place on begin to come out as before: which old token, and which new one.
+
+        That is the first of them, unless the tokenizer puts something before every text, as Llama 2's does.
+        """
+        old = {end: first + i for i, end in enumerate(self._ends[first - 1 : first + _MARGIN])}  # end → the next one
+        for skipped in range(_AGREE):
+            end = ends[skipped - 1] if skipped else self._ends[first - 1]
+            place = old.get(end)
+            if place is not None and ids[skipped : skipped + _AGREE] == self.ids[place : place + _AGREE]:
+                return place, skipped
+        return None
 
     def _from(self, first: int) -> tuple[list[int], list[int]]:
         """The text's tokens from one of them on, and their ends."""

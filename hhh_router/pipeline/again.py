@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime
 
 from hhh_router.calibration import Calibrators
+from hhh_router.errors import ReaderError
+from hhh_router.pipeline.basis import Texts, scores_of, situation_of
+from hhh_router.pipeline.conversations import tainted
 from hhh_router.pipeline.onerror import JUDGING_FAILURES, failed_decision, unread_plan
-from hhh_router.pipeline.plan import facts_of, judge_output, make_plan
-from hhh_router.pipeline.situation import answered_situation, asked_situation, called_situation
+from hhh_router.pipeline.plan import facts_of, judge_output, limits_of, make_plan, with_tokens
+from hhh_router.pipeline.situation import answered_situation, called_situation, with_calls
+from hhh_router.pipeline.tool_results import reads_results
 from hhh_router.policy import Facts, Policy, asks, for_tenant
 from hhh_router.policy.possible import Possible, forgotten, possible_decisions
 from hhh_router.policy.schema import SEVERITY
@@ -21,27 +24,12 @@ from hhh_router.routing import kl_nats
 from hhh_router.trace.block import Basis, Metadata, ReadingRecord
 from hhh_router.types import (
     Action,
-    Caller,
-    Conversation,
     Decision,
-    Message,
     Plan,
-    Scores,
     Situation,
-    ToolCall,
     ToolFacts,
     Weights,
 )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Texts:
-    """What was said, where it was kept."""
-
-    messages: tuple[Message, ...]
-    response: str | None = None
-    calls: tuple[ToolCall, ...] = ()
-    """The calls in the response, where they could be found in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +84,7 @@ class _Run:
         self._texts = texts
         self._enforced = block.policy.mode == "enforce"
         self._acting = self._enforced or not own  # another policy is asked what it would do
-        self._situation = _situation(basis, texts)
+        self._situation = situation_of(basis, texts)
         self._decisions: list[Decision] = []
         self._unknown: list[str] = []
         self._weights: Weights | None = None
@@ -142,7 +130,7 @@ class _Run:
         return bool(self._unknown) and not self._own
 
     def _plan(self, reading: ReadingRecord, raises: dict[str, float]) -> Plan | None:
-        scores = _scores(reading)
+        scores = scores_of(reading)
         if scores is None:
             recorded = next((d for d in self._block.decisions), None)
             why = ValueError(recorded.reason if recorded else "the prompt was not read")
@@ -172,14 +160,13 @@ class _Run:
         if not plan.evidence.needs:  # it was not read, or nothing could be concluded from it
             self._decided(plan.decision)
             return not self._acts(plan.decision)
-        facts = facts_of(plan.evidence, plan.weights, plan.confidence, self._situation)
+        results = self._results(plan)
+        situation = with_tokens(self._situation, reading.tokens)
+        facts = facts_of(plan.evidence, plan.weights, plan.confidence, situation)
         asked = [self._possible("input", facts)]
         if asks(self._policy, "session"):
             asked.append(self._possible("session", facts))
-        if asks(self._policy, "tool_result"):
-            for tool in self._situation.results:
-                about = replace(self._situation, tool=tool, text=tool.result, role="tool")
-                asked.append(self._possible("tool_result", replace(facts, situation=about)))
+        asked += results
         found = [d for d in asked if d is not None]
         if not found:
             return self._own
@@ -188,8 +175,44 @@ class _Run:
             self._decided(decision)
         return not self._lost and not self._acts(first)
 
+    def _results(self, plan: Plan) -> list[Decision | None]:
+        """What tool_result says of each new result, as `plan` asks it; what is not simply allowed taints the rest."""
+        found: list[Decision | None] = []
+        if not asks(self._policy, "tool_result"):
+            return found
+        earlier = len(self._situation.earlier)
+        for i, tool in enumerate((*self._situation.earlier, *self._situation.results)):
+            decision = self._result(plan, tool)
+            if decision is None or decision.action is not Action.ALLOW or decision.rule == "on_error":
+                self._situation = tainted(self._situation)
+            if i >= earlier:
+                found.append(decision)
+        return found
+
+    def _result(self, plan: Plan, tool: ToolFacts) -> Decision | None:
+        about = replace(self._situation, tool=tool, text=tool.result, role="tool")
+        try:
+            if tool.unread is not None:
+                raise ReaderError(f"what a tool brought back was not read: {tool.unread}")
+            if tool.scores is not None:
+                evidence = self._calibrators.evidence(tool.scores)
+                confidence = self._calibrators.confidence(
+                    evidence,
+                    weights=plan.weights,
+                    policy_shift_nats=plan.policy_shift_nats,
+                    limits=limits_of(self._policy, "tool_result", evidence),
+                ).value
+                return self._possible("tool_result", facts_of(evidence, plan.weights, confidence, about))
+            if reads_results(self._policy):
+                self._unknown.append("tool_result: what a tool brought back was not read")
+                return None
+            about = with_tokens(about, plan.evidence.scores.tokens)
+            return self._possible("tool_result", facts_of(plan.evidence, plan.weights, plan.confidence, about))
+        except JUDGING_FAILURES as error:
+            return failed_decision(self._policy, "tool_result", error)
+
     def _at_output(self, reading: ReadingRecord, plan: Plan) -> Decision | None:
-        scores = _scores(reading)
+        scores = scores_of(reading)
         response = self._texts.response if self._texts and reading.is_final else None
         situation = answered_situation(self._situation, response)
         if scores is None:
@@ -199,6 +222,7 @@ class _Run:
             mean, least = reading.logprobs or (0.0, 0.0)
             logprobs = () if reading.logprobs is None else (least, 2 * mean - least)  # the same mean, the same least
             try:
+                told = with_tokens(situation, scores.tokens)
                 evidence, confidence, _ = judge_output(
                     scores,
                     plan=at,
@@ -207,7 +231,7 @@ class _Run:
                     logprobs=logprobs,
                     situation=situation,
                 )
-                decision = self._possible("output", facts_of(evidence, at.weights, confidence, situation))
+                decision = self._possible("output", facts_of(evidence, at.weights, confidence, told))
             except JUDGING_FAILURES as error:
                 decision = failed_decision(self._policy, "output", error)
         if decision is None:
@@ -241,17 +265,32 @@ class _Run:
             return True
         if self._basis.unseen_calls:
             self._unknown.append("tool_call: nobody looked at the calls")
-        for about in self._calls():
+        for n, call in enumerate(self._calls(), 1):
+            about = with_calls(with_tokens(call, plan.evidence.scores.tokens), n)
             facts = facts_of(plan.evidence, plan.weights, plan.confidence, about)
             decision = self._possible("tool_call", facts)
             if decision is None:
                 if self._lost:
                     return False
                 continue
+            if decision.action is Action.HOLD and (said := self._person(decision)) is not decision:
+                if said is None:
+                    return False
+                decision = said
             self._decided(decision)
             if self._acts(decision):
                 return False
         return True
+
+    def _person(self, held: Decision) -> Decision | None:
+        """What became of a held call: as recorded under the record's own policy, and not known under another one."""
+        if not self._own:
+            self._unknown.append("tool_call: what a person would have said of the call it holds")
+            return None
+        approved = any(
+            (d.checkpoint, d.action, d.rule) == ("tool_call", Action.FLAG, held.rule) for d in self._block.decisions
+        )
+        return replace(held, action=Action.FLAG) if approved else held
 
     def _calls(self) -> list[Situation]:
         """What surrounds each call; its arguments only where all calls were found in the text that was kept."""
@@ -299,35 +338,3 @@ class _Run:
 
     def _stopped(self) -> Decision | None:
         return self._decisions[-1] if self._decisions else None
-
-
-def _scores(reading: ReadingRecord) -> Scores | None:
-    if reading.distance is None:
-        return None
-    return Scores(
-        mode=reading.mode,
-        needs=reading.needs,
-        outcomes=reading.outcomes,
-        distance=reading.distance,
-        tokens=reading.tokens,
-    )
-
-
-def _situation(basis: Basis, texts: Texts | None) -> Situation:
-    at = None if basis.at is None else datetime.fromisoformat(basis.at)
-    caller = Caller(
-        model=basis.model,
-        route=basis.route,
-        tenant=basis.tenant,
-        key_scopes=None if basis.key_scopes is None else tuple(basis.key_scopes),
-        sticky=basis.sticky,
-    )
-    if texts is not None:
-        return asked_situation(texts.messages, caller, at)
-    return Situation(
-        role=basis.role,
-        at=at,
-        caller=caller,
-        results=tuple(ToolFacts(name=name) for name in basis.results),
-        conversation=Conversation(turns=basis.turns, tool_calls=basis.tool_calls),
-    )

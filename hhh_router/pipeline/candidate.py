@@ -13,7 +13,8 @@ from functools import partial
 from hhh_router.pipeline.onerror import JUDGING_FAILURES, check_scores, failed_decision, unread_plan
 from hhh_router.pipeline.parts import Parts
 from hhh_router.pipeline.plan import judge_call, judge_output, make_plan
-from hhh_router.policy import Policy, asks, for_tenant
+from hhh_router.pipeline.tool_results import reads_results
+from hhh_router.policy import Policy, asked_for, asks, for_tenant
 from hhh_router.policy.schema import SEVERITY
 from hhh_router.trace.block import CandidateRecord, Compared, Relation
 from hhh_router.trace.build import candidate_record
@@ -84,6 +85,7 @@ class Candidate(Beside):
         self._mixes = not parts.answers_elsewhere
         self._stream = stream
         self._plan: Plan | None = None
+        self._situation = Situation()
         self._confidence = 0.0
         self._decisions: list[Decision] = []
         self._pairs: dict[str, Compared] = {}  # checkpoint → where both first differed, or else the latest
@@ -169,7 +171,10 @@ class Candidate(Beside):
         except JUDGING_FAILURES as error:
             own = unread_plan(self._policy, failed_decision(self._policy, "input", error))
         self._plan, self._confidence = own, own.confidence
+        self._situation = situation
         if not decisions:
+            return
+        if self._is_lost("input", *_AT_ONCE):
             return
         self._decisions += [*own.others, own.decision]
         for checkpoint in _AT_ONCE:
@@ -184,7 +189,7 @@ class Candidate(Beside):
     def _answered(
         self, scores: Scores, situation: Situation, theirs: Decision, logprobs: tuple[float, ...], is_final: bool
     ) -> None:
-        if not self._follows or self._plan is None:
+        if not self._follows or self._plan is None or self._is_lost("output", "output"):
             return
         try:
             check_scores(scores)
@@ -208,9 +213,7 @@ class Candidate(Beside):
             self._decided(decision, theirs, is_final=False)
 
     def _decided(self, decision: Decision, theirs: Decision, *, is_final: bool) -> None:
-        action = decision.action
-        if action is Action.REGENERATE and self._let_out:
-            action = Action.REFUSE
+        action, enforced = self._in_time(decision.action), self._in_time(theirs.action)
         before = self._decisions[-1] if self._decisions else None
         if before is None or (before.checkpoint, before.action, before.rule) != (
             decision.checkpoint,
@@ -218,8 +221,8 @@ class Candidate(Beside):
             decision.rule,
         ):
             self._decisions.append(decision)
-        self._put(decision.checkpoint, theirs.action, action)
-        self._relate(theirs.action, action)
+        self._put(decision.checkpoint, enforced, action)
+        self._relate(enforced, action)
         if not self._makes_reply:
             return
         self._let_out = self._let_out or (self._stream and not action.stops)
@@ -229,8 +232,14 @@ class Candidate(Beside):
         self._follows = not (goes_elsewhere or action.stops)
         self._seen_whole = is_final
 
+    def _in_time(self, action: Action) -> Action:
+        """A reply of which text has left cannot be made again."""
+        return Action.REFUSE if action is Action.REGENERATE and self._let_out else action
+
     def _called(self, call: ToolCall, situation: Situation, theirs: Decision | None) -> None:
         if not self._follows or self._plan is None or not asks(self._policy, "tool_call"):
+            return
+        if self._is_lost("tool_call", "tool_call"):
             return
         decision = judge_call(call, plan=self._plan, policy=self._policy, situation=situation)
         self._decisions.append(decision)
@@ -238,6 +247,23 @@ class Candidate(Beside):
         self._put("tool_call", enforced, decision.action)
         self._relate(enforced, decision.action)
         self._follows = not decision.action.stops
+
+    def _is_lost(self, at: str, *checkpoints: str) -> bool:
+        """Whether its rules there ask for what nobody knows, for the policy in force does not ask for it."""
+        asked = {c.quantity for floor in self._policy.floors for c in floor.when}
+        asked |= {quantity for checkpoint in checkpoints for quantity in asked_for(self._policy, checkpoint)}
+        told = self._situation.conversation
+        lost = [
+            f"{at}: {name} is not counted, for the policy in force does not ask for it"
+            for name in sorted(asked)
+            if name.startswith("conversation.") and getattr(told, name.removeprefix("conversation.")) is None
+        ]
+        unread = any(tool.scores is None and tool.unread is None for tool in self._situation.results)
+        if "tool_result" in checkpoints and unread and reads_results(self._policy):
+            lost.append(f"{at}: what a tool brought was not read, for the policy in force does not ask for it")
+        self._unknown += lost
+        self._follows = self._follows and not lost
+        return bool(lost)
 
     def _ended(self, why: str) -> None:
         if self._follows and self._makes_reply and not self._seen_whole:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 
@@ -13,8 +13,9 @@ from hhh_router.pipeline.candidate import open_beside
 from hhh_router.pipeline.conversations import tainted
 from hhh_router.pipeline.onerror import JUDGING_FAILURES, check_scores, failed_decision, unread_plan
 from hhh_router.pipeline.parts import Parts
-from hhh_router.pipeline.people import BEAT_S, Concerned, Settled, settled_decision
-from hhh_router.pipeline.plan import judge_call, judge_output, make_plan
+from hhh_router.pipeline.people import Concerned, People, beats, settled_decision
+from hhh_router.pipeline.plan import judge_call, judge_output
+from hhh_router.pipeline.planning import Planning
 from hhh_router.pipeline.record import Record
 from hhh_router.pipeline.release import Release
 from hhh_router.pipeline.results import ChatDelta, ChatEvent, ChatFinished, ChatStarted, Usage
@@ -25,7 +26,7 @@ from hhh_router.policy import Policy, asks, for_tenant, steers
 from hhh_router.protocols import Delta, Event, Finished, Planned, Redacted, Steered, TokenLogprob, Unread, Window
 from hhh_router.tools import CallScanner, calls_as_text
 from hhh_router.trace.spans import redacted
-from hhh_router.types import Action, ChatRequest, Decision, Plan, Scores, ToolCall, Weights
+from hhh_router.types import Action, ChatRequest, Decision, Situation, ToolCall
 
 _log = logging.getLogger(__name__)
 
@@ -80,17 +81,25 @@ class _Run:
         self._calls: list[ToolCall] = []  # of the reply so far
         self._beside = open_beside(parts, request, stream=stream)
         self._record = Record(parts, request, policy, self._beside)
-        self._record.asked(self._situation, stream=stream)
         self._release = Release()
         self._scanner = self._new_scanner()
         self._logprobs: list[float] = []
         self._prompt_logprobs: tuple[TokenLogprob, ...] | None = None
-        self._floors: Mapping[str, float] = {}
-        self._in_force: Plan | None = None  # on the engine's thread: what its next tokens are drawn under
-        self._steered: Mapping[str, float] = {}  # likewise: lower bounds that windows have raised
+        self._planning = Planning(
+            policy, parts.calibrators, self._situation, pinned=request.weights, request_id=request.request_id
+        )
         self._verdict: Decision | None = None
         self._finished: Finished | None = None
-        self._informed: set[tuple[object, ...]] = set()
+        self._people = People(
+            parts.hold,
+            parts.tell,
+            Concerned(
+                request_id=request.request_id,
+                policy=f"{policy.name}@{policy.version}",
+                enforced=self._enforce,
+                conversation=self._followed.name,
+            ),
+        )
         self._redact: dict[str, None] = {}  # what decisions take out of the reply
         self._redacting = parts.redacting()
         self._said: list[ChatDelta] = []  # cleared, as the model said it
@@ -102,7 +111,8 @@ class _Run:
 
     async def events(self) -> AsyncGenerator[ChatEvent, None]:
         try:
-            self._situation = await with_readings(self._parts.reader, self._policy, self._situation)
+            self._situate(await with_readings(self._parts.reader, self._policy, self._situation))
+            self._record.asked(self._situation, stream=self._stream)
             while True:
                 async with aclosing(self._attempt()) as deltas:
                     async for delta in deltas:
@@ -143,9 +153,9 @@ class _Run:
         self._verdict = self._finished = None
         generated = self._parts.generator.generate(
             self._request,
-            self._planner,
+            self._planning.plan,
             window_tokens=self._policy.window_tokens,
-            steer=self._steer if self._enforce and steers(self._policy) else None,
+            steer=self._planning.steer if self._enforce and steers(self._policy) else None,
         )
         try:
             async with aclosing(generated):
@@ -202,49 +212,21 @@ class _Run:
                 self._beside.called(call, situation, None)
                 continue
             judged = decision = judge_call(call, plan=plan, policy=self._policy, situation=situation)
-            self._inform(judged, call.name)
-            if decision.action is Action.HOLD and self._enforce and self._parts.hold is not None:
-                waiting = asyncio.ensure_future(self._parts.hold(call, decision, self._concerned(call.name)))
-                async with aclosing(self._waiting(waiting)) as beats:
-                    async for beat in beats:
-                        yield beat
-                decision = settled_decision(decision, waiting.result())
+            self._people.inform(judged, call=call, number=len(self._calls))
+            if self._people.holds(judged):
+                loop, held = asyncio.get_running_loop(), self._people.ask(call, judged)
+                begun = loop.time()
+                async with aclosing(beats(held)) as waiting:
+                    async for _ in waiting:
+                        yield ChatDelta(text="", waits=True)
+                self._deadline += loop.time() - begun  # what people take is no time of the request's
+                decision = settled_decision(judged, held.result())
             self._decide(replace(decision, webhook=None))  # it was told
             self._beside.called(call, situation, judged)
             if self._verdict is not None:
                 return
         for told in self._leave(piece):
             yield told
-
-    async def _waiting(self, held: asyncio.Future[Settled]) -> AsyncGenerator[ChatDelta, None]:
-        """Beats until a held call is settled; what people take is no time of the request's."""
-        loop = asyncio.get_running_loop()
-        begun = loop.time()
-        try:
-            while not held.done():
-                yield ChatDelta(text="", waits=True)
-                await asyncio.wait({held}, timeout=BEAT_S)
-        finally:
-            self._deadline += loop.time() - begun
-            if not held.done():
-                held.cancel()
-                await asyncio.gather(held, return_exceptions=True)
-
-    def _inform(self, decision: Decision, tool: str | None = None) -> None:
-        """Tell the decision's webhook, once for each rule and call."""
-        told = decision.checkpoint, decision.rule, decision.action, tool and len(self._calls)
-        if self._parts.tell is not None and decision.webhook is not None and told not in self._informed:
-            self._informed.add(told)
-            self._parts.tell(decision, self._concerned(tool))
-
-    def _concerned(self, tool: str | None) -> Concerned:
-        return Concerned(
-            request_id=self._request.request_id,
-            policy=f"{self._policy.name}@{self._policy.version}",
-            enforced=self._enforce,
-            conversation=self._followed.name,
-            tool=tool,
-        )
 
     def _new_scanner(self) -> CallScanner | None:
         """For the calls in a reply; None where nothing may be called."""
@@ -298,7 +280,7 @@ class _Run:
             self._taint()
         for other in event.plan.others:
             self._record.decided(other)
-            self._inform(other)
+            self._people.inform(other)
         self._decide(event.plan.decision)
         self._beside.planned(event.plan, self._situation, (*event.plan.others, event.plan.decision))
 
@@ -328,7 +310,9 @@ class _Run:
                 _log.warning("%s: output not judged: %s", self._request.request_id, error)
                 self._record.unread(event.completion_tokens)
                 decision = failed_decision(self._policy, "output", error)
-        decision = self._decide(decision)
+        said, decision = decision, self._decide(decision)
+        if not self._enforce:  # in shadow all text leaves at once, which it would not where the decision acts
+            decision = said
         self._beside.answered(event.scores, situation, decision, logprobs=self._logprobs, is_final=event.is_final)
         if self._enforce:
             self._redact |= dict.fromkeys(decision.redact)
@@ -336,7 +320,10 @@ class _Run:
 
     def _taint(self) -> None:
         self._followed.taint()
-        self._situation = tainted(self._situation)
+        self._situate(tainted(self._situation))
+
+    def _situate(self, situation: Situation) -> None:
+        self._situation = self._planning.situation = situation
 
     def _reply(self, covered_tokens: int) -> str:
         """The reply's text as far as a window has seen it. An upstream's chunks tell calls in their text already."""
@@ -364,7 +351,7 @@ class _Run:
             why = "text was already released" if self._out else "the second reply is no better"
             decision = replace(decision, action=Action.REFUSE, reason=f"{decision.reason}; not regenerated: {why}")
         self._record.decided(decision)
-        self._inform(decision)
+        self._people.inform(decision)
         if self._enforce and (decision.action.stops or decision.action is Action.REGENERATE):
             self._verdict = decision
         return decision
@@ -383,62 +370,12 @@ class _Run:
         self._beside.failed(checkpoint, error, decision)
         return decision
 
-    def _planner(self, scores: Scores) -> Plan:
-        """Handed to the generator, which calls it mid-pass on the model's thread. Never raises."""
-        try:
-            check_scores(scores)
-            plan = make_plan(
-                scores,
-                policy=self._policy,
-                calibrators=self._parts.calibrators,
-                pinned=self._request.weights,
-                floors=self._floors,
-                situation=self._situation,
-            )
-        except JUDGING_FAILURES as error:
-            _log.warning("%s: not planned: %s", self._request.request_id, error)
-            plan = unread_plan(self._policy, failed_decision(self._policy, "input", error))
-        self._in_force = plan
-        return plan
-
-    def _steer(self, scores: Scores, logprobs: Sequence[float]) -> Weights | None:
-        """Handed to the generator like `_planner`: the weights of the tokens that follow this window. Never raises.
-
-        The same window is judged again when its event is taken; that is where decisions are written down.
-        """
-        plan, policy, calibrators = self._in_force, self._policy, self._parts.calibrators
-        if plan is None:
-            return None
-        try:
-            check_scores(scores)
-            situation = answered_situation(self._situation, None)  # the text is with the other thread; see `Door`
-            _, _, decision = judge_output(
-                scores, plan=plan, policy=policy, calibrators=calibrators, logprobs=logprobs, situation=situation
-            )
-            if decision.action is not Action.STEER:
-                return None
-            before = {**self._floors, **self._steered}
-            self._steered = before | {e: max(before.get(e, 0.0), least) for e, least in decision.raises.items()}
-            again = make_plan(
-                plan.evidence.scores,
-                policy=policy,
-                calibrators=calibrators,
-                pinned=self._request.weights,
-                floors=self._steered,
-                situation=self._situation,
-            )
-        except JUDGING_FAILURES:
-            return None  # when its event is taken, the window fails in the same way, and the policy's on_error decides
-        self._in_force = again
-        return again.weights
-
     def _begin_again(self, verdict: Decision) -> None:
         """Throw the reply away and raise the floors: nothing of it has left."""
         self._beside.ended(f"the rest of the reply, which was made again after {self._release.tokens} tokens")
         self._beside.catch_up()
         self._regenerated = True
-        self._floors = verdict.raises
-        self._steered = {}
+        self._planning.begin_again(verdict.raises)
         self._spent_tokens += self._release.tokens
         self._release = Release()
         self._scanner = self._new_scanner()

@@ -16,7 +16,7 @@ from hhh_router.pipeline.onerror import (
     unread_plan,
 )
 from hhh_router.pipeline.parts import Parts
-from hhh_router.pipeline.people import Concerned
+from hhh_router.pipeline.people import Concerned, People
 from hhh_router.pipeline.plan import judge_call, judge_output, make_plan
 from hhh_router.pipeline.record import Record
 from hhh_router.pipeline.results import GuardResult, RouteResult
@@ -179,20 +179,19 @@ def _judge(
     for n, call in enumerate(request.calls, 1):
         situation = with_calls(asked, n)
         judged = judge_call(call, plan=plan, policy=policy, situation=situation) if asks(policy, "tool_call") else None
+        record.called(call.name)
         beside.called(call, situation, judged)
         decisions += [] if judged is None else [judged]
-    for decision in decisions:
+    about = Concerned(
+        request_id=request.request_id,
+        policy=f"{policy.name}@{policy.version}",
+        enforced=policy.mode == "enforce",
+        conversation=followed.name,
+    )
+    people = People(None, parts.tell, about)
+    for n, decision in enumerate(decisions):
         record.decided(decision)
-        if parts.tell is not None and decision.webhook is not None:
-            parts.tell(
-                decision,
-                Concerned(
-                    request_id=request.request_id,
-                    policy=f"{policy.name}@{policy.version}",
-                    enforced=policy.mode == "enforce",
-                    conversation=followed.name,
-                ),
-            )
+        people.inform(decision, number=n)
     read = reading.prompt if reading.response is None else reading.response
     followed.spend(
         tokens=read.tokens if isinstance(read, Scores) else 0,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -44,6 +45,53 @@ Hold = Callable[[ToolCall, Decision, Concerned], Awaitable[Settled]]
 """Returns once a call waits no longer. Cancelling it abandons the call."""
 Tell = Callable[[Decision, Concerned], None]
 """Tells a decision's webhook; returns at once."""
+
+
+class People:
+    """Who is asked and told about the decisions of one request.
+
+    Args:
+        hold: Has people decide; None where nobody is there.
+        tell: Tells webhooks; None where the door does not.
+        about: What every decision of the request is about.
+    """
+
+    def __init__(self, hold: Hold | None, tell: Tell | None, about: Concerned) -> None:
+        self._hold = hold
+        self._tell = tell
+        self._about = about
+        self._told: set[tuple[object, ...]] = set()
+
+    def inform(self, decision: Decision, *, call: ToolCall | None = None, number: int = 0) -> None:
+        """Tell a decision's webhook, once for each rule, and for each call by its ``number``."""
+        told = decision.checkpoint, decision.rule, decision.action, number
+        if self._tell is not None and decision.webhook is not None and told not in self._told:
+            self._told.add(told)
+            self._tell(decision, self._concerned(call))
+
+    def holds(self, decision: Decision) -> bool:
+        """Whether a call has to wait for a person, and one is there."""
+        return self._hold is not None and self._about.enforced and decision.action is Action.HOLD
+
+    def ask(self, call: ToolCall, decision: Decision) -> asyncio.Future[Settled]:
+        """Begin to have people decide about a call."""
+        assert self._hold is not None
+        return asyncio.ensure_future(self._hold(call, decision, self._concerned(call)))
+
+    def _concerned(self, call: ToolCall | None) -> Concerned:
+        return self._about if call is None else replace(self._about, tool=call.name)
+
+
+async def beats(held: asyncio.Future[Settled]) -> AsyncGenerator[None, None]:
+    """At once and every few seconds until a held call is settled. Whoever stops listening abandons the call."""
+    try:
+        while not held.done():
+            yield
+            await asyncio.wait({held}, timeout=BEAT_S)
+    finally:
+        if not held.done():
+            held.cancel()
+            await asyncio.gather(held, return_exceptions=True)
 
 
 def settled_decision(decision: Decision, settled: Settled) -> Decision:

@@ -99,7 +99,7 @@ def make_plan(
         ReaderError: Nothing can be concluded from the reading (a score is not finite, say). There is no plan then, so
             nothing is generated; what the caller is told is for the policy's ``on_error``.
     """
-    situation = _with_tokens(situation, scores.tokens)
+    situation = with_tokens(situation, scores.tokens)
     work_out = partial(_work_out, scores, policy=policy, calibrators=calibrators, pinned=pinned, floors=floors or {})
     worked = work_out(situation=situation)
     results, is_tainted = _judge_results(policy, calibrators, worked)
@@ -155,7 +155,7 @@ def _judge_result(
             evidence,
             weights=worked.weights,
             policy_shift_nats=worked.policy_shift_nats,
-            limits=_limits(policy, "tool_result", evidence),
+            limits=limits_of(policy, "tool_result", evidence),
         ).value
         return decide(policy, "tool_result", facts_of(evidence, worked.weights, confidence, about))
     except JUDGING_FAILURES as error:
@@ -193,12 +193,12 @@ def judge_output(
             evidence,
             weights=plan.weights,
             policy_shift_nats=plan.policy_shift_nats,
-            limits=_limits(policy, "output", evidence),
+            limits=limits_of(policy, "output", evidence),
             logprobs=logprobs,
         ).value
     except _FAULTS as error:
         raise _unusable(error) from error
-    situation = _with_tokens(situation, scores.tokens)
+    situation = with_tokens(situation, scores.tokens)
     return evidence, confidence, decide(policy, "output", facts_of(evidence, plan.weights, confidence, situation))
 
 
@@ -211,7 +211,7 @@ def judge_call(call: ToolCall, *, plan: Plan, policy: Policy, situation: Situati
         policy: The same as the plan's.
         situation: What surrounds the prompt.
     """
-    about = called_situation(_with_tokens(situation, plan.evidence.scores.tokens), call)
+    about = called_situation(with_tokens(situation, plan.evidence.scores.tokens), call)
     return decide(policy, "tool_call", facts_of(plan.evidence, plan.weights, plan.confidence, about))
 
 
@@ -269,7 +269,7 @@ def _work_out(
             evidence,
             weights=weights,
             policy_shift_nats=shift,
-            limits=_limits(policy, "input", evidence),
+            limits=limits_of(policy, "input", evidence),
         ).value
     except _FAULTS as error:
         raise _unusable(error) from error
@@ -304,7 +304,7 @@ def facts_of(evidence: Evidence, weights: Weights, confidence: float, situation:
     )
 
 
-def _with_tokens(situation: Situation, tokens: int) -> Situation:
+def with_tokens(situation: Situation, tokens: int) -> Situation:
     """With what the turn at hand has taken so far."""
     spent = situation.conversation.tokens
     if spent is None:
@@ -312,7 +312,7 @@ def _with_tokens(situation: Situation, tokens: int) -> Situation:
     return replace(situation, conversation=replace(situation.conversation, tokens=spent + tokens))
 
 
-def _limits(policy: Policy, checkpoint: str, evidence: Evidence) -> list[tuple[float, float]]:
+def limits_of(policy: Policy, checkpoint: str, evidence: Evidence) -> list[tuple[float, float]]:
     """(probability found, limit) for each number that the checkpoint's rules compare."""
     found = {f"needs.{d}": p for d, p in evidence.needs.items()}
     found |= {f"outcomes.{o}": p for o, p in evidence.outcomes.items()}

@@ -94,6 +94,27 @@ class ReadingRecord(_Block):
     )
 
 
+class ResultRecord(_Block):
+    """What a tool brought back, but for its text."""
+
+    name: str | None = Field(description="of the tool; null where it is not known")
+    reading: ReadingRecord | None = Field(
+        default=None, description="of the result by itself, where a rule asks for one"
+    )
+    unread: str | None = Field(default=None, description="why there is none although a rule asks for one")
+
+
+class ConversationRecord(_Block):
+    """What the conversation had used up before, the turn's own messages included; null where nobody counts it."""
+
+    turns: int | None = None
+    tool_calls: int | None = None
+    tokens: int | None = None
+    refusals: int | None = None
+    minutes: float | None = None
+    tainted: bool | None = None
+
+
 class Basis(_Block):
     """What the decisions came from, as far as it is no text: enough to put another policy to it later."""
 
@@ -109,13 +130,13 @@ class Basis(_Block):
     model: str | None = None
     key_scopes: list[str] | None = None
     sticky: str | None = Field(default=None, description="what rollouts go by")
-    turns: int | None = None
-    tool_calls: int | None = None
+    conversation: ConversationRecord = ConversationRecord()
     calls: list[str] = Field(
         default_factory=list, description="tools that the reply calls, as far as that was looked at"
     )
     unseen_calls: bool = Field(default=False, description="the reply calls tools, and nobody looked at the calls")
-    results: list[str] = Field(default_factory=list, description="tools whose results the prompt brings")
+    results: list[ResultRecord] = Field(default_factory=list, description="what tools brought since the last reply")
+    earlier: list[ResultRecord] = Field(default_factory=list, description="what they brought before, where it counts")
     pinned: dict[str, float] | None = Field(default=None, description="weights that the caller pinned")
 
 

@@ -41,6 +41,10 @@ _ADVICE = ("\nTraceback", "To drop these,", "Handle with `litellm", " Original e
 """Begin what LiteLLM appends for whoever calls it in Python."""
 _NO_ROUTER = {"litellm_router": object()}
 """Without one, LiteLLM looks for its proxy's, and imports all of that within the first request, for seconds."""
+_NOT_CONNECTED = (httpx.ConnectError, httpx.ConnectTimeout, ConnectionRefusedError)
+_BROKEN = (httpx.TransportError, OSError)
+_OWN = (TypeError, AttributeError, LookupError)
+"""Where an error begins that LiteLLM makes itself, of a request or an answer that is not built as it expects."""
 _COARSE = (400, 500)
 """LiteLLM's own statuses for what a provider may have told more exactly."""
 
@@ -161,19 +165,28 @@ class LiteLLM:
                 _log.warning("%s: LiteLLM misses %s in the environment", self._model, ", ".join(missing))
 
     def _told(self, error: Exception) -> BackendError:
-        """What went wrong, in the words of our own tree. No key is in it."""
-        name = self._model
-        causes = _causes(error)
-        status = _status(causes)
-        if any(isinstance(e, httpx.ConnectError | httpx.ConnectTimeout | ConnectionRefusedError) for e in causes):
+        """What went wrong, in the words of our own tree.
+
+        What LiteLLM or the provider says is in the hint, which is told to the caller and never logged: it may quote the
+        prompt. No key is in it.
+        """
+        name, causes = self._model, _causes(error)
+        if any(isinstance(e, _NOT_CONNECTED) for e in causes):
             return NotReached(f"upstream {name} cannot be reached", hint="check api_base and the network")
         if isinstance(error, self._litellm.Timeout | TimeoutError):
             return BackendTimeout(f"upstream {name} did not answer in time", hint="try again later")
-        if not isinstance(status, int) or isinstance(error, self._litellm.APIConnectionError):
-            return UpstreamError(f"upstream {name}: {self._words(error)}")
-        if not 400 <= status < 600:  # an answer that is none
+        if (broken := next((e for e in causes if isinstance(e, _BROKEN)), None)) is not None:
+            return UpstreamError(f"upstream {name} broke off ({type(broken).__name__})", hint="try again")
+        status, words = _status(causes), self._words(error)
+        is_garbage = any(isinstance(e, json.JSONDecodeError) for e in causes)
+        if is_garbage or (status is not None and not 400 <= status < 600):
             return UpstreamError(f"upstream {name} sent an answer that LiteLLM cannot read")
-        found = UpstreamError(f"{name}: {self._words(error)}", status=status, retry_after=_retry_after(error))
+        if status is None or isinstance(error, self._litellm.APIConnectionError) or isinstance(causes[-1], _OWN):
+            found = UpstreamError(f"LiteLLM cannot translate for {name} ({type(causes[-1]).__name__})", status=422)
+            found.code, found.hint = "cannot_be_translated", f"LiteLLM cannot translate this: {words}"
+            return found
+        found = UpstreamError(f"upstream {name} answered {status}", status=status, hint=words)
+        found.retry_after = _retry_after(error)
         codes = (code for kind, code in _CODES if isinstance(error, getattr(self._litellm, kind)))
         found.code = next(codes, found.code)
         return found

@@ -96,6 +96,27 @@ def test_what_an_audit_does_not_keep_is_unknown_and_a_trace_with_texts_tells_it(
     assert "a knife, please" in (tmp_path / "page.html").read_text()
 
 
+def test_an_audit_that_keeps_texts_tells_what_rules_on_texts_would_say(watchful: Policies, tmp_path: Path) -> None:
+    calibrators = import_module("hhh_router.cli.drift").bundle_calibrators(Bundle.load(Settings.load().bundle))
+    pipeline = fake_pipeline(watchful(), reader=FakeReader(RULES), door=SIDECAR, calibrators=calibrators)
+    other, audit = tmp_path / "other.yaml", tmp_path / "full.sqlite3"
+    other.write_text(OTHER)
+    with served_app(Stub(Model())) as upstream:
+        route = route_to(upstream.removesuffix("/v1"))
+        with sidecar(route, pipeline=pipeline, audit=SqliteAudit(audit), audit_content="full") as (url, _):
+            for prompt in ("tea", "bread", "tea for sk-aaaabbbbccccdddd"):
+                ask(url, body={"model": "big", "messages": [user(prompt)]})
+
+    _, output = run("--from", str(audit), "--policy", str(watchful()), "--against", str(other), "--json")
+
+    flips = json.loads(output)["flips"]
+    assert (flips["newly stopped"], flips["same"], flips["unknown"]) == (
+        1,
+        1,
+        1,
+    )  # a text without its secret is another
+
+
 def test_labels_make_both_errors_and_unknown_ones_count_at_their_worst(
     recorded: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -301,3 +301,93 @@ def test_a_rules_steering_goes_to_the_upstream_where_it_is_enforced(
 
     told = ["Recommend an adviser." in a.body.decode() for a in stub[0].asked]
     assert told == [mode == "enforce"] * 4 + [False]
+
+
+def chat_of(text: str, names: list[str]) -> tuple[str, Any, list[Any], bool]:
+    def chunk(delta: Any, reason: str | None = None) -> Any:
+        return {"id": "x", "model": "m", "choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
+
+    calls = [{"index": i, "id": f"c{i}", "function": {"name": n, "arguments": "{}"}} for i, n in enumerate(names)]
+    events = [*(chunk({"content": f"{w} "}) for w in text.split()), *(chunk({"tool_calls": [c]}) for c in calls)]
+    body = {"messages": [user("Hi")]}
+    return "/v1/chat/completions", body, [*events, chunk({}, "tool_calls"), "[DONE]"], False
+
+
+def messages_of(text: str, names: list[str]) -> tuple[str, Any, list[Any], bool]:
+    def block(index: int, start: Any, *deltas: Any) -> list[Any]:
+        told = [{"type": "content_block_delta", "index": index, "delta": delta} for delta in deltas]
+        begun = {"type": "content_block_start", "index": index, "content_block": start}
+        return [begun, *told, {"type": "content_block_stop", "index": index}]
+
+    words = [{"type": "text_delta", "text": f"{w} "} for w in text.split()]
+    whole = {"type": "input_json_delta", "partial_json": "{}"}
+    uses = [
+        event
+        for i, name in enumerate(names, 1)
+        for event in block(i, {"type": "tool_use", "id": f"t{i}", "name": name, "input": {}}, whole)
+    ]
+    start = {"id": "m", "type": "message", "role": "assistant", "model": "m", "content": [], "usage": {}}
+    end = [{"type": "message_delta", "delta": {"stop_reason": "tool_use"}, "usage": {}}, {"type": "message_stop"}]
+    text_block = block(0, {"type": "text", "text": ""}, *words)
+    events = [{"type": "message_start", "message": start}, *text_block, *uses]
+    return "/v1/messages", {"messages": [user("Hi")], "max_tokens": 9}, [*events, *end], True
+
+
+def responses_of(text: str, names: list[str]) -> tuple[str, Any, list[Any], bool]:
+    head = {"id": "r", "object": "response", "model": "m", "status": "in_progress", "output": []}
+    message = {"id": "i0", "type": "message", "role": "assistant", "status": "in_progress", "content": []}
+    where = {"item_id": "i0", "output_index": 0, "content_index": 0}
+    events: list[Any] = [
+        {"type": "response.created", "response": head},
+        {"type": "response.output_item.added", "output_index": 0, "item": message},
+        {
+            "type": "response.content_part.added",
+            **where,
+            "part": {"type": "output_text", "text": "", "annotations": []},
+        },
+        *({"type": "response.output_text.delta", **where, "delta": f"{w} "} for w in text.split()),
+    ]
+    for i, name in enumerate(names, 1):
+        item = {"id": f"f{i}", "type": "function_call", "call_id": f"c{i}", "name": name, "arguments": "{}"}
+        events += [
+            {"type": "response.output_item.added", "output_index": i, "item": {**item, "arguments": ""}},
+            {"type": "response.function_call_arguments.delta", "item_id": f"f{i}", "output_index": i, "delta": "{}"},
+            {"type": "response.output_item.done", "output_index": i, "item": item},
+        ]
+    events.append({"type": "response.completed", "response": {**head, "status": "completed"}})
+    return "/v1/responses", {"input": "Hi"}, [{**e, "sequence_number": n} for n, e in enumerate(events)], True
+
+
+@pytest.mark.parametrize("made", [chat_of, messages_of, responses_of], ids=["chat", "messages", "responses"])
+def test_a_call_that_is_forbidden_amid_a_stream_ends_it_in_the_wires_way(
+    tools_policy: Path, stub: tuple[Stub, str], made: Callable[..., tuple[str, Any, list[Any], bool]]
+) -> None:
+    path, body, events, names = made("I will look at it and then I delete", ["look", "delete_all", "look_again"])
+    stub[0].answer = Said(headers=[(b"content-type", b"text/event-stream")], pieces=sse(*events, names=names))
+    tools = [{"type": "function", "function": {"name": n}} for n in ("z", "delete_all", "a")]
+    with sidecar(route_to(stub[1]), pipeline=fake_pipeline(tools_policy, door=SIDECAR)) as (url, _):
+        _, _, said = ask(url, path=path, body={**body, "model": "m", "stream": True, "tools": tools})
+
+    told = [json.loads(f.split(b"data: ")[1]) for f in said.split(b"\n\n") if b"data: {" in f]
+    assert stub[0].asked[0].json["tools"] == tools  # never dropped, never in another order
+    for event in told:  # what was decided tells the tool's name, of course
+        event.pop("hhh", None)
+        event.get("response", {}).pop("hhh", None)
+    heard = json.dumps(told)
+    assert "I " in heard
+    assert "Not that tool." in heard
+    assert "delete_all" not in heard
+    assert "look_again" not in heard
+    if path == "/v1/messages":
+        starts, stops = (
+            [event["index"] for event in told if event["type"] == f"content_block_{kind}"] for kind in ("start", "stop")
+        )
+        assert starts == stops == list(range(len(starts)))
+        assert [e["delta"]["stop_reason"] for e in told if e["type"] == "message_delta"] == ["refusal"]
+        assert told[-1]["type"] == "message_stop"
+    elif path == "/v1/responses":
+        assert [e["sequence_number"] for e in told] == list(range(len(told)))
+        assert told[-1]["type"] == "response.incomplete"
+    else:
+        assert told[-1]["choices"][0]["finish_reason"] == "content_filter"
+        assert said.rstrip().endswith(b"data: [DONE]")

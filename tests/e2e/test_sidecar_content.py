@@ -1,16 +1,19 @@
 """Texts in the audit: only where the deployment says so, beside the verdict, without secrets."""
 
+import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hhh_router.testing import FakeReader
 from hhh_router.trace.audit import SqliteAudit, read_rows
+from hhh_router.types import ReadRequest, Scores
 
 from .loopback import served_app
-from .sidecars import Stub, route_to, sidecar
+from .sidecars import Stub, ask, route_to, sidecar
 from .test_sidecar_guarded import GOOD, WIRES, Model
 
 pytestmark = pytest.mark.e2e
@@ -18,6 +21,14 @@ pytestmark = pytest.mark.e2e
 KEY = "sk-canary0123456789abcdef"
 PROMPT = f"What is the capital of France? My key is {KEY}"
 modes = pytest.mark.parametrize("mode", ["observe", "annotate", "enforce"])
+
+
+class Slow(FakeReader):
+    """Takes its time over every reading."""
+
+    async def read(self, requests: Sequence[ReadRequest]) -> list[Scores]:
+        await asyncio.sleep(0.3)
+        return await super().read(requests)
 
 
 @pytest.fixture
@@ -71,3 +82,25 @@ def test_a_refused_prompt_is_kept_without_an_answer(watchful: Any, stub: tuple[S
     [record] = kept(path)
     assert record["hhh"]["decisions"][-1]["action"] == "refuse"
     assert record["content"] == {"messages": [{"role": "user", "content": "how do I make a bomb"}], "response": None}
+
+
+def test_what_waits_to_be_read_at_the_end_is_read_and_its_verdict_kept(stub: tuple[Stub, str], tmp_path: Path) -> None:
+    path = tmp_path / "audit.sqlite3"
+    with sidecar(route_to(stub[1], mode="observe"), reader=Slow(), audit=SqliteAudit(path)) as (url, _):
+        for _ in range(5):
+            WIRES["chat"](url, PROMPT, stream=False)
+
+    assert [r.kind for r in read_rows(path)].count("verdict") == 5
+    verdicts = [json.loads(r.record) for r in read_rows(path) if r.kind == "verdict"]
+    assert all(v["hhh"]["decisions"] for v in verdicts)
+
+
+def test_rows_that_are_lost_are_counted(stub: tuple[Stub, str], tmp_path: Path) -> None:
+    path = tmp_path / "audit.sqlite3"
+    audit = SqliteAudit(path)
+    path.unlink()
+    with sidecar(route_to(stub[1]), audit=audit, audit_failure="open") as (url, _):
+        WIRES["chat"](url, PROMPT, stream=False)
+        metrics = ask(url, "GET", "/hhh/metrics", None, [])[2].decode()
+
+    assert "hhh:proxy_audit_lost_total 1.0" in metrics

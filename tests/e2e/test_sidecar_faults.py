@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ import pytest
 
 from benchmarks.kills import kill_often
 from hhh_router.interfaces.proxy.upstreams import Breaker, Timeouts, Upstream
+from hhh_router.testing import FakeReader
 from hhh_router.trace.audit import SqliteAudit, read_rows, verify
+from hhh_router.types import ReadRequest, Scores
 
 from .loopback import served_app
 from .sidecars import Said, Stub, ask, closed_port, raise_file_limit, route_to, sidecar, sse, tcp
@@ -471,6 +473,22 @@ def test_a_shutdown_lets_answers_end_and_takes_nothing_new_in(stub: tuple[Stub, 
         client.close()
 
     assert words.endswith("word 11 ")
+
+
+class Reluctant(FakeReader):
+    async def read(self, requests: Sequence[ReadRequest]) -> list[Scores]:
+        await asyncio.sleep(0.2)
+        return await super().read(requests)
+
+
+def test_a_shutdown_waits_for_the_verdicts_on_what_has_passed(stub: tuple[Stub, str], tmp_path: Path) -> None:
+    path = tmp_path / "audit.sqlite3"
+    with sidecar(route_to(stub[1], mode="observe"), reader=Reluctant(), audit=SqliteAudit(path)) as (url, _):
+        for _ in range(4):
+            assert ask(url, body=BODY)[0] == 200
+
+    verdicts = [json.loads(r.record) for r in read_rows(path) if r.kind == "verdict"]
+    assert [list(v) for v in verdicts] == [["hhh"]] * 4
 
 
 @modes

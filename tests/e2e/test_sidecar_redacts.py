@@ -1,5 +1,6 @@
 """What a policy takes out on the way to the upstream and back, by the official clients, on every wire."""
 
+import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -159,3 +160,15 @@ def _own(url: str, *, stream: bool) -> tuple[str, Any]:
         chunks = list(made)
     text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
     return text, (chunks[-1].model_extra or {})["hhh"]
+
+
+def test_a_compressed_request_goes_on_plain_once_something_was_taken_out(policy: Path, stub: tuple[Stub, str]) -> None:
+    body = gzip.compress(json.dumps({"model": "m", "messages": [user(f"Mail {MAIL}")]}).encode())
+    headers = [("Content-Type", "application/json"), ("Content-Encoding", "gzip")]
+    with sidecar(route_to(stub[1]), pipeline=pipeline(policy)) as (url, _):
+        status, _, _ = ask(url, body=body, headers=headers)
+
+    [asked] = stub[0].asked
+    assert status == 200
+    assert asked.json["messages"][0]["content"] == "Mail [redacted:email]"
+    assert asked.header("content-encoding") == []

@@ -164,8 +164,55 @@ def test_tokens_of_a_growing_text_are_those_of_the_whole(
             assert growing.ids[:stayed] == before[:stayed]
 
 
-def test_only_the_end_of_a_long_text_is_encoded_again(default_model: tuple[HeadReader, Encoder]) -> None:
-    encoder = default_model[1]
+def made(kind: str) -> Encoder:
+    """An encoder whose tokenizer splits text as a family's does, its merges learned from a page of this repository."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    alphabet: list[str] = []
+    if kind == "llama-2":  # one word: merges may cross spaces, and the first token depends on what stands before
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    elif kind == "gemma":
+        tokenizer.normalizer = normalizers.Replace(" ", "▁")
+        tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
+    elif kind == "mistral":
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    else:  # qwen-2 and llama-3
+        words = r"""(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"""
+        words += r"""|\s*[\r\n]+|\s+(?!\S)|\s+"""
+        tokenizer.normalizer = normalizers.NFC()
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(Regex(words), "isolated"), pre_tokenizers.ByteLevel(use_regex=False)]
+        )
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+    page = (Path(__file__).resolve().parents[2] / "docs" / "engine.md").read_text(encoding="utf-8")
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    trainer = trainers.BpeTrainer(
+        vocab_size=1500, special_tokens=["<unk>", "</s>", *bytes_], initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(page.split("\n"), trainer)
+    return Encoder(PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>"), 10**6)
+
+
+@pytest.mark.parametrize("kind", ["llama-2", "gemma", "mistral", "qwen-2"])
+def test_tokens_of_a_growing_text_are_those_of_the_whole_however_a_family_splits(kind: str) -> None:
+    encoder, draw = made(kind), random.Random(3)
+    page = (Path(__file__).resolve().parents[2] / "docs" / "proxy.md").read_text(encoding="utf-8")
+    parts = [*PIECES, *page.split(" ")]
+    for seed in range(12):
+        growing, text = GrowingIds(encoder), ""
+        while len(text) < 3000:
+            part = (" " if seed % 2 else "").join(draw.choices(parts, k=draw.randint(1, 12)))
+            growing.become(len(text), part)
+            text += part
+
+            assert growing.ids == encoder.response_ids(text)
+
+
+@pytest.mark.parametrize("kind", ["llama-2", "gemma", "mistral", "qwen-2", "default"])
+def test_only_the_end_of_a_long_text_is_encoded_again(default_model: tuple[HeadReader, Encoder], kind: str) -> None:
+    encoder = default_model[1] if kind == "default" else made(kind)
     encoded: list[int] = []
     plain = encoder.plain
     words = random.Random(0).choices([*PIECES, " word", " other"], k=4000)
@@ -180,7 +227,7 @@ def test_only_the_end_of_a_long_text_is_encoded_again(default_model: tuple[HeadR
         encoder.plain = plain  # type: ignore[method-assign]
 
     assert growing.ids == encoder.response_ids(text)
-    assert sum(encoded) < 4 * len(text)  # from the start each time it would be a hundred times the text
+    assert sum(encoded) < 6 * len(text)  # from the start each time it would be a hundred times the text
 
 
 @settings(max_examples=25, deadline=None)

@@ -14,18 +14,25 @@ from tests.e2e.sidecars import Asked, Said, Stub, sidecar
 Policies = Callable[..., Path]
 KEY = "key-of-the-provider"
 PROVIDERS = {
-    "anthropic": ("anthropic/claude-sonnet-4-5", "", "/v1/messages"),
-    "mistral": ("mistral/mistral-large-latest", "/v1", "/v1/chat/completions"),
+    "anthropic": ("anthropic/claude-sonnet-4-5", "", ["/v1/messages"]),
+    "openai": ("openai/gpt-4o", "/v1", ["/v1/chat/completions", "/v1/completions", "/v1/responses"]),
+    "mistral": ("mistral/mistral-large-latest", "/v1", ["/v1/chat/completions"]),
 }
-"""Model, what its base URL ends in, and the path on which it is asked."""
+"""Model, what its base URL ends in, and the paths on which it is asked."""
 
 
 def translated(
-    model: str, base: str, *, timeouts: Timeouts | None = None, breaker: Breaker | None = None, **more: Any
+    model: str,
+    base: str,
+    *,
+    name: str = "a",
+    timeouts: Timeouts | None = None,
+    breaker: Breaker | None = None,
+    **more: Any,
 ) -> Upstream:
     """An upstream that is translated to, of the name that the sidecar's tests use."""
     return Upstream(
-        name="a",
+        name=name,
         url=f"litellm:{model}",
         translator=open_translator(model, place="here", api_key=KEY, api_base=base, max_bytes=100_000, **more),
         timeouts=timeouts or Timeouts(first_byte_s=20, idle_s=20),

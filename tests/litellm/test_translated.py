@@ -29,7 +29,7 @@ def test_an_answer_comes_in_the_clients_wire_with_the_block(
     assert [d["checkpoint"] for d in heard.last["decisions"]] == ["input", "output"]
     assert heard.first["policy"]["name"] == "watchful"
     assert set(heard.last["not_inspected"]) <= {"odd"}  # the provider's own
-    assert {a.target.decode().partition("?")[0] for a in stub.asked} == {PROVIDERS[provider][2]}
+    assert {a.target.decode().partition("?")[0] for a in stub.asked} <= set(PROVIDERS[provider][2])
     assert "sk-app" not in repr(stub.asked)  # the client's key is for somebody else
     assert KEY in repr(stub.asked[0].headers)
 

@@ -4,6 +4,7 @@ import http.client
 import json
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,13 +16,14 @@ import openai
 
 from hhh_router.errors import SettingsError
 from hhh_router.interfaces.proxy.config import make_config, parse_proxy_file
+from hhh_router.interfaces.proxy.hedging import Hedge
 from hhh_router.interfaces.proxy.routes import Route
 from hhh_router.interfaces.proxy.upstreams import Breaker, Timeouts, Upstream
 from tests.e2e.loopback import served_app
 from tests.e2e.sidecars import Asked, Said, Stub, ask, closed_port, sidecar, sse
 from tests.e2e.test_sidecar_guarded import EVENTS, GOOD, WIRES, Model, by_chat
 
-from .providers import KEY, PROVIDERS, Policies, guarded, translated
+from .providers import KEY, Policies, guarded, translated
 
 pytestmark = [pytest.mark.e2e, pytest.mark.litellm, pytest.mark.filterwarnings("default")]  # it warns of itself
 
@@ -33,7 +35,7 @@ ASKED: dict[str, tuple[str, dict[str, Any]]] = {
     "messages": ("/v1/messages", {"messages": TURNS, "max_tokens": 9}),
 }
 wires = pytest.mark.parametrize("wire", ASKED)
-providers = pytest.mark.parametrize("provider", PROVIDERS)
+providers = pytest.mark.parametrize("provider", ["anthropic", "mistral"])
 streams = pytest.mark.parametrize("stream", [True, False], ids=["stream", "whole"])
 
 
@@ -98,6 +100,59 @@ def test_what_the_provider_does_not_take_is_told_or_left_out(watchful: Policies)
     assert (dropped, len(dropping.asked)) == (200, 1)
 
 
+@pytest.mark.parametrize(
+    ("wire", "more", "status"),
+    [
+        ("chat", {"messages": 5}, 400),
+        ("chat", {"messages": [{"role": "user", "content": 7}]}, 422),
+        ("chat", {"max_tokens": "many"}, 422),
+        ("chat", {"response_format": {"type": "json_schema"}}, 422),
+        ("completions", {"prompt": [1, 2]}, 422),
+        ("responses", {"reasoning": 5}, 422),
+        ("messages", {"metadata": 5}, 422),
+    ],
+)
+def test_what_cannot_be_translated_is_the_callers_and_opens_no_breaker(
+    watchful: Policies, caplog: pytest.LogCaptureFixture, wire: str, more: dict[str, Any], status: int
+) -> None:
+    path, body = ASKED[wire]
+    breaker = Breaker(after=1, pause_s=60)
+
+    with guarded(watchful, "anthropic", Model(), "observe", breaker=breaker) as (url, stub):
+        got, _, data = ask(url, path=path, body={**body, **more})
+        again, _, _ = ask(url, path=path, body=body)
+
+    assert (got, again, len(stub.asked)) == (status, 200, 1)
+    assert b"Traceback" not in data
+    assert "cannot translate" not in caplog.text
+
+
+def test_no_words_of_a_prompt_reach_a_log_when_a_provider_quotes_it(
+    watchful: Policies, caplog: pytest.LogCaptureFixture
+) -> None:
+    said = json.dumps({"error": {"message": "no: xyzzy-of-the-prompt"}}).encode()
+    path, body = ASKED["chat"]
+
+    with guarded(watchful, "mistral", Said(status=500, pieces=[said])) as (url, _):
+        _, _, data = ask(url, path=path, body=body)
+
+    assert b"xyzzy" in data
+    assert "xyzzy" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:9/x.png", "http://169.254.169.254/latest", Path("/etc/passwd").as_uri()]
+)
+def test_images_are_not_fetched_from_within(watchful: Policies, url: str) -> None:
+    picture = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}
+
+    with guarded(watchful, "anthropic", Model(), "observe") as (base, stub):
+        status, _, _ = ask(base, body={"messages": [picture]})
+
+    assert status in (400, 422)
+    assert stub.asked == []
+
+
 @pytest.mark.parametrize("where", ["nobody there", "overloaded", "silent"])
 def test_another_upstream_answers_when_the_provider_does_not(watchful: Policies, where: str) -> None:
     held = Said(hold=threading.Event(), pieces=[b"{}"], headers=[])
@@ -114,6 +169,23 @@ def test_another_upstream_answers_when_the_provider_does_not(watchful: Policies,
     assert heard.text.strip() == again.text.strip() == GOOD
     assert breaker.wait_s > 0  # so that it was not asked the second time
     assert len(stub.asked) == (0 if where == "nobody there" else 1)
+
+
+def test_a_hedge_answers_beside_a_silent_provider_which_is_hung_up_on(watchful: Policies) -> None:
+    stub = Stub(Said(hold=threading.Event(), pieces=[b"{}"]))
+    with served_app(stub) as theirs, served_app(Stub(Model())) as other:
+        first = translated("anthropic/claude-sonnet-4-5", theirs.removesuffix("/v1"))
+        second = translated("mistral/mistral-large-latest", other, name="b")
+        route = Route(name="all", to=((first, 1.0),), hedge=Hedge(to=second, after_s=0.3))
+        with sidecar(route, policy=watchful()) as (url, _):
+            status, headers, data = ask(url, body={"messages": TURNS})
+            until = time.monotonic() + 5
+            while not stub.left and time.monotonic() < until:
+                time.sleep(0.02)
+
+    assert (status, json.loads(data)["choices"][0]["message"]["content"]) == (200, GOOD)
+    assert (dict(headers)["x-hhh-upstream"], dict(headers)["x-hhh-hedge"]) == ("b", "won")
+    assert stub.left == 1
 
 
 @wires

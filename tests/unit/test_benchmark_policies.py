@@ -23,9 +23,10 @@ def test_a_quick_run_writes_each_figure_with_its_command_and_the_page_has_its_ro
     assert policies.main(["--quick", "--out", str(out)]) == 0
 
     found = json.loads(out.read_text())
-    assert [r["name"] for r in found] == ["policy-decide", "policy-reload", "policy-fit", "policy-fit-whole"]
+    names = ["decide", "reload", "fit", "fit-whole", "candidate", "again"]
+    assert [r["name"] for r in found] == [f"policy-{name}" for name in names]
     for r in found:
         assert math.isfinite(r["value"])
-        assert r["value"] > 0
+        assert r["value"] > 0 or r["name"] == "policy-candidate"  # a difference, which noise can turn
         assert (r["n"], r["command"]) == (1, "python -m benchmarks.policies --quick")
         assert PAGE.count(f"| `{r['name']}` |") == 1

@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 import sqlite3
+import threading
 from pathlib import Path
 
 import pytest
@@ -181,3 +182,15 @@ async def test_the_deployments_own_patterns_reach_neither_file_nor_caller(path: 
     assert call.arguments == {"[redacted:own]": ["[redacted:own] [redacted:api-key]"]}
     assert call.tool == "send_[redacted:own]"
     assert b"CASE" not in b"".join(p.read_bytes() for p in path.parent.iterdir())
+
+
+@pytest.mark.parametrize("lock", ["BEGIN IMMEDIATE", "BEGIN EXCLUSIVE"])
+def test_a_new_queue_that_another_process_is_making_is_waited_for(tmp_path: Path, lock: str) -> None:
+    path = tmp_path / "held.sqlite3"
+    other = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    other.execute("CREATE TABLE t (x)")
+    other.execute(lock)
+    threading.Timer(0.3, lambda: other.execute("COMMIT")).start()
+
+    assert HeldCalls(path).calls() == []
+    other.close()

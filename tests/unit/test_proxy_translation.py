@@ -82,6 +82,7 @@ async def json_of(answer: Translation) -> Any:
         ("/v1/responses", {"input": "Hi", "previous_response_id": "resp_1"}, "previous_response_id"),
         ("/v1/responses", {"input": "Hi", "tools": [{"type": "mcp", "server_url": "litellm_proxy/mcp/x"}]}, "tools"),
         ("/v1/embeddings", {"input": "Hi", "fallbacks": ["a"]}, "fallbacks"),
+        ("/v1/chat/completions", {**HELLO, "stream": True, "n": 2}, "n"),
     ],
 )
 async def test_what_is_no_field_of_the_wire_never_reaches_litellm(path: str, body: Any, param: str) -> None:
@@ -188,7 +189,7 @@ async def test_an_error_of_the_provider_keeps_status_and_retry_after() -> None:
 
     told = (await json_of(answer))["error"]
     assert (answer.status, dict(answer.headers)[b"retry-after"]) == (429, b"7")
-    assert (told["type"], told["message"]) == ("rate_limit_error", "slow down")
+    assert (told["type"], told["message"]) == ("rate_limit_error", "some/model: slow down")
 
 
 async def test_an_error_before_the_first_event_is_still_told_as_one() -> None:

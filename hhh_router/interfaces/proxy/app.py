@@ -64,7 +64,7 @@ class Sidecar:
             wait_s=config.hold_s or settings.hold_s,
             url=config.hold_webhook or settings.hold_webhook,
             secret=settings.webhook_secret,
-            patterns=config.redactor.patterns,
+            redactor=pipeline.parts.redactor,
         )
         self.keys = KeyRing.open(pipeline.settings)
         self.refused = 0
@@ -78,6 +78,7 @@ class Sidecar:
             keep=self.keep,
         )
         self.draining = False
+        self._drained = asyncio.Event()
         self._under_way: set[asyncio.Task[None]] = set()
         self._cut: asyncio.Future[None] | None = None
 
@@ -96,6 +97,12 @@ class Sidecar:
     async def drain(self, timeout_s: float) -> None:
         """Take nothing new in and let what is under way end; after ``timeout_s`` it ends with an error of its wire."""
         self.draining = True
+        try:
+            await self._drain(timeout_s)
+        finally:
+            self._drained.set()
+
+    async def _drain(self, timeout_s: float) -> None:
         loop = asyncio.get_running_loop()
         deadline = loop.time() + timeout_s
         if self._under_way:
@@ -118,6 +125,7 @@ class Sidecar:
 
         return [
             one("proxy_refused", "Requests told to come back: too many were under way", lambda: self.refused),
+            one("proxy_audit_lost", "Rows of the audit that could not be stored", lambda: self.audit.failures),
             one("proxy_not_observed", "Exchanges that were not read for lack of room", lambda: self.observer.dropped),
             Counts(
                 name="proxy_hedges",
@@ -157,6 +165,8 @@ class Sidecar:
         await receive()
         await send({"type": "lifespan.startup.complete"})
         await receive()
+        if self.draining:  # the server does not wait for it: what is read meanwhile would find the audit closed
+            await self._drained.wait()
         await self.upstreams.aclose()
         for upstream in self.config.upstreams():
             if upstream.translator is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from hhh_router.interfaces.holding import Holding
 from hhh_router.interfaces.webhook import Webhook
 from hhh_router.pipeline.people import Concerned, Settled, told
 from hhh_router.pipeline.situation import parsed_arguments
-from hhh_router.trace.redact import Patterns
+from hhh_router.trace.redact import Redactor
 from hhh_router.types import Decision, ToolCall
 
 _SHOWN = 256
@@ -28,7 +29,7 @@ class Approvals:
         wait_s: How long a call waits; then it is denied.
         url: Is told of every call that is held; None where nobody is.
         secret: Signs what webhooks are told.
-        patterns: Further secrets, which reach no queue.
+        redactor: Replaces secrets, which reach neither queue nor webhook.
     """
 
     def __init__(
@@ -38,13 +39,13 @@ class Approvals:
         wait_s: float,
         url: str | None = None,
         secret: SecretStr | None = None,
-        patterns: Patterns = (),
+        redactor: Redactor | None = None,
     ) -> None:
         self._path = path
         self._wait_s = wait_s
         self._url = url
         self._secret = secret
-        self._patterns = patterns
+        self._redactor = redactor or Redactor()
 
     def open(self) -> None:
         """Open the queue now, where a policy holds calls.
@@ -67,6 +68,7 @@ class Approvals:
             reason=decision.reason,
         )
         try:
+            await asyncio.to_thread(self.open)  # another process may hold the file for a moment
             found = await self._holding.hold(asked)
         except HHHRouterError as error:
             return Settled(is_approved=False, id=None, why=f"it could not be held: {error.message}")
@@ -86,11 +88,11 @@ class Approvals:
 
     @cached_property
     def _webhook(self) -> Webhook:
-        return Webhook(self._secret)
+        return Webhook(self._secret, redactor=self._redactor)
 
     @cached_property
     def _holding(self) -> Holding:
-        held = HeldCalls(self._path or default_queue(), patterns=self._patterns)
+        held = HeldCalls(self._path or default_queue(), redactor=self._redactor)
         return Holding(held, self._webhook, hold_s=self._wait_s, url=self._url)
 
 

@@ -160,6 +160,11 @@ def fields_of(kind: Kind, body: Body, *, drop_params: bool, keeps_responses: boo
             code="unsupported_parameter",
             param=strange[0][:_SHOWN],
         )
+    if given.get("stream") and given.get("n", 1) != 1:  # LiteLLM 1.106 to 1.110 tell the end of one of them alone
+        raise WireError(
+            400, "n: several replies cannot be translated as a stream; leave n or stream out",
+            code="unsupported_parameter", param="n",
+        )  # fmt: skip
     _check_tools(given.get("tools"))
     return {k: v for k, v in given.items() if k not in strange}
 

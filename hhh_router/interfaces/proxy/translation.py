@@ -117,13 +117,15 @@ class Translator:
             asked = fields_of(
                 kind, body, drop_params=self._drop_params, keeps_responses=self._model.keeps_responses
             )  # fmt: skip
+            if wire is not None:
+                wire.asked(asked)  # what no wire can have would fail within LiteLLM
             return await self._asked(kind, asked, timeouts, as_base64=body.get("encoding_format") == "base64")
         except (InvalidRequest, WireError) as error:
             return _failed(told, error)
         except UpstreamError as error:
             if error.status is None:
                 raise
-            said = WireError(error.status, error.message, code=error.code)
+            said = WireError(error.status, f"{self._shown}: {error.hint or error.message}", code=error.code)
             return _failed(told, said, {"retry-after": error.retry_after} if error.retry_after else {})
 
     async def aclose(self) -> None:

@@ -4,6 +4,7 @@ from hhh_router.trace.audit.chain import GENESIS, Anchor, Kind, Row, Verified, r
 from hhh_router.trace.audit.places import (
     check_place,
     default_audit,
+    is_postgres,
     open_audit,
     open_writer,
     prune_audit,
@@ -27,6 +28,7 @@ __all__ = [
     "Verified",
     "check_place",
     "default_audit",
+    "is_postgres",
     "open_audit",
     "open_writer",
     "prune_audit",

@@ -38,6 +38,9 @@ _DAY_S = 86_400.0
 class Audit(Protocol):
     """Where intents and outcomes are kept."""
 
+    failures: int
+    """Rows that were lost since the start."""
+
     async def write(self, kind: Kind, request_id: str, record: Mapping[str, Any]) -> None:
         """Store a row; it survives a crash when this returns.
 
@@ -54,6 +57,8 @@ class Audit(Protocol):
 
 class NoAudit:
     """Keeps nothing."""
+
+    failures = 0
 
     async def write(self, kind: Kind, request_id: str, record: Mapping[str, Any]) -> None:
         """Do nothing."""

@@ -176,8 +176,9 @@ def ends_texts(wire: str, body: Mapping[str, Any]) -> Callable[[tuple[object, ..
         over: dict[object, set[object]] = {}
         for i, choice in enumerate(_rows(body.get("choices"))):
             index = choice.get("index", i)
-            delta = choice.get("delta") if isinstance(choice.get("delta"), dict) else {}
-            spoken = {name for name in _SPOKEN if delta.get(name)}
+            given = choice.get("delta")
+            delta: Mapping[str, Any] = given if isinstance(given, dict) else {}
+            spoken: set[object] = {name for name in _SPOKEN if delta.get(name)}
             if choice.get("finish_reason") is not None:
                 over[index] = set()
             elif spoken or delta.get("tool_calls") or delta.get("function_call"):
