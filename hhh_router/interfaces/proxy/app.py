@@ -131,7 +131,7 @@ class Sidecar:
                 name="proxy_hedges",
                 told="Requests for which this upstream was asked beside another",
                 labels=("upstream", "outcome"),
-                values=lambda: dict(self.upstreams.hedges),
+                values=lambda: {(to, ended): n for (to, ended), n in self.upstreams.hedges.items()},
             ),
         ]
 

@@ -376,7 +376,7 @@ def _check_names(file: ProxyFile, root: Node, mistakes: list[Mistake]) -> None:
     for i, entity in enumerate(file.audit.pii):
         if entity not in RECOGNISERS:
             loc = ("audit", "pii", i)
-            said = f"{entity!r} is not known{did_you_mean(entity, RECOGNISERS)}; use {', '.join(RECOGNISERS)}"
+            said = f"{entity!r} is not known{did_you_mean(entity, [*RECOGNISERS])}; use {', '.join(RECOGNISERS)}"
             mistakes.append(Mistake(place_of(root, loc), path_of(loc), said))
     for i, pattern in enumerate(file.audit.redact):
         try:

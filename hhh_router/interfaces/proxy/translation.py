@@ -178,8 +178,8 @@ class Translator:
         if is_anthropic:
             told = {"type": "model", "id": name, "display_name": name, "created_at": "1970-01-01T00:00:00Z"}
             return dump({"data": [told], "has_more": False, "first_id": name, "last_id": name})
-        told = {"id": name, "object": "model", "created": 0, "owned_by": name.partition("/")[0]}
-        return dump({"object": "list", "data": [told]})
+        listed = {"id": name, "object": "model", "created": 0, "owned_by": name.partition("/")[0]}
+        return dump({"object": "list", "data": [listed]})
 
 
 def open_translator(
