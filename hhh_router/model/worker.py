@@ -11,6 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 
@@ -234,6 +235,14 @@ def load_embedded(bundle: Bundle, settings: Settings) -> EmbeddedModel:
             without a record.
         SettingsError: Quantised weights cannot be used on this device, in this precision or with this torch.
     """
+    # OpenMP keeps a team of threads for each thread that computes. Beside an idle team that loading has left, the
+    # engine's own counts as too many for the cores, and sleeps between operations: on two cores reading 64 tokens took
+    # twice as long. With the thread its team goes.
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="hhh-router-loading") as loading:
+        return loading.submit(_load, bundle, settings).result()
+
+
+def _load(bundle: Bundle, settings: Settings) -> EmbeddedModel:
     if settings.quantise != "none":  # before seconds of loading
         dtype = compute_dtype(bundle.manifest.backbone, settings.device, settings.dtype)
         check_int8(settings.device, dtype)

@@ -7,9 +7,9 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import LiteralString
+from typing import Any, LiteralString
 
 import psycopg
 from psycopg.conninfo import conninfo_to_dict
@@ -287,7 +287,8 @@ class PostgresReading:
             newest = f"SELECT {_COLUMNS} FROM hhh_audit ORDER BY seq DESC LIMIT {int(last)}"
             asked = f"SELECT * FROM ({newest}) AS newest ORDER BY seq"
         with self._db.cursor(name="rows") as cursor:  # on the server, which sends a few at a time
-            for seq, at, kind, request_id, record, hashed in cursor.execute(asked):  # type: ignore[arg-type]
+            found: Iterable[Any] = cursor.execute(asked)
+            for seq, at, kind, request_id, record, hashed in found:
                 yield Row(seq=seq, time=at, kind=kind, request_id=request_id, record=record, hash=hashed)
 
     def close(self) -> None:
