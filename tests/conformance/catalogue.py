@@ -88,6 +88,7 @@ CLIENTS = (
         slug="schemathesis",
         name="schemathesis",
         script="schemathesis_fuzz.py",
+        files=("../fuzz.py",),
         packages=("schemathesis==4.32.5",),
         servers=(),
         timeout_s=900,
