@@ -154,6 +154,12 @@ class BackendTimeout(BackendError):
     code = "timeout"
 
 
+class DeadlineExceeded(BackendTimeout):
+    """The deadline that the caller set passed, and nothing else was late: the server did what it could in that time."""
+
+    code = "deadline_exceeded"
+
+
 class Quarantined(GeneratorError):
     """This request made the model fail twice, so it is not tried again."""
 
@@ -216,6 +222,7 @@ _OUTCOMES: tuple[tuple[type[HHHRouterError], int, int], ...] = (
     (Overloaded, 429, EXIT_FAILURE),
     (Unavailable, 503, EXIT_FAILURE),
     (Quarantined, 500, EXIT_FAILURE),
+    (DeadlineExceeded, 408, EXIT_FAILURE),  # the caller's own doing, as all 4xx are
     (BackendTimeout, 504, EXIT_FAILURE),
     (BackendError, 502, EXIT_FAILURE),
     (HHHRouterError, 500, EXIT_FAILURE),

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import replace
 
-from hhh_router.errors import BackendTimeout, GeneratorError, ReaderError
+from hhh_router.errors import BackendTimeout, DeadlineExceeded, GeneratorError, ReaderError
 from hhh_router.pipeline.candidate import open_beside
 from hhh_router.pipeline.conversations import tainted
 from hhh_router.pipeline.onerror import JUDGING_FAILURES, check_scores, failed_decision, unread_plan
@@ -45,7 +45,8 @@ async def run_chat(parts: Parts, request: ChatRequest, *, stream: bool) -> Async
 
     Raises:
         RequestError: The request cannot be answered as it stands.
-        BackendTimeout: The request's own ``timeout_s`` or ``settings.request_timeout_s`` passed.
+        DeadlineExceeded: The request's own ``timeout_s`` passed.
+        BackendTimeout: ``settings.request_timeout_s`` passed, or an upstream was silent.
         Overloaded, Unavailable: Nothing was begun; the error says when to come back.
         BackendError: The generator failed and the policy's ``on_error`` is open, or an upstream failed. Nothing that
             was not cleared has been let out.
@@ -53,12 +54,11 @@ async def run_chat(parts: Parts, request: ChatRequest, *, stream: bool) -> Async
     policy = for_tenant(parts.policies.get(request.policy), request.caller.tenant)
     check_chat(request, max_bytes=parts.settings.max_body_bytes, any_order=parts.answers_elsewhere)
     most = parts.settings.request_timeout_s
+    own = request.timeout_s is not None and request.timeout_s < most
     request = replace(
-        request,
-        request_id=request.request_id or parts.new_id(),
-        timeout_s=most if request.timeout_s is None else min(most, request.timeout_s),
+        request, request_id=request.request_id or parts.new_id(), timeout_s=request.timeout_s if own else most
     )
-    async with aclosing(_Run(parts, request, policy, stream=stream).events()) as events:
+    async with aclosing(_Run(parts, request, policy, stream=stream, own_deadline=own).events()) as events:
         async for event in events:
             yield event
 
@@ -66,7 +66,7 @@ async def run_chat(parts: Parts, request: ChatRequest, *, stream: bool) -> Async
 class _Run:
     """The state of one chat."""
 
-    def __init__(self, parts: Parts, request: ChatRequest, policy: Policy, *, stream: bool) -> None:
+    def __init__(self, parts: Parts, request: ChatRequest, policy: Policy, *, stream: bool, own_deadline: bool) -> None:
         self._parts = parts
         self._request = request
         self._policy = policy
@@ -74,6 +74,7 @@ class _Run:
         self._enforce = policy.mode == "enforce"
         assert request.timeout_s is not None
         self._timeout_s = request.timeout_s
+        self._own_deadline = own_deadline  # of the caller, not of the deployment
         self._deadline = asyncio.get_running_loop().time() + self._timeout_s
         situation = asked_situation(request.turns or request.messages, request.caller, parts.now())
         self._followed = parts.conversations.follow(policy, situation, goes_on=request.goes_on)
@@ -241,10 +242,22 @@ class _Run:
         except TimeoutError as error:
             if not deadline.expired():
                 raise
-            raise BackendTimeout(
-                f"no end of the reply after {self._timeout_s:g} s",
-                hint="ask for fewer tokens, or raise HHH_ROUTER_REQUEST_TIMEOUT_S",
-            ) from error
+            raise self._too_late() from error
+        except BackendTimeout as error:  # of the engine, which counts as we do, or of an upstream
+            if asyncio.get_running_loop().time() < self._deadline:
+                raise
+            raise self._too_late() from error
+
+    def _too_late(self) -> BackendTimeout:
+        if self._own_deadline:
+            return DeadlineExceeded(
+                f"no end of the reply within {self._timeout_s:g} s, as this request asked",
+                hint="ask for fewer tokens, or allow more time",
+            )
+        return BackendTimeout(
+            f"no end of the reply after {self._timeout_s:g} s",
+            hint="ask for fewer tokens, or raise HHH_ROUTER_REQUEST_TIMEOUT_S",
+        )
 
     def _take(self, event: Event) -> list[Delta]:
         """Act on one event; returns what it cleared."""

@@ -9,6 +9,7 @@ import pytest
 
 from hhh_router.errors import (
     BackendTimeout,
+    DeadlineExceeded,
     GeneratorError,
     InvalidRequest,
     PolicyNotAllowed,
@@ -334,6 +335,23 @@ async def test_a_deadline_ends_the_reply(watchful: Policies) -> None:
         await run(pipeline)
 
     assert generator.cancelled == 1
+
+
+async def test_a_deadline_of_the_caller_is_told_as_the_callers(watchful: Policies) -> None:
+    generator = FakeGenerator(SAID, delay_s=5)
+    pipeline = fake_pipeline(watchful(), generator=generator)
+
+    with pytest.raises(DeadlineExceeded, match=r"within 0\.05 s, as this request asked"):
+        await run(pipeline, ask(timeout_s=0.05))
+
+
+async def test_an_upstreams_silence_before_the_callers_deadline_is_the_upstreams(watchful: Policies) -> None:
+    pipeline = fake_pipeline(watchful(), generator=breaking(BackendTimeout("silent")))
+
+    with pytest.raises(BackendTimeout, match="silent") as caught:
+        await run(pipeline, ask(timeout_s=60))
+
+    assert not isinstance(caught.value, DeadlineExceeded)
 
 
 async def test_closing_the_stream_cancels_the_generator(watchful: Policies) -> None:

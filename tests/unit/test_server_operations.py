@@ -1,5 +1,6 @@
 """Metrics, policies, deadlines and quiet streams of the server."""
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -92,13 +93,44 @@ def test_policies_are_listed_with_the_default_first(served: TestClient) -> None:
     assert (block["version"], block["hash"]) == (first["version"], first["hash"])
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/messages"])
-def test_a_caller_that_waits_no_longer_gets_a_timeout(watchful: Policies, path: str) -> None:
-    slow = FakeGenerator("word " * 50, reader=FakeReader(), delay_s=0.05)
-    with TestClient(create_app(fake_pipeline(watchful(on_error="open"), generator=slow))) as served:
-        reply = served.post(path, json=ask(max_tokens=64), headers={"x-request-timeout-ms": "150"})
+_ASKED = {
+    "/v1/chat/completions": ask(max_tokens=64),
+    "/v1/completions": {"model": "hhh-auto", "prompt": "Hello", "max_tokens": 64},
+    "/v1/responses": {"model": "hhh-auto", "input": "Hello"},
+    "/v1/messages": ask(max_tokens=64),
+}
 
-    assert reply.status_code == 504
+
+@pytest.mark.parametrize("path", _ASKED)
+@pytest.mark.parametrize(("own_ms", "status", "code"), [(150, 408, "deadline_exceeded"), (60_000, 504, "timeout")])
+def test_a_deadline_that_passed_is_told_by_whose_it_was(
+    watchful: Policies, path: str, own_ms: int, status: int, code: str
+) -> None:
+    slow = FakeGenerator("word " * 200, reader=FakeReader(), delay_s=0.05)
+    served = create_app(fake_pipeline(watchful(on_error="open"), generator=slow, request_timeout_s=0.4))
+    with TestClient(served) as client:
+        reply = client.post(path, json=_ASKED[path], headers={"x-request-timeout-ms": str(own_ms)})
+
+    assert reply.status_code == status
+    told = reply.json()["error"]
+    if path == "/v1/messages":
+        assert told["type"] == "timeout_error"
+    else:
+        assert told["code"] == code
+    assert reply.headers.get("x-should-retry") == ("false" if status == 408 else None)
+    assert slow.cancelled == 1
+
+
+def test_a_stream_that_is_late_ends_with_whose_deadline_it_was(watchful: Policies) -> None:
+    slow = FakeGenerator("word " * 400, reader=FakeReader(), delay_s=0.01)
+    with TestClient(create_app(fake_pipeline(watchful(on_error="open"), generator=slow))) as served:
+        reply = served.post(
+            "/v1/chat/completions", json=ask(max_tokens=400, stream=True), headers={"x-request-timeout-ms": "1500"}
+        )
+
+    assert reply.status_code == 200
+    *_, last = (line for line in reply.text.splitlines() if line.startswith("data: "))
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "deadline_exceeded"
 
 
 @pytest.mark.parametrize("given", ["soon", "-1", "0", "1.5", "99999999999"])

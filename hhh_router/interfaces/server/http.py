@@ -96,7 +96,8 @@ def failure(error: Exception) -> Failure:
             message = f"{error.message} ({error.hint})" if error.hint else error.message
             if status >= 500:
                 _log.warning("%s: %s", error.code, error.message)
-            headers = dict(NEVER_RETRY) if status in (500, 501) else {}  # to be fixed first, or quarantined
+            # to be fixed first, quarantined, or too late by now
+            headers = dict(NEVER_RETRY) if status in (408, 500, 501) else {}
             if isinstance(error, Overloaded | Unavailable) and error.retry_after_s is not None:
                 headers |= retry_after(error.retry_after_s)
             return status, error_body(message, status=status, code=error.code), headers
