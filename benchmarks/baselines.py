@@ -22,12 +22,14 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.cache_utils import DynamicCache
 
 from benchmarks.lab import Lab
+from benchmarks.timing import leaves_no_team
 from hhh_router.bundle import Bundle
 from hhh_router.model.base import quiet_transformers
 from hhh_router.model.experts import load_experts
 from hhh_router.types import DIMENSIONS, Weights
 
 
+@leaves_no_team
 def load(lab: Lab, dtype: str | None = None) -> Any:
     """The bare backbone in transformers, in the engine's precision unless another is named."""
     with quiet_transformers():
@@ -37,6 +39,7 @@ def load(lab: Lab, dtype: str | None = None) -> Any:
     return model.eval().requires_grad_(False).to(lab.device)
 
 
+@leaves_no_team
 def load_merged(lab: Lab, weights: Weights) -> Any:
     """The backbone with one mixture merged into its weights: transformers at its fastest, but for one mixture only."""
     model = load(lab)
@@ -70,6 +73,7 @@ def peft_folders(bundle: Bundle) -> Iterator[dict[str, Path]]:
         yield found
 
 
+@leaves_no_team
 def load_peft(lab: Lab) -> Any:
     """PEFT with all three adapters active at once: their sum on every row, for PEFT has no weights per row."""
     from peft import PeftModel
@@ -87,6 +91,7 @@ def load_peft(lab: Lab) -> Any:
     return model.eval().requires_grad_(False)
 
 
+@leaves_no_team
 def load_xlora(lab: Lab) -> Any:
     """PEFT's X-LoRA over the three experts. Its classifier is untrained: what it says costs the same."""
     from peft import XLoraConfig, get_peft_model

@@ -12,7 +12,7 @@ from benchmarks.figures import Figure, Measured
 from benchmarks.lab import BARE, MIXTURES, Lab, by_turns
 from benchmarks.llamacpp import open_llamacpp
 from benchmarks.machine import bandwidth_bytes_s
-from benchmarks.timing import Side, medians, ratios
+from benchmarks.timing import Side, leaves_no_team, medians, ratios
 from hhh_router.model.base import load_backbone
 from hhh_router.model.experts import load_experts
 from hhh_router.types import DIMENSIONS, Weights
@@ -137,6 +137,7 @@ def one_row_of_bandwidth(lab: Lab) -> Measured:
     )
 
 
+@leaves_no_team
 def weight_bytes(lab: Lab) -> int:
     """Weights that a token of one row touches: every backbone weight once (a tied head is one), and the experts."""
     model = load_backbone(lab.folder, lab.bundle.manifest.backbone, device=str(lab.device), dtype=lab.dtype).stack.model

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.timing import seconds
+from benchmarks.timing import leaves_no_team, seconds
 
 _PACKAGES = ("torch", "transformers", "peft", "numpy", "xllamacpp")
 _INSTRUCTIONS = (
@@ -72,6 +72,7 @@ def facts(device: str) -> dict[str, Any]:
     return found
 
 
+@leaves_no_team
 def bandwidth_bytes_s(probe_bytes: int) -> float:
     """How fast memory is read, in bytes/s: the better of summing and of copying a block far larger than the caches.
 

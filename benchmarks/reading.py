@@ -14,7 +14,7 @@ from benchmarks.figures import Figure, Measured
 from benchmarks.lab import MIXTURES, Lab, plan_for
 from benchmarks.llamacpp import open_llamacpp
 from benchmarks.prompts import mixed
-from benchmarks.timing import medians, ratios, seconds
+from benchmarks.timing import leaves_no_team, medians, ratios, seconds
 from hhh_router.assemble import load_calibrators
 from hhh_router.model.base import load_backbone
 from hhh_router.model.experts import Expert, load_experts
@@ -151,6 +151,7 @@ def prefill_over_llamacpp(lab: Lab) -> Measured:
     return Measured(values=ratios(found, "ours", "llama.cpp"), sides=medians(found, "tokens/s"), note=note)
 
 
+@leaves_no_team
 def added_memory(lab: Lab) -> Measured:
     """Bytes of tensors that heads and three experts add to a backbone as it is served, as a share of the backbone's.
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 import gc
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import wraps
 from time import perf_counter
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 Side = Callable[[], float]
 """Does one side's work once and returns what it came to, such as tokens/s. What is timed is the side's own choice."""
@@ -39,6 +45,22 @@ def interleaved(
     return found
 
 
+def leaves_no_team(function: Callable[P, T]) -> Callable[P, T]:
+    """The function on a thread that ends with each call.
+
+    OpenMP keeps a team of threads for every thread that computes, and beside an idle team another one waits asleep
+    between operations. With the thread its team goes, so that no side finds the other's, or that of loading.
+    """
+
+    @wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(function, *args, **kwargs).result()
+
+    return run
+
+
+@leaves_no_team
 def without_collector(side: Side) -> float:
     """One turn of a side; Python's garbage is collected before it, never within it."""
     gc.collect()
