@@ -120,7 +120,7 @@ class Heads(nn.Module):
         ``lengths``, of the rows, matter in training alone: dropout there leaves out the same coordinates in all tokens
         of a row, which is also a small fraction of the random numbers.
         """
-        scaled = (states.float() - getattr(self, f"{side}_mean")).div_(getattr(self, f"{side}_scale"))
+        scaled = (states - getattr(self, f"{side}_mean")).div_(getattr(self, f"{side}_scale"))
         flat = scaled.clamp_(-_OUTLIER, _OUTLIER).flatten(1)
         if self.training and lengths:
             kept = self.dropout(flat.new_ones(len(lengths), flat.shape[1]))
@@ -134,6 +134,8 @@ class Heads(nn.Module):
         result = tokens.new_zeros(len(lengths), self.width)
         if not rows:
             return result
+        if len(lengths) == 1:  # a request alone, as most are: nothing to pad, so nothing to copy
+            return self._joined(tokens[None], self.query[side](tokens)[None], tokens[-1:], side)
         last = torch.tensor([lengths[i] for i in rows], device=tokens.device)
         present = torch.arange(int(last.max()), device=tokens.device)[None] < last[:, None]  # (R, T)
         places = present.flatten().nonzero().squeeze(1)
@@ -141,10 +143,14 @@ class Heads(nn.Module):
         padded = tokens.new_zeros(present.numel(), self.width).index_copy(0, places, tokens)
         padded = padded.view(*present.shape, self.width)  # (R, T, W)
         scores = self.query[side](padded).masked_fill(~present[..., None], -torch.inf)  # (R, T, Q)
-        found = scores.softmax(dim=1).transpose(1, 2) @ self.value[side](padded)  # (R, Q, V)
         final = padded[torch.arange(len(rows), device=tokens.device), last - 1]
-        joined = self.gather[side](torch.cat([found.flatten(1), final], dim=1))
+        joined = self._joined(padded, scores, final, side)
         return result.index_copy(0, torch.tensor(rows, device=tokens.device), joined)
+
+    def _joined(self, tokens: Tensor, scores: Tensor, final: Tensor, side: Side) -> Tensor:
+        """(R, T, W) and scores (R, T, Q) and last tokens (R, W) → (R, W)."""
+        found = scores.softmax(dim=1).transpose(1, 2) @ self.value[side](tokens)  # (R, Q, V)
+        return self.gather[side](torch.cat([found.flatten(1), final], dim=1))  # type: ignore[no-any-return]
 
     def features(self, given: Ragged, side: Side) -> Tensor:
         """What the heads score of one side of a batch: (B, W)."""
@@ -166,18 +172,15 @@ class Heads(nn.Module):
 
     def distances(self, views: Views) -> Tensor:
         """Mahalanobis distance from the training rows of the same mode, per root dimension: (B,)."""
-        coordinates = {
-            "prompt": self._coordinates(views.prompt.summary, "prompt"),
-            "response": self._coordinates(views.response.summary, "response"),
-        }
-        coordinates["both"] = torch.cat([coordinates["prompt"], coordinates["response"]], dim=1)
+        summaries = {"prompt": views.prompt.summary, "response": views.response.summary}
         result = torch.empty(len(views.modes), device=views.prompt.summary.device)
-        for mode in MODES:
+        for mode in set(views.modes):
             rows = [i for i, m in enumerate(views.modes) if m == mode]
-            if rows:
-                centred = coordinates[mode][rows] - getattr(self, f"support_{mode}_mean")
-                whitened = centred @ getattr(self, f"support_{mode}_whiten").T
-                result[rows] = whitened.norm(dim=1) / whitened.shape[1] ** 0.5
+            sides = SIDES if mode == "both" else (mode,)
+            found = torch.cat([self._coordinates(summaries[side][rows], side) for side in sides], dim=1)
+            centred = found - getattr(self, f"support_{mode}_mean")
+            whitened = centred @ getattr(self, f"support_{mode}_whiten").T
+            result[rows] = whitened.norm(dim=1) / whitened.shape[1] ** 0.5
         return result
 
     def _coordinates(self, summaries: Tensor, side: str) -> Tensor:

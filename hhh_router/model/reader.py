@@ -157,8 +157,11 @@ def _slices(layers: Sequence[Tensor], spans: Sequence[tuple[int, int]], offset: 
         for row, (start, stop) in enumerate(spans)
         if stop > start
     ]
-    empty = layers[0].new_zeros((0, len(layers), layers[0].shape[-1]))
-    return Ragged(torch.cat(rows) if rows else empty, [stop - start for start, stop in spans])
+    if len(rows) == 1:
+        states = rows[0]
+    else:
+        states = torch.cat(rows) if rows else layers[0].new_zeros((0, len(layers), layers[0].shape[-1]))
+    return Ragged(states, [stop - start for start, stop in spans])
 
 
 def _shared(texts: Sequence[Encoded]) -> tuple[int, ...]:
