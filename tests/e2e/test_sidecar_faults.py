@@ -418,10 +418,14 @@ def test_an_audit_that_cannot_be_written(stub: tuple[Stub, str], tmp_path: Path,
     audit = SqliteAudit(path)
     path.unlink()
     with sidecar(route_to(stub[1]), audit=audit, audit_failure=failure) as (url, _):
+        before = ask(url, "GET", "/hhh/health/ready", None, [])[0]
         got, _, said = ask(url, body=BODY)
+        ready = ask(url, "GET", "/hhh/health/ready", None, [])
 
     assert (got, GOOD.encode() in said) == (status, status == 200)
     assert audit.failures > 0
+    assert (before, ready[0]) == (200, status)
+    assert json.loads(ready[2])["status"] == ("audit" if status == 503 else "ok")
 
 
 @modes

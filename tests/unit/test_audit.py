@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 
 from hhh_router.cli.main import app
 from hhh_router.errors import SettingsError, Unavailable
-from hhh_router.trace.audit import SqliteAudit, read_rows, row_hash, verify
+from hhh_router.trace.audit import ChainedAudit, SqliteAudit, read_rows, row_hash, verify
+from hhh_router.trace.audit.sqlite import SqliteStore
+from hhh_router.trace.audit.writer import FAILING_S
 from hhh_router.trace.redact import Redactor
 
 CANARY = "sk-canary0123456789abcdef"
@@ -193,6 +195,27 @@ async def test_a_file_that_was_taken_away_is_noticed(path: Path) -> None:
     with pytest.raises(Unavailable):
         await audit.write("intent", "r2", {})
     await audit.aclose()
+
+
+async def test_it_is_failing_until_a_row_is_stored_or_nobody_has_tried_for_a_while(path: Path) -> None:
+    now = [0.0]
+    audit = ChainedAudit(SqliteStore(path), steady=lambda: now[0])
+    away = path.rename(path.with_name("away"))
+    seen = [audit.is_failing]
+    with pytest.raises(Unavailable):
+        await audit.write("intent", "r1", {})
+    seen.append(audit.is_failing)
+    now[0] = FAILING_S
+    seen.append(audit.is_failing)
+    with pytest.raises(Unavailable):
+        await audit.write("intent", "r2", {})
+    seen.append(audit.is_failing)
+    away.rename(path)
+    await audit.write("intent", "r3", {})
+    seen.append(audit.is_failing)
+    await audit.aclose()
+
+    assert seen == [False, True, False, True, False]
 
 
 async def test_two_processes_do_not_write_one_audit(path: Path) -> None:

@@ -19,6 +19,7 @@ from hhh_router.interfaces.proxy.observe import Observer
 from hhh_router.interfaces.proxy.routes import ProxyConfig
 from hhh_router.interfaces.proxy.upstreams import Upstreams
 from hhh_router.interfaces.server.app import create_app
+from hhh_router.interfaces.server.http import dump
 from hhh_router.interfaces.server.keys import KeyRing
 from hhh_router.interfaces.server.metrics import Counts
 from hhh_router.pipeline import Pipeline
@@ -155,11 +156,17 @@ class Sidecar:
     async def answer_here(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The deployment's own server, under its prefix."""
         path = scope["path"][len(PREFIX) :] or "/"
-        if self.draining and path == "/health/ready":
+        if path == "/health/ready" and (why := self._not_ready()) is not None:
             headers = encoded({"content-type": "application/json", "retry-after": "5"})
-            await Out(send).whole(503, headers, b'{"status":"draining"}')
+            await Out(send).whole(503, headers, dump({"status": why}))
             return
         await self.own({**scope, "path": path, "raw_path": path.encode()}, receive, send)
+
+    def _not_ready(self) -> str | None:
+        """Why requests should go elsewhere, beside what the own server knows."""
+        if self.draining:
+            return "draining"
+        return "audit" if self.audit.is_failing and self.config.audit_failure == "closed" else None
 
     async def _live(self, receive: Receive, send: Send) -> None:
         await receive()

@@ -26,6 +26,8 @@ MOST_WAITING = 10_000
 MOST_LATE_BYTES = 64_000_000
 """Of rows that could not be stored and are tried again; further ones are lost."""
 LATE_EVERY_S = 1.0
+FAILING_S = 30.0
+"""How long a failure speaks for the next row; after that, nobody knows until one is tried."""
 MAX_ROW_BYTES = 1 << 20
 ROW_BYTES = 300
 """What a row takes beside its record, with its place in the indexes; about."""
@@ -40,6 +42,11 @@ class Audit(Protocol):
 
     failures: int
     """Rows that were lost since the start."""
+
+    @property
+    def is_failing(self) -> bool:
+        """Whether rows cannot be stored, as far as is known."""
+        ...
 
     async def write(self, kind: Kind, request_id: str, record: Mapping[str, Any]) -> None:
         """Store a row; it survives a crash when this returns.
@@ -59,6 +66,7 @@ class NoAudit:
     """Keeps nothing."""
 
     failures = 0
+    is_failing = False
 
     async def write(self, kind: Kind, request_id: str, record: Mapping[str, Any]) -> None:
         """Do nothing."""
@@ -215,6 +223,7 @@ class ChainedAudit:
         self.store = store
         self.failures = 0
         """Rows that were lost since the start."""
+        self._failed_at: float | None = None  # by the steady clock; None once a row was stored
         self._late: list[_Waiting] = []
         self._late_bytes = 0
         self._clock = clock
@@ -235,6 +244,12 @@ class ChainedAudit:
             raise not_kept(str(error)) from error
         self._thread = threading.Thread(target=self._work, name="audit", daemon=True)
         self._thread.start()
+
+    @property
+    def is_failing(self) -> bool:
+        """See `Audit`: the last row that was tried could not be stored, and that was within `FAILING_S`."""
+        failed_at = self._failed_at
+        return failed_at is not None and self._steady() - failed_at < FAILING_S
 
     async def write(self, kind: Kind, request_id: str, record: Mapping[str, Any]) -> None:
         """See `Audit`."""
@@ -337,13 +352,15 @@ class ChainedAudit:
         self._late, self._late_bytes = [], 0
 
     def _commit(self, events: Sequence[tuple[str, str, str, float]]) -> None:
-        rows = chained(self._head(), events)
         try:
+            rows = chained(self._head(), events)
             self.store.append(rows)
         except NotStored:
             # where the chain ends is asked again, for the rows may be there all the same
             self._last = self._size = None
+            self._failed_at = self._steady()
             raise
+        self._failed_at = None
         self._last = rows[-1].seq, rows[-1].hash
         if self._size is not None:
             self._size += sum(len(row.record) + ROW_BYTES for row in rows)
