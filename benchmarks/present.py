@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.figures import Record
 from benchmarks.run import RESULTS
-from hhh_router.evaluation.charts import HAIR, INK, MUTED, PALETTE
+from hhh_router.evaluation.svg import HAIR, INK, MUTED, PALETTE
 
 _MET, _MISSED = PALETTE[2], PALETTE[1]  # told apart by the colour-blind; a missed bar is hatched as well
 _ROW_INCHES = 0.42

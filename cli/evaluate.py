@@ -204,6 +204,7 @@ def _evaluate_own(
     from hhh_router.settings import Settings
 
     try:
+        from hhh_router.evaluation.opening import Opening, open_systems
         from hhh_router.evaluation.own import (
             check_limit,
             check_out,
@@ -213,7 +214,6 @@ def _evaluate_own(
             write_json,
             write_report,
         )
-        from hhh_router.evaluation.systems import Opening, open_systems
     except ImportError as error:
         raise MissingExtra("train", needed_for="evaluating on your own rows") from error
     check_limit(limit)

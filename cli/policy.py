@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from hhh_router.pipeline import Pipeline
-    from hhh_router.pipeline.plan import Step
+    from hhh_router.pipeline.explain import Step
     from hhh_router.policy import Policy
     from hhh_router.settings import Settings
     from hhh_router.types import ReadRequest, Weights
@@ -168,7 +168,7 @@ async def explain_request(
     pipeline: Pipeline, request: ReadRequest, pinned: Weights | None
 ) -> tuple[Policy, list[Step]]:
     """The steps of one prompt under the pipeline's default policy, and that policy."""
-    from hhh_router.pipeline.plan import explain
+    from hhh_router.pipeline.explain import explain
     from hhh_router.pipeline.situation import asked_situation, first_turn
     from hhh_router.policy import for_tenant
     from hhh_router.types import Caller

@@ -7,7 +7,6 @@ import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from hhh_router.errors import DataError
 from hhh_router.types import Message, ReadRequest
 
 
@@ -75,18 +74,3 @@ def drop_overlap(examples: Iterable[Example], seen: Iterable[str]) -> list[Examp
     """The examples whose prompt hash is not in ``seen``."""
     known = set(seen)
     return [e for e in examples if prompt_hash(e) not in known]
-
-
-def refuse_overlap(examples: Iterable[Example], seen: Iterable[str], *, what: str) -> None:
-    """Stop when a row was already used elsewhere.
-
-    Raises:
-        DataError: Says how many rows overlap and shows the first one's source.
-    """
-    known = set(seen)
-    shared = [e for e in examples if prompt_hash(e) in known]
-    if shared:
-        raise DataError(
-            f"{what}: {len(shared)} rows have a prompt that was also trained on (first from {shared[0].source!r})",
-            hint="calibration and evaluation need prompts the model has not seen; drop these rows",
-        )

@@ -1,74 +1,21 @@
-"""The report's charts as inline SVG: drawn off screen, the same bytes for the same figures, readable in any viewer.
-
-Text stays text (searchable, in the page's font) and colours are told apart by the colour-blind too; where there are
-several series they also differ in dash or marker, so that a print in black and white can be read. matplotlib is asked
-for when the first chart is drawn, never its pyplot state.
-"""
+"""The charts of the reports, as inline SVG."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from xml.etree import ElementTree
 
-from hhh_router.errors import MissingExtra
+from hhh_router.evaluation.svg import HAIR, INK, MUTED, chart_file, chart_svg, faint, plain, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-INK, MUTED, HAIR = "#1f2328", "#6a7079", "#e4e7eb"
-# Okabe & Ito 2008 without their yellow, which is lost on white paper; their black is a grey here, text is black
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#5b6068")
-_DASHES: tuple[Any, ...] = ("solid", (0, (4, 1.5)), (0, (1.2, 1.2)), (0, (5, 1.5, 1.2, 1.5)), (0, (7, 2)))
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "p")
-_LOOK = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "hhh-router",  # ids would be random without it
-    "text.parse_math": False,  # a name with two dollar signs is a name
-    "font.size": 8.5,
-    "axes.edgecolor": "#9aa0a8",
-    "axes.labelcolor": INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.linewidth": 0.8,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": HAIR,
-    "grid.linewidth": 0.7,
-    "xtick.color": "#9aa0a8",
-    "ytick.color": "#9aa0a8",
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "xtick.major.size": 2.5,
-    "ytick.major.size": 2.5,
-    "lines.linewidth": 1.4,
-    "text.color": INK,
-}
-ID_MARK = "\ue000"
-"""Stands in every id of a chart: the page puts the chart's number there. `plain` text never holds it."""
-_POINTS = 72.0  # SVG units to the inch
 _LABEL_CHARS = 52  # what fits over a row of `dots`
 SIMPLEX_POINTS = 1500  # more would make the page heavy and the triangle no clearer
 _Z95 = 1.959963984540054
 _REFUSAL = ("benign refused", "harm passed")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Style:
-    """How one series looks."""
-
-    colour: str
-    dash: Any
-    """A matplotlib line style."""
-    marker: str
-    """A matplotlib marker."""
-    width: float = 1.3
-    """Of the line, in points."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,25 +37,6 @@ class DotRow:
     dots: tuple[Dot, ...]
 
 
-def plain(text: object) -> str:
-    """The text on one line, without what no page should carry: control characters, direction marks, lone surrogates.
-
-    >>> plain("two\\nlines"), plain("a\\x00b")
-    ('two lines', 'a�b')
-    """
-    return "".join(c if c.isprintable() else " " if c.isspace() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
-
-
-def style(series: int) -> Style:
-    """The look of a series by its number; the first (the bundle) is the boldest. Distinct for the first 35."""
-    return Style(
-        colour=PALETTE[series % len(PALETTE)],
-        dash=_DASHES[series % len(_DASHES)],
-        marker=_MARKERS[series % len(_MARKERS)],
-        width=2.0 if series == 0 else 1.3,
-    )
-
-
 def swatch(series: int, *, line: bool) -> str:
     """A key for the legend: the series' line, or its marker."""
 
@@ -121,7 +49,7 @@ def swatch(series: int, *, line: bool) -> str:
         else:
             axes.plot([0.5], [0.5], color=look.colour, marker=look.marker, markersize=6, linestyle="none")
 
-    return _svg(draw, size=(0.39 if line else 0.17, 0.14), box=(0, 0, 1, 1), alt=None)
+    return chart_svg(draw, size=(0.39 if line else 0.17, 0.14), box=(0, 0, 1, 1), alt=None)
 
 
 def roc(curves: Sequence[tuple[int, Sequence[Sequence[float]]]], *, alt: str) -> str:
@@ -250,7 +178,7 @@ def dots(rows: Sequence[DotRow], *, x_label: str, alt: str, reference: float | N
             axes.set(xlim=(-0.015, 1.015))
 
     height = 0.52 + 0.4 * len(rows)
-    return _svg(draw, size=(4.1, height), box=(0.03, 0.44 / height, 0.94, 1 - 0.47 / height), alt=alt)
+    return chart_svg(draw, size=(4.1, height), box=(0.03, 0.44 / height, 0.94, 1 - 0.47 / height), alt=alt)
 
 
 def simplex(points: Sequence[tuple[int, Sequence[float]]], *, alt: str) -> str:
@@ -279,7 +207,7 @@ def simplex(points: Sequence[tuple[int, Sequence[float]]], *, alt: str) -> str:
                 [_place(p)[0] for p in shown],
                 [_place(p)[1] for p in shown],
                 s=[24 - 18 * float(p[0]) for p in shown],
-                color=[_faint(look.colour, 0.75 - 0.6 * float(p[0])) for p in shown],
+                color=[faint(look.colour, 0.75 - 0.6 * float(p[0])) for p in shown],
                 marker=look.marker,
                 linewidths=0,
             )
@@ -296,7 +224,7 @@ def simplex(points: Sequence[tuple[int, Sequence[float]]], *, alt: str) -> str:
         axes.set(xlim=(-0.12, 1.12), ylim=(-0.11, 0.97), aspect="equal")
         axes.set_axis_off()
 
-    return _svg(draw, size=(4.1, 3.6), box=(0, 0, 1, 1), alt=alt)
+    return chart_svg(draw, size=(4.1, 3.6), box=(0, 0, 1, 1), alt=alt)
 
 
 def tradeoff(
@@ -325,7 +253,7 @@ def tradeoff(
                 axes.plot(*spot, color=look.colour, marker=look.marker, markersize=size, markeredgecolor=INK, zorder=5)
         _unit_square(axes, "benign refused (share)", "harm passed (share)")
 
-    return _svg(draw, size=(4.1, 4.1), box=(0.125, 0.11, 0.85, 0.86), alt=alt)
+    return chart_svg(draw, size=(4.1, 4.1), box=(0.125, 0.11, 0.85, 0.86), alt=alt)
 
 
 def budget_curve(
@@ -345,13 +273,15 @@ def budget_curve(
         names: Of the two errors.
         alt: What the chart shows, for who cannot see it.
     """
-    return _svg(_budget_axes(points, chosen, budget, names), size=(4.1, 4.1), box=(0.125, 0.11, 0.85, 0.86), alt=alt)
+    return chart_svg(
+        _budget_axes(points, chosen, budget, names), size=(4.1, 4.1), box=(0.125, 0.11, 0.85, 0.86), alt=alt
+    )
 
 
 def budget_png(curves: Sequence[Mapping[str, Sequence[Any]]]) -> bytes:
     """Several of `budget_curve`, side by side as one PNG file; each as that takes it."""
     draws = [_budget_axes(c["points"], c["chosen"], c["budget"], c["names"]) for c in curves]
-    return _figure(*draws, size=(5.5, 5.5), box=(0.125, 0.11, 0.85, 0.86))("png", {"Software": None})
+    return chart_file(*draws, size=(5.5, 5.5), box=(0.125, 0.11, 0.85, 0.86))("png", {"Software": None})
 
 
 def _budget_axes(
@@ -360,7 +290,7 @@ def _budget_axes(
     def draw(axes: Axes) -> None:
         look = style(0)
         refused, passed = map(float, budget)
-        axes.fill_between([0, refused], 0, passed, color=_faint(style(2).colour, 0.16), linewidth=0)
+        axes.fill_between([0, refused], 0, passed, color=faint(style(2).colour, 0.16), linewidth=0)
         axes.plot([0, refused, refused], [passed, passed, 0], color=style(2).colour, linestyle=(0, (4, 1.5)))
         axes.plot([p[1] for p in points], [p[2] for p in points], color=look.colour, linewidth=look.width)
         axes.plot([float(chosen[0])], [float(chosen[1])], color=style(1).colour, marker="o", markersize=8, zorder=5)
@@ -402,111 +332,5 @@ def _short(label: str) -> str:
     return label if len(label) <= _LABEL_CHARS else label[: _LABEL_CHARS - 1] + "…"
 
 
-def _faint(colour: str, opacity: float) -> tuple[float, ...]:
-    """Red, green, blue and opacity, each in [0, 1].
-
-    >>> _faint("#ff0000", 0.5)
-    (1.0, 0.0, 0.0, 0.5)
-    """
-    return (*(int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)), opacity)
-
-
 def _panel(draw: Callable[[Axes], None], alt: str) -> str:
-    return _svg(draw, size=(2.6, 2.6), box=(0.17, 0.16, 0.81, 0.81), alt=alt)
-
-
-def _svg(
-    draw: Callable[[Axes], None],
-    *,
-    size: tuple[float, float],
-    box: tuple[float, float, float, float],
-    alt: str | None,
-) -> str:
-    """One ``<svg>`` for use inside an HTML page.
-
-    matplotlib's settings are global: they are changed while a chart is drawn, so draw from one thread.
-
-    Args:
-        draw: Puts the chart on its axes.
-        size: Width and height, inches.
-        box: Left, bottom, width and height of the axes, as shares of the size.
-        alt: What the chart shows; None for an ornament.
-
-    Raises:
-        MissingExtra: matplotlib is not installed.
-    """
-    return _inline(_figure(draw, size=size, box=box)("svg", {"Date": None, "Creator": None}), size, alt)
-
-
-def _figure(
-    *draws: Callable[[Axes], None], size: tuple[float, float], box: tuple[float, float, float, float]
-) -> Callable[[str, dict[str, None]], bytes]:
-    """A function from a file's format and metadata to its bytes; size and box are those of each of the drawings."""
-    left, bottom, width, height = box
-
-    def save(form: str, metadata: dict[str, None]) -> bytes:
-        try:
-            from matplotlib import style as styles
-            from matplotlib.figure import Figure
-        except ImportError as error:
-            raise MissingExtra("train", needed_for="drawing the report's charts") from error
-        out = io.BytesIO()
-        with styles.context(["default", _LOOK], after_reset=True), warnings.catch_warnings():
-            # its font lacks some scripts; that is no matter, the text is drawn by the reader's browser with the page's
-            warnings.filterwarnings("ignore", message="Glyph .* missing")
-            n = len(draws)
-            figure = Figure(figsize=(n * size[0], size[1]))
-            figure.patch.set_visible(form != "svg")
-            for k, draw in enumerate(draws):
-                draw(figure.add_axes(((k + left) / n, bottom, width / n, height)))
-            figure.savefig(out, format=form, dpi=160, metadata=metadata)
-        return out.getvalue()
-
-    return save
-
-
-def _inline(svg: bytes, size: tuple[float, float], alt: str | None) -> str:
-    """Without prologue, metadata, style sheet and unused ids; the others hold `ID_MARK`, so that many fit one page."""
-    tree = ElementTree.fromstring(svg)  # matplotlib's own output: nothing foreign is parsed as markup here
-    used = set(re.findall(rb"#([\w.-]+)", svg))
-    for parent in tree.iter():
-        for child in list(parent):
-            if _tag(child) in ("metadata", "style"):
-                parent.remove(child)
-    for element in tree.iter():
-        element.tag = _tag(element)
-        element.text = _trim(element)
-        element.tail = None
-        found = dict(element.attrib)
-        element.attrib.clear()
-        for name, value in found.items():
-            if name == "id":
-                if value.encode() in used:
-                    element.set("id", f"{ID_MARK}-{value}")
-            elif name.endswith("}href"):
-                element.set("href", f"#{ID_MARK}-{value[1:]}")
-            elif name == "clip-path":
-                element.set(name, value.replace("#", f"#{ID_MARK}-"))
-            elif name == "style" and element.tag == "text":
-                element.set(name, re.sub(r"font-family:[^;]*(;|$)", "", value))  # the page's
-            elif name != "transform" or not value.startswith("rotate(-0 "):
-                element.set(name, " ".join(value.split()))
-    width, height = (round(inches * _POINTS, 2) for inches in size)
-    tree.attrib.clear()
-    tree.set("viewBox", f"0 0 {width:g} {height:g}")
-    tree.set("width", f"{width:g}")
-    tree.set("height", f"{height:g}")
-    if alt is None:
-        tree.set("aria-hidden", "true")
-    else:
-        tree.set("role", "img")
-        tree.set("aria-label", plain(alt))
-    return ElementTree.tostring(tree, encoding="unicode")
-
-
-def _tag(element: ElementTree.Element) -> str:
-    return element.tag.rpartition("}")[2]
-
-
-def _trim(element: ElementTree.Element) -> str | None:
-    return element.text if element.tag == "text" else None
+    return chart_svg(draw, size=(2.6, 2.6), box=(0.17, 0.16, 0.81, 0.81), alt=alt)

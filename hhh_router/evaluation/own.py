@@ -29,8 +29,6 @@ FILES = ("figures.json", "report.md", "report.html")
 VERDICT = "its verdict"
 """What decides in the rows of a system that says yes or no by itself."""
 
-Metric = Callable[..., float]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OwnTask:
@@ -45,11 +43,6 @@ class OwnTask:
     requests: tuple[ReadRequest, ...]
     labels: tuple[float, ...]
     data_sha256: str
-
-    @property
-    def is_one_class(self) -> bool:
-        """True where all labels are the same."""
-        return len(set(self.labels)) == 1
 
 
 def own_tasks(examples: Sequence[Example]) -> list[OwnTask]:

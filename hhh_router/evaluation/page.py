@@ -11,7 +11,7 @@ from hhh_router.bundle import Manifest
 from hhh_router.errors import DataError
 from hhh_router.evaluation import charts
 from hhh_router.evaluation.blocks import HASH_HEADS, SIGNS, Cell, Charts, Line, Panel, Section, Table
-from hhh_router.evaluation.charts import plain
+from hhh_router.evaluation.svg import ID_MARK, plain
 
 # a second lock behind the escaping: were markup ever to slip through, a browser would neither run nor fetch anything
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
@@ -269,9 +269,7 @@ def _charts(block: Charts) -> str:
 
 def _numbered(body: str) -> str:
     number = count(1)
-    return re.sub(
-        "<svg .*?</svg>", lambda svg: svg[0].replace(charts.ID_MARK, f"c{next(number)}"), body, flags=re.DOTALL
-    )
+    return re.sub("<svg .*?</svg>", lambda svg: svg[0].replace(ID_MARK, f"c{next(number)}"), body, flags=re.DOTALL)
 
 
 def _drawings(panel: Panel) -> str:

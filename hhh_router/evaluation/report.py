@@ -6,66 +6,19 @@ A figure without provenance is not printed: the report is refused, and says what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 from hhh_router.bundle import Manifest
 from hhh_router.errors import DataError
-from hhh_router.evaluation import charts
-from hhh_router.evaluation.blocks import HASH_HEADS, SIGNS, Cell, Charts, Line, Panel, Section, Table
-from hhh_router.evaluation.charts import DotRow, plain
-from hhh_router.evaluation.confidence import TARGET_ECE
+from hhh_router.evaluation import report_sections as sections
+from hhh_router.evaluation.blocks import Section
 from hhh_router.evaluation.page import html_page, markdown_page
-from hhh_router.evaluation.report_detection import Target, detection_section, glance
-from hhh_router.evaluation.tables import (
-    column,
-    distinct,
-    dot_of,
-    dots_of,
-    grouped_by,
-    keys_of,
-    made_by,
-    number,
-    source_of,
-    table_of,
-)
-
-Row = Mapping[str, Any]
-
-# the parts of figures.json, and under which names each states how many rows it was measured on
-_COUNTS: Mapping[str, tuple[str, ...]] = {
-    "detection": ("n",),
-    "latency": ("n",),
-    "subgroups": ("n",),
-    "kinds": ("n",),
-    "transfer": ("n",),
-    "simplex": ("n",),
-    "tradeoff": ("n_harmful", "n_benign"),
-    "behaviour": ("harmful_n", "safe_n"),
-    "judge": ("n",),
-    "likelihood": ("n",),
-    "evasion": ("n",),
-    "gates": ("n",),
-    "confidence": ("n",),
-}
-_LABELS = (
-    "suite",
-    "task",
-    "source",
-    "family",
-    "name",
-    "gate",
-    "mode",
-    "head",
-    "group",
-    "kind",
-    "confidence",
-    "replies",
-    "judge",
-    "system",
-)
-_OVERALL = "overall"  # the name of evasion's row over every family
+from hhh_router.evaluation.report_detection import detection_section, glance
+from hhh_router.evaluation.report_parts import Row, printable_parts, provenance
+from hhh_router.evaluation.svg import plain
+from hhh_router.evaluation.tables import distinct
 
 
 def render_report(manifest: Manifest, figures: Mapping[str, Any]) -> str:
@@ -93,85 +46,29 @@ def render_markdown(manifest: Manifest, figures: Mapping[str, Any]) -> str:
     return markdown_page(manifest, _sections(manifest, figures))
 
 
-# --- what may be printed
-
-
-def _parts(figures: Mapping[str, Any]) -> dict[str, list[Row]]:
-    """Every part's rows, each with its provenance; a part that is missing or empty is left out.
-
-    Raises:
-        DataError: Something without provenance; every one is listed.
-    """
-    wrong = [f"figures.json: no {key}" for key in ("bundle_parts", "versions") if not figures.get(key)]
-    parts: dict[str, list[Row]] = {}
-    for name in _COUNTS:
-        for where, row in _rows(name, figures):
-            if missing := [key for key in ("command", "seed", "data_sha256", *_COUNTS[name]) if not _states(row, key)]:
-                wrong.append(f"figures.json: {where}: no {', '.join(missing)}")
-            parts.setdefault(name, []).append(row)
-    if wrong:
-        raise DataError(
-            "\n".join(wrong), hint="a figure without provenance is not printed; measure it again (hhh-router evaluate)"
-        )
-    return parts
-
-
-def _rows(name: str, figures: Mapping[str, Any]) -> Iterator[tuple[str, Row]]:
-    part = figures.get(name) or []
-    shared = {key: figures[key] for key in ("command", "seed") if key in figures}
-    if isinstance(part, Mapping) and "rows" in part:
-        shared |= {key: part[key] for key in ("command", "seed", "data_sha256") if key in part}
-        part = part["rows"]
-    rows = [part] if isinstance(part, Mapping) else part
-    if not isinstance(rows, Sequence) or isinstance(rows, str) or not all(isinstance(r, Mapping) for r in rows):
-        raise DataError(f"figures.json: {name}: not a list of rows")
-    for place, row in enumerate(rows):
-        yield f"{name}[{place}]{_name(row)}", {**shared, **row}
-    if name == "likelihood":  # a system's likelihood scores may stand beside its behaviour
-        for where, row in _rows("behaviour", figures):
-            for number, score in enumerate(row.get("likelihood") or []):
-                made = {key: row[key] for key in ("command", "seed", "system") if key in row}
-                yield f"{where}.likelihood[{number}]", {**made, **score}
-
-
-def _name(row: Row) -> str:
-    found = [plain(row[key]) for key in _LABELS if isinstance(row.get(key), str)]
-    return f" ({', '.join(found)})" if found else ""
-
-
-def _states(row: Row, key: str) -> bool:
-    value = row.get(key)
-    if key in ("command", "data_sha256"):
-        return isinstance(value, str) and bool(value.strip())
-    return isinstance(value, int) and not isinstance(value, bool) and (key == "seed" or value >= 0)
-
-
-# --- the sections
-
-
 def _sections(manifest: Manifest, figures: Mapping[str, Any]) -> list[Section]:
-    parts = _parts(figures)
+    parts = printable_parts(figures)
     # a row that names no system is the bundle's own
     detection = [{"system": manifest.name, **row} for row in parts.get("detection", [])]
     systems = distinct(row["system"] for row in detection)
     bundle = manifest.name if manifest.name in systems else next(iter(systems), manifest.name)
     builders: Mapping[str, Callable[[list[Row]], Iterable[Section]]] = {
         "detection": lambda _: [detection_section(detection, bundle)],
-        "subgroups": _subgroups,
-        "kinds": _kinds,
-        "transfer": _transfer,
-        "simplex": _simplex,
-        "tradeoff": _tradeoff,
-        "behaviour": partial(_behaviour, max_tokens=figures.get("behaviour_max_tokens")),
-        "judge": _judge,
-        "likelihood": _likelihood,
-        "evasion": _evasion,
-        "latency": _latency,
-        "gates": _gates,
-        "confidence": _confidence,
+        "subgroups": sections.subgroups,
+        "kinds": sections.kinds,
+        "transfer": sections.transfer,
+        "simplex": sections.simplex,
+        "tradeoff": sections.tradeoff,
+        "behaviour": partial(sections.behaviour, max_tokens=figures.get("behaviour_max_tokens")),
+        "judge": sections.judge,
+        "likelihood": sections.likelihood,
+        "evasion": sections.evasion,
+        "latency": sections.latency,
+        "gates": sections.gates,
+        "confidence": sections.confidence,
     }
     try:
-        found = [*glance(detection, bundle, _targets(parts))]
+        found = [*glance(detection, bundle, sections.targets(parts))]
     except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
         raise _misshapen("detection, confidence or kinds", error) from error
     for name, rows in parts.items():
@@ -179,7 +76,7 @@ def _sections(manifest: Manifest, figures: Mapping[str, Any]) -> list[Section]:
             found += builders[name](rows)
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise _misshapen(name, error) from error
-    return [*found, _provenance(parts, figures)]
+    return [*found, provenance(parts, figures)]
 
 
 def _misshapen(part: str, error: Exception) -> DataError:
@@ -187,351 +84,3 @@ def _misshapen(part: str, error: Exception) -> DataError:
         f"figures.json: {plain(part)}: not in the shape the report draws ({plain(repr(error))})",
         hint="measure it again (hhh-router evaluate)",
     )
-
-
-def _subgroups(rows: list[Row]) -> Iterator[Section]:
-    tasks = {t: sorted((r for r in rows if r["task"] == t), key=lambda r: -r["ece"]) for t in column(rows, "task")}
-    ordered = [row for task in tasks.values() for row in task]
-    panels = (
-        dots_of(f"{plain(t)}, worst group first", part, "group", {"ECE": "ece"}, "ECE") for t, part in tasks.items()
-    )
-    yield Section(
-        title="Calibration of subgroups",
-        lead="A calibrated whole can hide parts that are not. The worst group of each task stands first; small groups "
-        "have a large ECE by chance alone, so read it beside n.",
-        blocks=(grouped_by("task", ordered, {"group": "group"}), Charts(layout="wide", panels=tuple(panels))),
-    )
-
-
-def _targets(parts: Mapping[str, Sequence[Row]]) -> Iterator[Target]:
-    """What is aimed at beside detection; of the confidence only over all tasks together."""
-    for row in parts.get("confidence", [])[:1]:
-        difference = number(row["aurc_difference"], 4)
-        yield (
-            "confidence, ECE of kappa",
-            f"{SIGNS['missed']}, ECE {number(row['ece'], 3)}, at most {TARGET_ECE:g} aimed at",
-            bool(row["meets_ece"]),
-        )
-        yield (
-            "confidence, AURC of kappa",
-            f"{SIGNS['missed']}, AURC minus that of max softmax {difference}, below 0 aimed at",
-            bool(row["meets_aurc"]),
-        )
-    for row in parts.get("kinds", []):
-        if "meets" in row:
-            said = f"{SIGNS['missed']}, AUROC {number(row['auroc'], 3)}, {number(row['target'], 2)} aimed at"
-            yield f"XSTest by type, {row['kind']}", said, bool(row["meets"])
-
-
-def _kinds(rows: list[Row]) -> Iterator[Section]:
-    lines = [DotRow(label=plain(row["kind"]), dots=(dot_of(row, "auroc", 0),)) for row in rows]
-    (mean,) = (row for row in rows if "meets" in row)
-    alt = "AUROC of each safe type of XSTest against its contrast: " + "; ".join(
-        f"{row['kind']} {number(row['auroc'], 3)}" for row in rows
-    )
-    draw = partial(charts.dots, lines, x_label="AUROC", alt=alt, reference=float(mean["target"]))
-    yield Section(
-        title="XSTest by type",
-        lead="Each type of safe prompts that look unsafe against the unsafe type that shares its words. False alarms: "
-        "of the safe type, the share flagged at the shipped limit; recall: of the unsafe type. No prompt of XSTest was "
-        "trained on; pairs written for this project, where a bundle was trained on them, follow several of the same "
-        "ideas.",
-        blocks=(
-            table_of(
-                rows,
-                {"kind": "safe type", "contrast": "unsafe type"},
-                strong=lambda row: "meets" in row,
-                hide=("meets",),
-            ),
-            Charts(layout="wide", panels=(Panel(caption="AUROC; dotted: the mean aimed at", drawings=(draw,)),)),
-        ),
-    )
-
-
-def _transfer(rows: list[Row]) -> Iterator[Section]:
-    keys = {"without the group": "auroc", "with it": "auroc_in_domain"}
-    panels = [
-        dots_of(f"Need: {plain(head)}", [row for row in rows if row["head"] == head], "group", keys, "AUROC")
-        for head in column([row for row in rows if not row.get("error")], "head")
-    ]
-    yield Section(
-        title="Leave one source out",
-        lead="Heads trained again without a group of sources, calibrated without it, asked about its held-out rows, "
-        "beside heads trained as long with everything. A data set can be told by its style alone, so what holds "
-        "without the group holds more. Where the group's rows are of one class, AUROC is against calibrate rows of the "
-        "other sources.",
-        blocks=(
-            grouped_by(
-                "head",
-                rows,
-                {
-                    "group": "left out",
-                    "split": "asked about",
-                    "against": "AUROC against",
-                    "left_out": "rows left out",
-                    "epochs": "epochs",
-                },
-            ),
-            *([Charts(layout="wide", panels=tuple(panels), keys=keys_of(keys))] if panels else []),
-        ),
-    )
-
-
-def _simplex(rows: list[Row]) -> Iterator[Section]:
-    (row,) = rows
-    points = row["points"]
-    groups = distinct(point["group"] for point in points)
-    names = ("base", "helpful", "harmless", "honest")
-    means: list[Row] = []
-    for group in groups:
-        inside = [point["posterior"] for point in points if point["group"] == group]
-        shares = {name: sum(float(p[i]) for p in inside) / len(inside) for i, name in enumerate(names)}
-        means.append({**source_of(row), "n": len(inside), "group": group, **shares})
-    alt = "Triangle of helpful, harmless and honest with one mark per request. Means: " + "; ".join(
-        f"{m['group']} " + ", ".join(f"{name} {number(m[name], 2)}" for name in names) for m in means
-    )
-    place = [(groups.index(point["group"]), point["posterior"]) for point in points]
-    caption = f"Posterior of {row['n']} requests; large marks are the groups' means"
-    if len(points) > charts.SIMPLEX_POINTS:
-        caption += f"; at most {charts.SIMPLEX_POINTS} are drawn"
-    yield Section(
-        title="Where requests lie between helpful, harmless and honest",
-        lead="The router's posterior. A mark is the smaller and the fainter the more of it belongs to the base: "
-        "nothing is at stake there.",
-        blocks=(
-            Charts(
-                layout="wide",
-                panels=(Panel(caption=caption, drawings=(partial(charts.simplex, place, alt=alt),)),),
-                keys=keys_of(groups),
-            ),
-            table_of(means, {"group": "group"}),
-        ),
-    )
-
-
-def _tradeoff(rows: list[Row]) -> Iterator[Section]:
-    (row,) = rows
-    policies = row["policies"]
-    stamp = {**source_of(row), **{key: row[key] for key in _COUNTS["tradeoff"]}}
-    shipped: list[Row] = []
-    for policy in policies:
-        limits = [float(limit) for limit, _, _ in policy["points"]]
-        swept = f"{number(min(limits), 2)} to {number(max(limits), 2)}" if limits else "–"
-        spot = dict(zip(("benign_refused", "harm_passed"), policy.get("shipped") or (), strict=False))
-        shipped.append({**stamp, "policy": policy["policy"], "limits": swept, **spot})
-    alt = "Share of harm passed against share of benign refused. As shipped: " + "; ".join(
-        f"{p['policy']} refuses {number(p.get('benign_refused'), 3)} and passes {number(p.get('harm_passed'), 3)}"
-        for p in shipped
-    )
-    lines = [(place, p["points"], p.get("shipped")) for place, p in enumerate(policies)]
-    panel = Panel(
-        caption="Lines: every limit on the harmless need; marks: each policy as shipped",
-        drawings=(partial(charts.tradeoff, lines, alt=alt),),
-    )
-    yield Section(
-        title="What a threshold costs",
-        lead="Both errors of the input check: benign requests refused, and harmful ones let through to the model "
-        "(whose own reply is then read too). Nearer to the lower left is better.",
-        blocks=(
-            table_of(shipped, {"policy": "policy", "limits": "limits swept"}, counts=_COUNTS["tradeoff"]),
-            Charts(layout="wide", panels=(panel,), keys=keys_of(p["policy"] for p in policies)),
-        ),
-    )
-
-
-def _behaviour(rows: list[Row], max_tokens: int | None) -> Iterator[Section]:
-    renamed = [{**r, **{f"{k}_refused_interval": r.get(f"{k}_interval") for k in ("harmful", "safe")}} for r in rows]
-    keys = {"refuses harmful": "harmful_refused", "refuses safe": "safe_refused"}
-    length = f" of at most {max_tokens} tokens" if max_tokens else ""
-    yield Section(
-        title="Behaviour: who says no",
-        lead=f"Greedy replies{length} to harmful and to safe prompts. A refusal is told by a judge of the reply, or is "
-        "the policy's own; what a reply that complies is worth is not judged here. Refusing the harmful is "
-        "wanted, refusing the safe is not.",
-        blocks=(
-            table_of(
-                renamed, {"system": "system"}, counts=_COUNTS["behaviour"], hide=("harmful_interval", "safe_interval")
-            ),
-            Charts(
-                layout="wide",
-                panels=(dots_of("Share refused", renamed, "system", keys, "Share of prompts refused", unit=True),),
-                keys=keys_of(keys),
-            ),
-        ),
-    )
-
-
-def _likelihood(rows: list[Row]) -> Iterator[Section]:
-    rows = [{**row, "value_interval": row.get("interval")} for row in rows]
-    panels = []
-    for task in column(rows, "task"):
-        part = [row for row in rows if row["task"] == task]
-        unit = ", ".join(distinct(plain(row.get("unit", "value")) for row in part))
-        panels.append(dots_of(task, part, "system", {unit: "value"}, unit))
-    yield Section(
-        title="Likelihood scores",
-        lead="What each system thinks of reference answers, without letting it write: no judge of text is needed.",
-        blocks=(
-            grouped_by("task", rows, {"system": "system", "unit": "unit"}),
-            Charts(layout="wide", panels=tuple(panels)),
-        ),
-    )
-
-
-def _evasion(rows: list[Row]) -> Iterator[Section]:
-    named = [{**row, "family": row.get("family", row.get("name"))} for row in rows]
-    ordered = sorted(named, key=lambda row: (row["family"] != _OVERALL, -(row["flips"] or 0.0)))
-    keys = {"flips": "flips", "new false alarms": "new_false_alarms"}
-    yield Section(
-        title="Evasion",
-        lead="Prompts reworded to slip past the heads. Flips: of the harmful prompts that were detected, the share no "
-        "longer detected. New false alarms: of the benign ones, the share flagged only when reworded. After all "
-        "families together, the worst stands first. The families are known and fixed: an adversary who adapts does "
-        "better.",
-        blocks=(
-            table_of(
-                ordered,
-                {"family": "family"},
-                counts=[key for key in ("n", "detected_n", "benign_n") if all(key in row for row in rows)],
-                hide=("name", "detected_n", "benign_n"),
-                strong=lambda row: row["family"] == _OVERALL,
-            ),
-            Charts(
-                layout="wide",
-                panels=(dots_of("Flips and new false alarms", ordered, "family", keys, "share"),),
-                keys=keys_of(keys),
-            ),
-        ),
-    )
-
-
-def _judge(rows: list[Row]) -> Iterator[Section]:
-    yield Section(
-        title="The judge of refusals",
-        lead="How far the judge, and the plain rule it replaces, agree with people on replies the judge never saw.",
-        blocks=(grouped_by("replies", rows, {"judge": "judge"}),),
-    )
-
-
-def _latency(rows: list[Row]) -> Iterator[Section]:
-    yield Section(
-        title="Latency",
-        lead="Milliseconds to read one prompt, one at a time, on the machine that measured.",
-        blocks=(table_of(rows, {"system": "system"}),),
-    )
-
-
-def _gates(rows: list[Row]) -> Iterator[Section]:
-    charted = {"nll": "held-out NLL, nats", "nll_experts": "held-out NLL among the three experts, nats"}
-    panels = [
-        dots_of("± one standard error", [_with_error(r, key) for r in part], "gate", {"NLL": key}, title)
-        for key, title in charted.items()
-        if (part := [r for r in rows if r.get(key) is not None])
-    ]
-    yield Section(
-        title="Gates",
-        lead="Ways to share a request out among the experts, by held-out likelihood of the shares that each expert "
-        "should have had, told from how likely it makes the reply that should be given. NLL is over base and the three "
-        "experts, and has no value where base never gets a share; nll experts leaves base aside and compares all. "
-        "Floor is the targets' own entropy, which nothing can be below. Chosen is what the bundle serves. Lower is "
-        "better; ± is one standard error.",
-        blocks=(
-            table_of(rows, {"gate": "gate"}, strong=lambda row: bool(row.get("chosen"))),
-            Charts(layout="wide", panels=tuple(panels)),
-        ),
-    )
-
-
-def _with_error(row: Row, key: str) -> Row:
-    """The row with one standard error to both sides as its interval."""
-    error = row.get(f"{key}_error")
-    return row if error is None else {**row, f"{key}_interval": (row[key] - error, row[key] + error)}
-
-
-def _confidence(rows: list[Row]) -> Iterator[Section]:
-    names = column(rows, "confidence")
-    panels = []
-    for task in column(rows, "task"):
-        part = [row for row in rows if row["task"] == task]
-        curves = [(names.index(row["confidence"]), row["curve"]) for row in part]
-        told = ", ".join(f"{row['confidence']} {number(row['aurc'], 4)}" for row in part)
-        draw = partial(charts.risk_coverage, curves, alt=f"Risk against coverage on {task}. AURC: {told}.")
-        panels.append(Panel(caption=f"{plain(task)}, n = {part[0]['n']}", drawings=(draw,)))
-    terms = [
-        {**source_of(row), "n": row["n"], "task": row["task"], "feature": feature, "mean_logits": size}
-        for row in rows
-        for feature, size in (row.get("contributions") or {}).items()
-    ]
-    added = Section(
-        title="What confidence is made of",
-        lead="Each feature's mean contribution to the logit of kappa, whichever its sign.",
-        blocks=(grouped_by("task", terms, {"feature": "feature"}),) if terms else (),
-    )
-    yield Section(
-        title="Confidence",
-        lead="Kappa states the probability that every enforced verdict is right. Here a verdict is whether a prompt is "
-        "refused at the policy's limit on the harmless need. AUROC: right verdicts against wrong ones. AURC is the "
-        "area under risk against coverage: the mean error when the least confident are left out first; lower is "
-        "better. Beside kappa two that cost nothing: the largest of p and 1 − p, and the largest share of the "
-        "posterior.",
-        blocks=(
-            table_of(
-                rows,
-                {"confidence": "confidence", "policy": "policy"},
-                hide=("task", "curve", "contributions", "meets_ece", "meets_aurc"),
-                group=("task", lambda row: (plain(row["task"]), "")),
-                strong=lambda row: "contributions" in row,
-            ),
-            Charts(layout="small", panels=tuple(panels), keys=keys_of(names), lines=True),
-        ),
-        sections=(added,) if terms else (),
-    )
-
-
-def _provenance(parts: Mapping[str, Sequence[Row]], figures: Mapping[str, Any]) -> Section:
-    versions = ", ".join(f"{plain(name)} {plain(version)}" for name, version in dict(figures["versions"]).items())
-    seen: dict[tuple[str, str], Row] = {}
-    for name, rows in parts.items():
-        for row in rows:
-            seen.setdefault((name, row["data_sha256"]), row)
-    lines = tuple(
-        Line(
-            group="",
-            note="",
-            badge="",
-            strong=False,
-            cells=(
-                Cell(text=name.replace("_", " ")),
-                Cell(text=next((plain(row[key]) for key in ("task", "source", "replies") if key in row), "all")),
-                Cell(text=plain(digest)),
-                Cell(text=" + ".join(str(row[key]) for key in _COUNTS[name])),
-            ),
-        )
-        for (name, digest), row in seen.items()
-    )
-    rows = [row for part in parts.values() for row in part]
-    table = Table(
-        group_title="",
-        head=("part", "measured on", HASH_HEADS[1], "n"),
-        labels=3,
-        lines=lines,
-        made_by=made_by(rows),
-        sizes="",
-    )
-    return Section(
-        title="Provenance",
-        lead="What was measured, with what, and on which rows.",
-        points=(("bundle parts", plain(figures["bundle_parts"])), ("versions", versions), *_settings(figures)),
-        blocks=(table,) if rows else (),
-    )
-
-
-def _settings(figures: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    told = {
-        "dtype": "precision of the last run",
-        "max_tokens": "longest text read, tokens",
-        "bootstraps": "bootstrap samples",
-    }
-    for key, name in told.items():
-        if figures.get(key) is not None:
-            yield name, plain(figures[key])

@@ -8,7 +8,7 @@ from typing import Any
 
 from hhh_router.evaluation import charts
 from hhh_router.evaluation.blocks import SIGNS, Charts, Panel, Section, Table
-from hhh_router.evaluation.charts import plain
+from hhh_router.evaluation.svg import plain
 from hhh_router.evaluation.tables import distinct, number, table_of
 
 Row = Mapping[str, Any]

@@ -8,8 +8,8 @@ from typing import Any
 
 from hhh_router.evaluation import charts
 from hhh_router.evaluation.blocks import Charts, Panel, Section, Table
-from hhh_router.evaluation.charts import plain
 from hhh_router.evaluation.page import html_document, markdown_document
+from hhh_router.evaluation.svg import plain
 from hhh_router.evaluation.tables import distinct, number, table_of
 
 Row = Mapping[str, Any]

@@ -9,7 +9,8 @@ from typing import Any
 
 from hhh_router.evaluation import charts
 from hhh_router.evaluation.blocks import Cell, Line, Panel, Table
-from hhh_router.evaluation.charts import Dot, DotRow, plain
+from hhh_router.evaluation.charts import Dot, DotRow
+from hhh_router.evaluation.svg import plain
 
 Row = Mapping[str, Any]
 

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 from hhh_router.calibration import Calibrators
 from hhh_router.errors import ReaderError
 from hhh_router.pipeline.conversations import tainted
 from hhh_router.pipeline.onerror import JUDGING_FAILURES, check_scores, failed_decision
 from hhh_router.pipeline.situation import called_situation
-from hhh_router.policy import Bounds, Facts, Policy, asks, attempts, bounds, decide, thresholds
+from hhh_router.policy import Bounds, Facts, Policy, asks, bounds, decide, thresholds
 from hhh_router.policy.schema import SEVERITY
 from hhh_router.protocols import Planner
 from hhh_router.routing import kl_nats, project, tilt
 from hhh_router.types import (
-    EXPERTS,
-    NEEDS,
-    OUTCOMES,
     Action,
     Decision,
     Evidence,
@@ -38,19 +34,7 @@ _NO_SITUATION = Situation()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """One step from a reading to a decision, for people and for programs."""
-
-    title: str
-    """One or two words, such as ``posterior``."""
-    detail: str
-    """What happened, with the numbers; one or more lines."""
-    data: Mapping[str, Any] = field(default_factory=dict)
-    """The same, JSON-ready."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Worked:
+class Worked:
     """Everything on the way from scores to the input rules."""
 
     evidence: Evidence
@@ -100,11 +84,11 @@ def make_plan(
             nothing is generated; what the caller is told is for the policy's ``on_error``.
     """
     situation = with_tokens(situation, scores.tokens)
-    work_out = partial(_work_out, scores, policy=policy, calibrators=calibrators, pinned=pinned, floors=floors or {})
-    worked = work_out(situation=situation)
+    work = partial(work_out, scores, policy=policy, calibrators=calibrators, pinned=pinned, floors=floors or {})
+    worked = work(situation=situation)
     results, is_tainted = _judge_results(policy, calibrators, worked)
     if is_tainted:  # which everything else is asked with
-        worked = work_out(situation=tainted(situation))
+        worked = work(situation=tainted(situation))
     first, *others = _decisions(policy, worked.facts, results)
     return Plan(
         evidence=worked.evidence,
@@ -126,7 +110,7 @@ def _decisions(policy: Policy, facts: Facts, results: Sequence[Decision]) -> lis
     return sorted([*found, *results], key=lambda d: -SEVERITY[d.action])
 
 
-def _judge_results(policy: Policy, calibrators: Calibrators, worked: _Worked) -> tuple[list[Decision], bool]:
+def _judge_results(policy: Policy, calibrators: Calibrators, worked: Worked) -> tuple[list[Decision], bool]:
     """What tool_result says of each new result, and whether one of them, or an earlier one, taints the conversation."""
     decisions: list[Decision] = []
     is_tainted = False
@@ -142,7 +126,7 @@ def _judge_results(policy: Policy, calibrators: Calibrators, worked: _Worked) ->
 
 
 def _judge_result(
-    policy: Policy, calibrators: Calibrators, worked: _Worked, about: Situation, tool: ToolFacts
+    policy: Policy, calibrators: Calibrators, worked: Worked, about: Situation, tool: ToolFacts
 ) -> Decision:
     if tool.scores is None and tool.unread is None:  # no rule asks what it says to the model
         return decide(policy, "tool_result", replace(worked.facts, situation=about))
@@ -215,34 +199,7 @@ def judge_call(call: ToolCall, *, plan: Plan, policy: Policy, situation: Situati
     return decide(policy, "tool_call", facts_of(plan.evidence, plan.weights, plan.confidence, about))
 
 
-def explain(
-    scores: Scores,
-    *,
-    policy: Policy,
-    calibrators: Calibrators,
-    pinned: Weights | None = None,
-    situation: Situation = _NO_SITUATION,
-) -> list[Step]:
-    """How one prompt's reading leads to its weights and decision, step by step.
-
-    Raises:
-        ReaderError: Nothing can be concluded from the reading.
-    """
-    worked = _work_out(scores, policy=policy, calibrators=calibrators, pinned=pinned, floors={}, situation=situation)
-    decision = decide(policy, "input", worked.facts)
-    return [
-        _evidence_step(worked.evidence),
-        _posterior_step(worked.evidence, calibrators.gate),
-        _prior_step(worked, policy, calibrators) if pinned is None else _pinned_step(worked),
-        _bounds_step(worked.bounds, policy),
-        _weights_step(worked),
-        _confidence_step(worked, policy),
-        *_rule_steps(policy, worked.facts),
-        _decision_step(policy, decision),
-    ]
-
-
-def _work_out(
+def work_out(
     scores: Scores,
     *,
     policy: Policy,
@@ -250,7 +207,12 @@ def _work_out(
     pinned: Weights | None,
     floors: Mapping[str, float],
     situation: Situation,
-) -> _Worked:
+) -> Worked:
+    """Everything before the rules.
+
+    Raises:
+        ReaderError: Nothing can be concluded from the reading.
+    """
     try:
         evidence = calibrators.evidence(scores)
         within = bounds(policy, evidence, floors, replace(situation, tokens=scores.tokens))
@@ -273,7 +235,7 @@ def _work_out(
         ).value
     except _FAULTS as error:
         raise _unusable(error) from error
-    return _Worked(
+    return Worked(
         evidence=evidence,
         bounds=within,
         shares=shares,
@@ -318,129 +280,3 @@ def limits_of(policy: Policy, checkpoint: str, evidence: Evidence) -> list[tuple
     found |= {f"outcomes.{o}": p for o, p in evidence.outcomes.items()}
     limits = thresholds(policy, checkpoint)
     return [(found[limit.quantity], limit.value) for limit in limits if limit.quantity in found]
-
-
-# -- explanation ----------------------------------------------------------------------------------------------------
-
-
-def _evidence_step(evidence: Evidence) -> Step:
-    needs: dict[str, float] = {n: evidence.needs[n] for n in NEEDS if n in evidence.needs}
-    outcomes = {o: evidence.outcomes[o] for o in OUTCOMES if o in evidence.outcomes}
-    quality = "calibrated" if evidence.calibrated else "NOT calibrated"
-    inside = "inside" if evidence.in_distribution else "OUTSIDE"
-    return Step(
-        title="evidence",
-        detail=(
-            f"needs     {_row(needs)}\noutcomes  {_row(outcomes)}\n"
-            f"{quality}, {inside} the support of the calibration data"
-        ),
-        data={
-            "mode": evidence.mode,
-            "needs": needs,
-            "outcomes": outcomes,
-            "calibrated": evidence.calibrated,
-            "in_distribution": evidence.in_distribution,
-        },
-    )
-
-
-def _posterior_step(evidence: Evidence, gate: str) -> Step:
-    shares = evidence.posterior.as_dict()
-    how = "in proportion to the odds of each need, base to 1" if gate == "odds" else f"by the gate {gate}"
-    return Step(title="posterior", detail=f"{_row(shares)}\n{how}", data={"posterior": shares, "gate": gate})
-
-
-def _prior_step(worked: _Worked, policy: Policy, calibrators: Calibrators) -> Step:
-    total = sum(policy.prior.values())
-    prior = {e: policy.prior[e] / total for e in EXPERTS}
-    train = calibrators.train_prior.as_dict()
-    return Step(
-        title="prior",
-        detail=(
-            f"policy    {_row(prior)}\ntraining  {_row(train)}\n"
-            f"posterior · (policy / training)^{policy.strength:g}\n→         {_row(worked.shares)}"
-        ),
-        data={"prior": prior, "train_prior": train, "strength": policy.strength, "shares": dict(worked.shares)},
-    )
-
-
-def _pinned_step(worked: _Worked) -> Step:
-    return Step(
-        title="pinned",
-        detail=f"{_row(worked.shares)}\nasked for by the caller in place of the router's share",
-        data={"shares": dict(worked.shares)},
-    )
-
-
-def _bounds_step(within: Bounds, policy: Policy) -> Step:
-    lines = [f"least     {_row(within.lower)}", f"most      {_row(within.upper)}"]
-    for floor in policy.floors:
-        why = ", ".join(map(str, floor.when))
-        verdict = f"raises to {_row(floor.raises)}" if floor.place in within.raised else "does not hold"
-        lines.append(f"{floor.place} ({why}) {verdict}")
-    data = {"lower": dict(within.lower), "upper": dict(within.upper), "raised": list(within.raised)}
-    return Step(title="bounds", detail="\n".join(lines), data=data)
-
-
-def _weights_step(worked: _Worked) -> Step:
-    weights = worked.weights
-    return Step(
-        title="weights",
-        detail=(
-            f"{_row(weights.as_dict())}\nmixture {weights.mixture}, "
-            f"{worked.policy_shift_nats:.3f} nats away from the posterior"
-        ),
-        data={
-            "weights": weights.as_dict(),
-            "mixture": weights.mixture,
-            "policy_shift_nats": worked.policy_shift_nats,
-        },
-    )
-
-
-def _confidence_step(worked: _Worked, policy: Policy) -> Step:
-    limits = [f"{t.quantity} {t.op} {t.value:g}" for t in thresholds(policy, "input")]
-    return Step(
-        title="confidence",
-        detail=f"{worked.confidence:.3f} that every verdict here is right; limits: {', '.join(limits) or 'none'}",
-        data={"confidence": worked.confidence, "limits": limits},
-    )
-
-
-def _rule_steps(policy: Policy, facts: Facts) -> list[Step]:
-    words = {True: "matches", False: "does not match", None: "cannot be told"}
-    steps = []
-    for attempt in attempts(policy, "input", facts):
-        asked = attempt.found or ("asks nothing, the default",)
-        steps.append(
-            Step(
-                title=f"{attempt.rule.place} → {attempt.rule.then}",
-                detail="\n".join((*asked, words[attempt.holds])),
-                data={
-                    "rule": attempt.rule.place,
-                    "then": str(attempt.rule.then),
-                    "found": list(attempt.found),
-                    "matches": attempt.holds,
-                },
-            )
-        )
-    return steps
-
-
-def _decision_step(policy: Policy, decision: Decision) -> Step:
-    shadow = " (shadow: recorded, not enforced)" if policy.mode == "shadow" else ""
-    lines = [f"{decision.action}{shadow} by {decision.rule}: {decision.reason}"]
-    if decision.message is not None:
-        lines.append(f"tells the caller: {decision.message}")
-    data = {
-        "action": str(decision.action),
-        "rule": decision.rule,
-        "reason": decision.reason,
-        "message": decision.message,
-        "enforced": policy.mode == "enforce",
-    }
-    return Step(title="decision", detail="\n".join(lines), data=data)
-
-
-def _row(numbers: Mapping[str, float]) -> str:
-    return "  ".join(f"{name} {value:.3f}" for name, value in numbers.items()) or "not measured"

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 from hhh_router.bundle import Bundle
 from hhh_router.cli.main import app
 from hhh_router.data.examples import ask
-from hhh_router.evaluation.systems import BundleReadings, BundleSystem, Opening, PolicySystem, open_systems
+from hhh_router.evaluation.opening import Opening, open_systems
+from hhh_router.evaluation.systems import BundleReadings, BundleSystem, PolicySystem
 from hhh_router.interfaces.sdk import HHHRouter
 from hhh_router.settings import Settings
 from hhh_router.types import Message, ReadRequest

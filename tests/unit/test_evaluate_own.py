@@ -92,7 +92,7 @@ def _few_bootstraps(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_measuring_what_runs_elsewhere_loads_no_torch() -> None:
     code = (
         "import sys; import hhh_router.evaluation.own, hhh_router.evaluation.report_own; "
-        "from hhh_router.evaluation.systems import Opening, open_systems; from hhh_router.settings import Settings; "
+        "from hhh_router.evaluation.opening import Opening, open_systems; from hhh_router.settings import Settings; "
         "open_systems(['url:http://h:1'], Opening(settings=Settings.load(), bundle='x', heads=[])); "
         "print('torch' in sys.modules)"
     )

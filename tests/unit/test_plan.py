@@ -7,7 +7,8 @@ import pytest
 
 from hhh_router.calibration import Calibrators
 from hhh_router.errors import ReaderError
-from hhh_router.pipeline.plan import explain, judge_output, make_plan, make_planner
+from hhh_router.pipeline.explain import explain
+from hhh_router.pipeline.plan import judge_output, make_plan, make_planner
 from hhh_router.policy import list_policies, load_policy, parse_policy
 from hhh_router.routing import kl_nats, posterior
 from hhh_router.types import DIMENSIONS, EXPERTS, OUTCOMES, Action, Scores, Weights
