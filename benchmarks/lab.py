@@ -253,6 +253,11 @@ class Lab:
         self.drop([job])
         return stopped - started
 
+    def warm_first_token_s(self, prompt: Sequence[Message], planner: Planner) -> float:
+        """The same on a thread that has answered before, as one in service has: its OpenMP team is there."""
+        self.first_token_s(prompt, planner)
+        return self.first_token_s(prompt, planner)
+
     def chats_rate(self, prompts: Sequence[Sequence[Message]], weights: Sequence[Weights], tokens: int) -> float:
         """Tokens/s over all chats, asked at once through the worker's thread, from the first put to the last event."""
         worker = Worker(self.reads, self.sessions, self.batcher)

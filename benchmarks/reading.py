@@ -70,6 +70,7 @@ def routing_share(lab: Lab) -> Measured:
     planner, reader = real_planner(lab), lab.batcher.reader
 
     def turn() -> float:
+        lab.first_token_s(prompt, plan_for(MIXTURES[0]))  # as in `Lab.warm_first_token_s`
         watch = Stopwatch(lab.sync)
         own: dict[str, Any] = {"pool": reader.prompt, "scores": reader.heads.scores}
         plan: Planner = watch.timed(planner)
@@ -94,8 +95,8 @@ def refusal_cost(lab: Lab) -> Measured:
     refuse, allow = plan_for(MIXTURES[0], Action.REFUSE), plan_for(MIXTURES[0])
     found = lab.compare(
         {
-            "refused": lambda: lab.first_token_s(prompt, refuse),
-            "answered": lambda: lab.first_token_s(prompt, allow),
+            "refused": lambda: lab.warm_first_token_s(prompt, refuse),
+            "answered": lambda: lab.warm_first_token_s(prompt, allow),
         }
     )
     return Measured(
@@ -143,7 +144,7 @@ def prefill_over_llamacpp(lab: Lab) -> Measured:
     with open_llamacpp(lab, len(ids) + 8) as (llama, _):
         found = lab.compare(
             {
-                "ours": lambda: len(ids) / lab.first_token_s(prompt, allow),
+                "ours": lambda: len(ids) / lab.warm_first_token_s(prompt, allow),
                 "llama.cpp": lambda: len(ids) / llama.prefill_s(ids),
             }
         )

@@ -10,8 +10,10 @@ missing views; modality dropout teaches all three modes).
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -224,9 +226,9 @@ class Heads(nn.Module):
         logits = self(views)
         # a need is the request's, so it is read from the prompt alone: a reply can neither raise nor lower it
         alone = all(mode == "prompt" for mode in views.modes)
-        needs = (logits if alone else self(views.alone()))[:, : len(self.needs)]
-        distances = self.distances(views)
-        if not (torch.isfinite(logits).all() and torch.isfinite(distances).all()):
+        needs = (logits if alone else self(views.alone()))[:, : len(self.needs)].tolist()
+        found, distances = logits.tolist(), self.distances(views).tolist()
+        if not all(map(math.isfinite, chain(distances, *found, *needs))):
             raise ReaderError(
                 "the router's heads gave NaN or infinite scores", hint="hhh-router bundle verify checks the weights"
             )
@@ -234,9 +236,9 @@ class Heads(nn.Module):
         return [
             Scores(
                 mode=mode,
-                needs={} if mode == "response" else dict(zip(self.needs, needs[i].tolist(), strict=True)),
-                outcomes=dict(zip(self.outcomes, logits[i, split:].tolist(), strict=True)),
-                distance=float(distances[i]),
+                needs={} if mode == "response" else dict(zip(self.needs, needs[i], strict=True)),
+                outcomes=dict(zip(self.outcomes, found[i][split:], strict=True)),
+                distance=distances[i],
                 tokens=count,
                 layers_run=layers_run,
             )
@@ -288,9 +290,12 @@ class Heads(nn.Module):
 
 def summary(given: Ragged) -> Tensor:
     """Mean and last state of the topmost layer read, per row: (B, 2 D) float32; zeros for rows without tokens."""
+    topmost = given.states[:, -1]
+    if len(given.lengths) == 1 and len(topmost):
+        return torch.cat([topmost.float().mean(0), topmost[-1].float()])[None]
     width = given.states.shape[-1]
     result = torch.zeros(len(given.lengths), 2 * width, device=given.states.device)
-    for row, part in enumerate(given.states[:, -1].split(list(given.lengths))):
+    for row, part in enumerate(topmost.split(list(given.lengths))):
         if len(part):
             result[row] = torch.cat([part.float().mean(0), part[-1].float()])
     return result
