@@ -13,6 +13,7 @@ from hhh_router import AsyncHHHRouter, HHHRouter
 from hhh_router.errors import (
     BackendError,
     BackendTimeout,
+    DeadlineExceeded,
     GeneratorError,
     HHHRouterError,
     InvalidRequest,
@@ -232,6 +233,17 @@ def test_what_trying_again_cannot_cure_is_raised_at_once(reply: httpx.Response |
     assert len(asked) == 1
     if isinstance(reply, httpx.ReadTimeout):
         assert isinstance(caught.value, BackendTimeout)
+
+
+def test_a_deadline_of_ones_own_is_told_from_the_servers() -> None:
+    found = []
+    for status, code in ((408, "deadline_exceeded"), (504, "timeout")):
+        made, asked = answering(error(status, code))
+        with pytest.raises(BackendTimeout) as caught:
+            asyncio.run(ask(made))
+        found.append((type(caught.value), len(asked)))
+
+    assert found == [(DeadlineExceeded, 1), (BackendTimeout, 1)]
 
 
 def test_a_stream_without_an_end_is_an_error() -> None:

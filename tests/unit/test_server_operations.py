@@ -11,8 +11,10 @@ import pytest
 from starlette.testclient import TestClient
 
 from hhh_router.calibration import Calibrators
+from hhh_router.errors import UpstreamError
 from hhh_router.interfaces.server import chat
 from hhh_router.interfaces.server.app import create_app
+from hhh_router.interfaces.server.http import failure
 from hhh_router.testing import FakeGenerator, FakeReader, fake_pipeline
 from tests.unit.test_calibration_evidence import calibration_file
 
@@ -202,3 +204,9 @@ def test_drift_is_told_per_head_once_there_are_enough_readings(calibrated: TestC
     assert found[f"hhh:calibration_shift{place}"] == pytest.approx(p - found[f"hhh:calibration_base_rate{place}"])
     assert found['hhh:in_distribution_share{mode="prompt"}'] in (0, 1)
     assert math.isnan(found['hhh:in_distribution_share{mode="both"}'])
+
+
+def test_an_upstreams_own_408_may_be_tried_again() -> None:
+    status, _, headers = failure(UpstreamError("slow down", status=408))
+
+    assert (status, dict(headers)) == (408, {})

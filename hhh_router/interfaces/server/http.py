@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Send
 
 from hhh_router.errors import (
+    DeadlineExceeded,
     HHHRouterError,
     InvalidRequest,
     Overloaded,
@@ -97,7 +98,7 @@ def failure(error: Exception) -> Failure:
             if status >= 500:
                 _log.warning("%s: %s", error.code, error.message)
             # to be fixed first, quarantined, or too late by now
-            headers = dict(NEVER_RETRY) if status in (408, 500, 501) else {}
+            headers = dict(NEVER_RETRY) if status in (500, 501) or isinstance(error, DeadlineExceeded) else {}
             if isinstance(error, Overloaded | Unavailable) and error.retry_after_s is not None:
                 headers |= retry_after(error.retry_after_s)
             return status, error_body(message, status=status, code=error.code), headers
